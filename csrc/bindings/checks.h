@@ -1,0 +1,60 @@
+// What every binding needs: argument checks whose message names the argument, the device guard, and
+// torch's current stream. Bindings allocate nothing: the Python op owns every output and workspace.
+#pragma once
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+
+// NOTE: lives in libtorch_cuda only. Weak, so that the library also loads under a CPU build of torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace pgolf {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// `shape` entries of -1 match any size.
+inline void check(const Tensor& t, const char* argument, ScalarType dtype, std::initializer_list<int64_t> shape) {
+    STD_TORCH_CHECK(t.is_cuda(), argument, ": expected a CUDA tensor");
+    STD_TORCH_CHECK(t.scalar_type() == dtype, argument, ": wrong dtype");
+    STD_TORCH_CHECK(t.dim() == int64_t(shape.size()), argument, ": expected ", shape.size(), " dimensions, got ", t.dim());
+    int64_t d = 0;
+    for (int64_t size : shape) {
+        STD_TORCH_CHECK(size == -1 || t.size(d) == size, argument, ": expected size ", size, " in dimension ", d, ", got ", t.size(d));
+        ++d;
+    }
+}
+
+inline void check_contiguous(const Tensor& t, const char* argument) {
+    STD_TORCH_CHECK(t.is_contiguous(), argument, ": expected a contiguous tensor");
+}
+
+// 16-byte vector accesses and TMA need it.
+inline void check_aligned(const Tensor& t, const char* argument) {
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, argument, ": expected 16-byte aligned data");
+}
+
+// Device of `t` made current for the guard's life, and that device's current torch stream.
+struct OnDeviceOf {
+    torch::stable::accelerator::DeviceGuard guard;
+    cudaStream_t stream;
+
+    explicit OnDeviceOf(const Tensor& t) : guard(t.get_device_index()) {
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA; install a CUDA build of torch");
+        void* s = nullptr;
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &s) == 0, "no current CUDA stream");
+        stream = static_cast<cudaStream_t>(s);
+    }
+};
+
+inline void check_launch(cudaError_t status, const char* kernel) {
+    STD_TORCH_CHECK(status == cudaSuccess, kernel, ": ", cudaGetErrorString(status));
+}
+
+}  // namespace pgolf

@@ -1,0 +1,26 @@
+"""Kernels, trainer, quantizer and evaluator for 16 MB language models.
+
+Importing this package needs torch and numpy and nothing else.
+"""
+
+__version__ = "0.1.0"
+
+from pgolf_fast.ops import (
+    fused_mlp,
+    linear_softcap_cross_entropy,
+    orthogonalize,
+    pack_int6,
+    softcap_cross_entropy,
+    unpack_int6,
+    xsa_attention,
+)
+
+__all__ = [
+    "fused_mlp",
+    "linear_softcap_cross_entropy",
+    "orthogonalize",
+    "pack_int6",
+    "softcap_cross_entropy",
+    "unpack_int6",
+    "xsa_attention",
+]

@@ -1,0 +1,96 @@
+"""Finds the kernel library and decides which path a tensor takes.
+
+The device decides, never a caught exception:
+
+    CPU tensor                                  reference, in plain torch
+    CUDA sm_90, library loaded                  kernel
+    CUDA of another architecture                composite, in torch and Triton (named once in the log)
+    CUDA sm_90, library missing                 an error that says how to build it
+
+The library registers its kernels as `torch.ops.pgolf_fast_sm90.<name>`; they
+write into tensors that the op allocated, so every allocation is torch's own.
+"""
+
+import functools
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("pgolf_fast")
+
+NAMESPACE = "pgolf_fast"
+HOW_TO_BUILD = "install with nvcc 13 on PATH (`pip install --no-build-isolation .`) or set PGOLF_LIBRARY to a built _C.abi3.so"
+
+library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def library_file() -> Path | None:
+    """The kernel library that this process uses, if there is one."""
+    chosen = os.environ.get("PGOLF_LIBRARY")
+    if chosen and not Path(chosen).exists():
+        raise FileNotFoundError(f"PGOLF_LIBRARY: no file at {chosen}; unset it or point it at a built _C.abi3.so")
+    path = Path(chosen) if chosen else Path(__file__).parent.parent / "_C.abi3.so"
+    return path if path.exists() else None
+
+
+_file = library_file()
+if _file is not None:
+    torch.ops.load_library(str(_file))
+
+
+def build_info() -> str | None:
+    """What the loaded library was built with."""
+    return None if _file is None else torch.ops.pgolf_fast_sm90.build_info()
+
+
+def has_kernel(name: str) -> bool:
+    return hasattr(torch.ops.pgolf_fast_sm90, name)
+
+
+@functools.cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
+@functools.cache
+def _say_composite(name: str, device_index: int, reason: str) -> None:
+    log.warning("%s: composite torch path on %s (%s)", name, torch.cuda.get_device_name(device_index), reason)
+
+
+@torch.compiler.assume_constant_result
+def uses_kernel(name: str, device: torch.device) -> bool:
+    """Whether `torch.ops.pgolf_fast_sm90.<name>` serves tensors on `device`; False: the composite path does."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if _capability(index) != (9, 0):
+        _say_composite(name, index, "no kernel for sm_%d%d" % _capability(index))
+        return False
+    if _file is None:
+        raise RuntimeError(f"{name}: this GPU is sm_90 but the kernel library is not built; {HOW_TO_BUILD}")
+    if not has_kernel(name):
+        _say_composite(name, index, "the library holds no such kernel")
+        return False
+    return True
+
+
+def require(condition: bool, argument: str, message: str) -> None:
+    """Input check of the public functions; the error names the argument."""
+    if not condition:
+        raise ValueError(f"{argument}: {message}")
+
+
+def require_dtype(tensor: torch.Tensor, argument: str, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{argument}: expected {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def require_device(tensor: torch.Tensor, argument: str, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{argument}: expected on {device}, got {tensor.device}")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic of the references: float64 stays, everything narrower is computed in float32."""
+    return torch.promote_types(dtype, torch.float32)

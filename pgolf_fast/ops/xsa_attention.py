@@ -1,0 +1,218 @@
+"""Exclusive self-attention: causal grouped-query attention whose output drops its own value's direction.
+
+    S = scale q k^T, causal, within a document      P = softmax(S)      y = P v
+    own = (y . v) / max(|v|, 1e-12)^2               z = y - own v       (v of the same token and KV head)
+    out = gate * z
+
+Backward of the last two lines: with dz = gate dout and e = (dz . v) / |v|^2,
+dy = dz - e v and v receives -(e z + own dy) beside what it gets through P. Since dy and z are
+both orthogonal to v, rowsum(dy * y) = rowsum(dz * z).
+
+Query head h reads KV head h // (Hq / Hk). Packed documents: B = 1, document i
+is the tokens [cu_seqlens[i], cu_seqlens[i + 1]); tokens after the last entry
+give 0; documents of length 0 are allowed, so a list can be padded to a fixed length.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from pgolf_fast.ops import _library
+from pgolf_fast.ops._library import accumulation_dtype, library, require, require_device, require_dtype
+
+EPSILON = 1e-12
+
+
+def _documents(q, cu_seqlens):
+    """(batch, start, end) of every document."""
+    if cu_seqlens is None:
+        return [(b, 0, q.shape[1]) for b in range(q.shape[0])]
+    ends = cu_seqlens.tolist()
+    return [(0, start, end) for start, end in zip(ends, ends[1:]) if end > start]
+
+
+def _attend(q, k, v, scale):
+    """One document, [H, T, D] each: y, probabilities, log-sum-exp of the scores."""
+    scores = scale * (q @ k.mT)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    scores = scores.masked_fill(hidden, -math.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    p = torch.exp(scores - lse[..., None])
+    return p @ v, p, lse
+
+
+def _own_share(y, v):
+    """Coefficient of v in y, [..., 1]."""
+    return (y * v).sum(-1, keepdim=True) / v.norm(dim=-1, keepdim=True).clamp_min(EPSILON).square()
+
+
+def _heads_first(x, repeats=1):
+    """[T, H, D] to [H * repeats, T, D] in the accumulation dtype."""
+    return x.to(accumulation_dtype(x.dtype)).transpose(0, 1).repeat_interleave(repeats, dim=0)
+
+
+def xsa_attention_ref(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max_seqlen=None):
+    """The definition, differentiable, one document at a time."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[2] // k.shape[2]
+    rows = [torch.zeros_like(q[b]) for b in range(q.shape[0])]
+    for b, start, end in _documents(q, cu_seqlens):
+        vh = _heads_first(v[b, start:end], group)
+        y, _, _ = _attend(_heads_first(q[b, start:end]), _heads_first(k[b, start:end], group), vh, scale)
+        z = (y - _own_share(y, vh) * vh if xsa else y).transpose(0, 1)
+        if gate is not None:
+            z = z * gate[b, start:end, :, None].to(z.dtype)
+        rows[b] = torch.cat([rows[b][:start], z.to(q.dtype), rows[b][end:]])
+    return torch.stack(rows)
+
+
+# out [B, T, Hq, D]; lse and own [B, Hq, T] float32 (float64 for float64 input), what the backward needs.
+library.define(
+    "xsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, int max_seqlen, bool xsa, float scale)"
+    " -> (Tensor out, Tensor lse, Tensor own)"
+)
+library.define(
+    "xsa_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
+    " Tensor? cu_seqlens, int max_seqlen, bool xsa, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
+)
+
+
+@torch.library.impl(library, "xsa_attention_fwd", "CPU")
+def _fwd_cpu(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
+    group = q.shape[2] // k.shape[2]
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    lse = torch.zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulation_dtype(q.dtype))
+    own = torch.zeros_like(lse)
+    for b, start, end in _documents(q, cu_seqlens):
+        vh = _heads_first(v[b, start:end], group)
+        y, _, lse[b, :, start:end] = _attend(_heads_first(q[b, start:end]), _heads_first(k[b, start:end], group), vh, scale)
+        if xsa:
+            share = _own_share(y, vh)
+            own[b, :, start:end] = share[..., 0]
+            y = y - share * vh
+        if gate is not None:
+            y = y * gate[b, start:end].T[..., None].to(y.dtype)
+        out[b, start:end] = y.transpose(0, 1).to(q.dtype)
+    return out, lse, own
+
+
+@torch.library.impl(library, "xsa_attention_bwd", "CPU")
+def _bwd_cpu(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+    group = q.shape[2] // k.shape[2]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dgate = torch.zeros(gate.shape, dtype=gate.dtype) if gate is not None else q.new_empty(0)
+
+    def per_kv_head(x):  # [Hq, T, D] to [T, Hk, D], summed over the group
+        return x.view(-1, group, *x.shape[1:]).sum(1).transpose(0, 1)
+
+    for b, start, end in _documents(q, cu_seqlens):
+        rows = slice(start, end)
+        qh, kh, vh = _heads_first(q[b, rows]), _heads_first(k[b, rows], group), _heads_first(v[b, rows], group)
+        y, p, _ = _attend(qh, kh, vh, scale)
+        dz = _heads_first(grad_out[b, rows])
+        share = _own_share(y, vh) if xsa else torch.zeros_like(y[..., :1])
+        z = y - share * vh
+        if gate is not None:
+            dgate[b, rows] = (z * dz).sum(-1).T.to(gate.dtype)
+            dz = dz * gate[b, rows].T[..., None].to(dz.dtype)
+        e = _own_share(dz, vh) if xsa else torch.zeros_like(share)
+        dy = dz - e * vh
+        dscores = p * (dy @ vh.mT - (dz * z).sum(-1, keepdim=True)) * scale
+        dq[b, rows] = (dscores @ kh).transpose(0, 1).to(q.dtype)
+        dk[b, rows] = per_kv_head(dscores.mT @ qh).to(k.dtype)
+        dv[b, rows] = per_kv_head(p.mT @ dy - (e * z + share * dy)).to(v.dtype)
+    return dq, dk, dv, dgate
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::xsa_attention_fwd")
+def _fwd_fake(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
+    rows = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulation_dtype(q.dtype))
+    return q.new_empty(q.shape), rows, torch.empty_like(rows)
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::xsa_attention_bwd")
+def _bwd_fake(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+    dgate = gate.new_empty(gate.shape) if gate is not None else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dgate
+
+
+def _save(ctx, inputs, output):
+    q, k, v, gate, cu_seqlens, ctx.max_seqlen, ctx.xsa, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q, k, v, gate, cu_seqlens, *output)
+
+
+def _backward(ctx, grad_out, *_):
+    if grad_out is None:
+        return (None,) * 8
+    q, k, v, gate, cu_seqlens, out, lse, own = ctx.saved_tensors
+    dq, dk, dv, dgate = torch.ops.pgolf_fast.xsa_attention_bwd(
+        grad_out, q, k, v, gate, out, lse, own, cu_seqlens, ctx.max_seqlen, ctx.xsa, ctx.scale
+    )
+    return dq, dk, dv, dgate if gate is not None else None, None, None, None, None
+
+
+torch.library.register_autograd(f"{_library.NAMESPACE}::xsa_attention_fwd", _backward, setup_context=_save)
+
+
+def _composite(q, k, v, xsa, gate, scale, cu_seqlens, max_seqlen):
+    """Torch's attention, then the projection as separate passes: for GPUs that have no kernel here."""
+    if cu_seqlens is None:
+        y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=scale, enable_gqa=True)
+        y = y.transpose(1, 2)
+    else:
+        # Documents side by side in a padded batch; all shapes are known on the host, so nothing synchronises.
+        starts = cu_seqlens[:-1].long()
+        offset = torch.arange(max_seqlen, device=q.device)
+        inside = offset < (cu_seqlens[1:] - cu_seqlens[:-1])[:, None]
+        token = (starts[:, None] + offset).clamp(max=q.shape[1] - 1)
+        padded = [x[0][token].transpose(1, 2) for x in (q, k, v)]
+        y = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+        # Padding is sent to one row past the end, which is cut off again.
+        target = torch.where(inside, token, q.shape[1]).reshape(-1)
+        y = torch.zeros_like(torch.cat([q[0], q[0, :1]])).index_copy(0, target, y.reshape(-1, *q.shape[2:]))[None, :-1]
+    if xsa:
+        own_v = v.repeat_interleave(q.shape[2] // k.shape[2], dim=2).float()
+        y = y - _own_share(y.float(), own_v) * own_v
+    if gate is not None:
+        y = y * gate[..., None]
+    return y.to(q.dtype)
+
+
+def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max_seqlen=None):
+    """Causal grouped-query attention without each output's own-value component.
+
+    q           [B, T, Hq, D], float; slices of one packed QKV buffer are fine
+    k, v        [B, T, Hk, D], the dtype of q, Hq a multiple of Hk
+    xsa         remove the component along the token's own value
+    gate        [B, T, Hq] factor on each head's output, or None
+    scale       of the scores; None is D ** -0.5
+    cu_seqlens  int32 [documents + 1], ascending from 0 to at most T, for packed documents (then B = 1)
+    max_seqlen  longest document, needed with cu_seqlens on CUDA; T if not given
+    """
+    require(q.dim() == 4, "q", f"expected [B, T, Hq, D], got shape {list(q.shape)}")
+    require(q.is_floating_point(), "q", f"expected a float dtype, got {q.dtype}")
+    for x, argument in ((k, "k"), (v, "v")):
+        ok = x.dim() == 4 and x.shape[:2] == q.shape[:2] and x.shape[3] == q.shape[3]
+        require(ok, argument, f"expected [{q.shape[0]}, {q.shape[1]}, Hk, {q.shape[3]}], got shape {list(x.shape)}")
+        require_dtype(x, argument, (q.dtype,))
+        require_device(x, argument, q.device)
+    require(k.shape[2] == v.shape[2], "v", f"{v.shape[2]} heads, where k has {k.shape[2]}")
+    require(k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0, "q", f"{q.shape[2]} heads are not a multiple of k's {k.shape[2]}")
+    if gate is not None:
+        require(gate.shape == q.shape[:3], "gate", f"expected {list(q.shape[:3])}, got shape {list(gate.shape)}")
+        require_device(gate, "gate", q.device)
+    if cu_seqlens is not None:
+        require(q.shape[0] == 1, "cu_seqlens", f"packed documents need B = 1, got {q.shape[0]}")
+        require(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1, "cu_seqlens", f"expected [documents + 1], got {list(cu_seqlens.shape)}")
+        require_dtype(cu_seqlens, "cu_seqlens", (torch.int32,))
+        require_device(cu_seqlens, "cu_seqlens", q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    max_seqlen = q.shape[1] if max_seqlen is None else int(max_seqlen)
+    if q.numel() == 0:
+        return torch.zeros_like(q)
+    if q.device.type == "cuda" and not _library.uses_kernel("xsa_attention_fwd", q.device):
+        return _composite(q, k, v, xsa, gate, scale, cu_seqlens, max_seqlen)
+    return torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale)[0]
