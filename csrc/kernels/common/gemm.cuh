@@ -1,0 +1,261 @@
+// C[M, N] = A[M, K] B, bf16 in and out, fp32 accumulation: the matrix engine behind the fused layers.
+//
+// Persistent clusters of two CTAs. A CTA computes 128 x 256 of C with two consumer warpgroups (64 rows
+// each) and one producer warp; the two CTAs of a cluster hold the same columns of C, so each loads half of the B
+// tile and multicasts it to both:
+//
+//              columns n0 .. n0 + 255
+//     CTA 0    [ warpgroup 0: 64 rows ]     A: own 128 rows, 64 k per stage      16 KB
+//              [ warpgroup 1: 64 rows ]     B: 256 columns, half from each CTA   32 KB
+//     CTA 1    [ the next 128 rows    ]     staging for C (and the auxiliary tile) 64 KB
+//
+// The staging area lets the store of one tile run under the products of the next, and brings the auxiliary tile in
+// under the products of its own. Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
+//
+// What varies is the Op:
+//     kBMajor                     kMajorK: B is [N, K], kMajorMN: B is [K, N]
+//     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
+//     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value
+#pragma once
+#include "kernels/common/tensor_map.h"
+#include "kernels/common/wgmma.cuh"
+
+namespace pgolf::gemm {
+
+constexpr int kBlockM = 128, kBlockN = 256, kBlockK = 64;
+constexpr int kCluster = 2;
+constexpr int kStages = 3;
+constexpr int kConsumers = 2;                       // warpgroups
+constexpr int kThreads = 128 * (kConsumers + 1);    // the last warpgroup produces
+constexpr int kStageABytes = kBlockM * kBlockK * 2;
+constexpr int kStageBBytes = kBlockN * kBlockK * 2;
+constexpr int kStageBytes = kStageABytes + kStageBBytes;
+constexpr int kColumnBlock = 64;                    // columns of one swizzled row of 128 bytes
+constexpr int kStagingBlockBytes = 64 * 128;        // 64 rows of one column block
+constexpr int kStagingBytes = kBlockM * kBlockN * 2;
+constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + 256;
+
+struct Maps {
+    CUtensorMap a, b, c, aux;
+};
+
+struct Shape {
+    int m, n, k;
+};
+
+struct Barriers {
+    uint64_t full[kStages], empty[kStages];
+    uint64_t aux_full, aux_empty;
+};
+
+// Byte offset inside a swizzled region of 128-byte rows.
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk16) { return row * 128 + ((chunk16 ^ (row & 7)) << 4); }
+
+// Position in a ring of stages.
+struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+template <class Op>
+__device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging, Barriers& bars) {
+    const uint32_t rank = ptx::cluster_rank();
+    const int tiles_n = (shape.n + kBlockN - 1) / kBlockN;
+    const int pairs = (shape.m + kCluster * kBlockM - 1) / (kCluster * kBlockM) * tiles_n;
+    const int k_blocks = (shape.k + kBlockK - 1) / kBlockK;
+    Ring ring;
+    uint32_t tile_parity = 0;
+    for (int pair = blockIdx.x / kCluster; pair < pairs; pair += gridDim.x / kCluster) {
+        const int m0 = (pair / tiles_n * kCluster + rank) * kBlockM, n0 = pair % tiles_n * kBlockN;
+        for (int kb = 0; kb < k_blocks; ++kb, ring.next()) {
+            ptx::mbarrier_wait(&bars.empty[ring.stage], ring.phase ^ 1);
+            ptx::mbarrier_arrive_expect(&bars.full[ring.stage], kStageBytes);
+            uint8_t* stage_a = stages + ring.stage * kStageBytes;
+            uint8_t* stage_b = stage_a + kStageABytes;
+            ptx::tma_load_2d(stage_a, &maps.a, &bars.full[ring.stage], kb * kBlockK, m0);
+            if constexpr (Op::kBMajor == wgmma::kMajorK) {
+                const int half = kBlockN / kCluster;
+                ptx::tma_load_2d_multicast(stage_b + rank * half * 128, &maps.b, &bars.full[ring.stage], kb * kBlockK, n0 + rank * half, 3);
+            } else {
+#pragma unroll
+                for (int i = 0; i < kBlockN / kColumnBlock / kCluster; ++i) {
+                    const int block = rank * (kBlockN / kColumnBlock / kCluster) + i;
+                    ptx::tma_load_2d_multicast(stage_b + block * kBlockK * 128, &maps.b, &bars.full[ring.stage], n0 + block * kColumnBlock,
+                                               kb * kBlockK, 3);
+                }
+            }
+            // The auxiliary tile goes where the last tile's result was, once that has been stored: not before the ring is fed.
+            if (Op::kHasAux && kb == min(kStages, k_blocks) - 1) {
+                ptx::mbarrier_wait(&bars.aux_empty, tile_parity ^ 1);
+                ptx::mbarrier_arrive_expect(&bars.aux_full, kStagingBytes);
+#pragma unroll
+                for (int i = 0; i < kConsumers * kBlockN / kColumnBlock; ++i) {
+                    const int rows = i / (kBlockN / kColumnBlock), block = i % (kBlockN / kColumnBlock);
+                    ptx::tma_load_2d(staging + i * kStagingBlockBytes, &maps.aux, &bars.aux_full, n0 + block * kColumnBlock, m0 + rows * 64);
+                }
+                tile_parity ^= 1;
+            }
+        }
+    }
+}
+
+template <class Op>
+__device__ __forceinline__ void consume(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging, Barriers& bars) {
+    const uint32_t rank = ptx::cluster_rank();
+    const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int tiles_n = (shape.n + kBlockN - 1) / kBlockN;
+    const int pairs = (shape.m + kCluster * kBlockM - 1) / (kCluster * kBlockM) * tiles_n;
+    const int k_blocks = (shape.k + kBlockK - 1) / kBlockK;
+    uint8_t* own_staging = staging + group * (kBlockN / kColumnBlock) * kStagingBlockBytes;
+    // Row and 16-byte column chunk that this lane addresses in ldmatrix / stmatrix of a 16 x 16 block.
+    const uint32_t lane_row = warp * 16 + (lane / 8 % 2) * 8 + lane % 8, lane_chunk = lane / 16;
+    Ring ring;
+    uint32_t tile_parity = 0;
+    bool stored = false;
+
+    auto release = [&](int stage) {
+        if (lane == 0) {
+            ptx::mbarrier_arrive(&bars.empty[stage]);
+            ptx::mbarrier_arrive_cluster(&bars.empty[stage], rank ^ 1);
+        }
+    };
+
+    for (int pair = blockIdx.x / kCluster; pair < pairs; pair += gridDim.x / kCluster) {
+        const int m0 = (pair / tiles_n * kCluster + rank) * kBlockM + group * 64, n0 = pair % tiles_n * kBlockN;
+        float acc[128];
+        uint32_t a_regs[2][4][4];
+        int previous = -1;
+#pragma unroll 2
+        for (int kb = 0; kb < k_blocks; ++kb, ring.next()) {
+            ptx::mbarrier_wait(&bars.full[ring.stage], ring.phase);
+            uint8_t* stage_a = stages + ring.stage * kStageBytes + group * 64 * 128;
+            uint8_t* stage_b = stages + ring.stage * kStageBytes + kStageABytes;
+            const uint64_t b = Op::kBMajor == wgmma::kMajorK ? wgmma::descriptor(stage_b) : wgmma::descriptor_mn_major(stage_b, kBlockK * 128);
+            constexpr uint32_t kBStep = Op::kBMajor == wgmma::kMajorK ? 32 : 16 * 128;
+            if constexpr (Op::kTransformA) {
+                auto& a = a_regs[kb % 2];
+                const uint32_t base = ptx::smem_u32(stage_a);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    ptx::ldmatrix_x4(base + swizzled(lane_row, 2 * i + lane_chunk), a[i][0], a[i][1], a[i][2], a[i][3]);
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) a[i][r] = Op::operand_a(a[i][r]);
+                }
+                wgmma::fence();
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    wgmma::mma<Op::kBMajor>(acc, a[i][0], a[i][1], a[i][2], a[i][3], wgmma::advance(b, i * kBStep), kb > 0 || i > 0);
+            } else {
+                const uint64_t a = wgmma::descriptor(stage_a);
+                wgmma::fence();
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    wgmma::mma<wgmma::kMajorK, Op::kBMajor>(acc, wgmma::advance(a, i * 32), wgmma::advance(b, i * kBStep), kb > 0 || i > 0);
+            }
+            wgmma::commit();
+            wgmma::wait<1>();
+            if (previous >= 0) release(previous);
+            previous = ring.stage;
+            // The last tile's store has long read its staging; the producer may bring the auxiliary tile into it.
+            if (Op::kHasAux && kb == 0 && stored && threadIdx.x % 128 == 0) {
+                ptx::bulk_wait_read<0>();
+                ptx::mbarrier_arrive(&bars.aux_empty);
+            }
+        }
+        wgmma::wait<0>();
+        wgmma::pin(acc);
+        release(previous);
+
+        if constexpr (Op::kHasAux) {
+            ptx::mbarrier_wait(&bars.aux_full, tile_parity);
+            tile_parity ^= 1;
+        } else {
+            if (threadIdx.x % 128 == 0) ptx::bulk_wait_read<0>();
+            ptx::named_sync(1 + group, 128);
+        }
+        const uint32_t own = ptx::smem_u32(own_staging);
+#pragma unroll
+        for (int j = 0; j < kBlockN / 16; ++j) {
+            const uint32_t address = own + j / 4 * kStagingBlockBytes + swizzled(lane_row, j % 4 * 2 + lane_chunk);
+            uint32_t aux[4] = {}, out[4];
+            if constexpr (Op::kHasAux) ptx::ldmatrix_x4(address, aux[0], aux[1], aux[2], aux[3]);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) out[r] = Op::result(acc[8 * j + 2 * r], acc[8 * j + 2 * r + 1], aux[r]);
+            ptx::stmatrix_x4(address, out[0], out[1], out[2], out[3]);
+        }
+        ptx::fence_async_shared();
+        ptx::named_sync(1 + group, 128);
+        if (threadIdx.x % 128 == 0) {
+#pragma unroll
+            for (int block = 0; block < kBlockN / kColumnBlock; ++block)
+                ptx::tma_store_2d(&maps.c, own_staging + block * kStagingBlockBytes, n0 + block * kColumnBlock, m0);
+            ptx::bulk_commit();
+        }
+        stored = true;
+    }
+    if (threadIdx.x % 128 == 0) ptx::bulk_wait<0>();
+}
+
+template <class Op>
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
+    gemm_kernel(const __grid_constant__ Maps maps, const Shape shape) {
+    extern __shared__ uint8_t raw[];
+    // NOTE: 1024-aligned in the shared window, which is the same in both CTAs of the cluster.
+    uint8_t* stages = raw + (1024 - ptx::smem_u32(raw) % 1024) % 1024;
+    uint8_t* staging = stages + kStages * kStageBytes;
+    Barriers& bars = *reinterpret_cast<Barriers*>(staging + kStagingBytes);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < kStages; ++s) {
+            ptx::mbarrier_init(&bars.full[s], 1);
+            ptx::mbarrier_init(&bars.empty[s], kCluster * kConsumers * 4);  // every consumer warp of both CTAs
+        }
+        ptx::mbarrier_init(&bars.aux_full, 1);
+        ptx::mbarrier_init(&bars.aux_empty, kConsumers);
+        ptx::fence_mbarrier_init();
+    }
+    ptx::cluster_sync();
+    if (threadIdx.x >= kConsumers * 128) {
+        ptx::registers_decrease<40>();
+        if (threadIdx.x / 32 == kConsumers * 4 && ptx::elect_one()) produce<Op>(maps, shape, stages, staging, bars);
+    } else {
+        ptx::registers_increase<232>();
+        consume<Op>(maps, shape, stages, staging, bars);
+    }
+    // A CTA stays while its neighbour may still write into it or signal it.
+    ptx::cluster_sync();
+}
+
+inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int64_t columns, int64_t row_stride, uint32_t box_rows) {
+    TensorMapDims dims{2, {uint64_t(columns), uint64_t(rows)}, {uint64_t(row_stride) * 2}, {kColumnBlock, box_rows}};
+    return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
+}
+
+// A [m, k], B [n, k] or [k, n], C and aux [m, n], all with contiguous rows.
+template <class Op>
+cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream) {
+    if (shape.m == 0) return cudaSuccess;
+    Maps maps{};
+    const bool b_is_nk = Op::kBMajor == wgmma::kMajorK;
+    cudaError_t status = map_2d(&maps.a, a, shape.m, shape.k, shape.k, kBlockM);
+    if (status == cudaSuccess)
+        status = b_is_nk ? map_2d(&maps.b, b, shape.n, shape.k, shape.k, kBlockN / kCluster) : map_2d(&maps.b, b, shape.k, shape.n, shape.n, kBlockK);
+    if (status == cudaSuccess) status = map_2d(&maps.c, c, shape.m, shape.n, shape.n, 64);
+    if (status == cudaSuccess && Op::kHasAux) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
+    int device = 0, sms = 0;
+    if (status == cudaSuccess) status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess) status = cudaFuncSetAttribute(gemm_kernel<Op>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (status != cudaSuccess) return status;
+    const int pairs = (shape.m + kCluster * kBlockM - 1) / (kCluster * kBlockM) * ((shape.n + kBlockN - 1) / kBlockN);
+    const int grid = kCluster * (pairs < sms / kCluster ? pairs : sms / kCluster);
+    gemm_kernel<Op><<<grid, kThreads, kSharedBytes, stream>>>(maps, shape);
+    return cudaGetLastError();
+}
+
+}  // namespace pgolf::gemm
