@@ -19,12 +19,12 @@ struct Plain {
 };
 
 struct Up : Plain {
-    static constexpr int kBMajor = kMajorK;
+    static constexpr int kBlockN = 192, kBMajor = kMajorK;
 };
 
 template <Activation kActivation>
 struct Down : Plain {
-    static constexpr int kBMajor = kMajorK;
+    static constexpr int kBlockN = 256, kBMajor = kMajorK;
     static constexpr bool kTransformA = true;
     static __device__ __forceinline__ uint32_t operand_a(uint32_t bits) {
         const __nv_bfloat162 u = as_pair(bits);
@@ -36,7 +36,7 @@ struct Down : Plain {
 
 template <Activation kActivation>
 struct DownBackward : Plain {
-    static constexpr int kBMajor = kMajorMN;
+    static constexpr int kBlockN = 192, kBMajor = kMajorMN;
     static constexpr bool kHasAux = true;
     static __device__ __forceinline__ float slope(float u) {
         return kActivation == Activation::kRelu2 ? 2.f * fmaxf(u, 0.f) : (u > 0.f ? 2.f * u : 0.5f * u);
@@ -47,7 +47,7 @@ struct DownBackward : Plain {
 };
 
 struct UpBackward : Plain {
-    static constexpr int kBMajor = kMajorMN;
+    static constexpr int kBlockN = 256, kBMajor = kMajorMN;
 };
 
 }  // namespace

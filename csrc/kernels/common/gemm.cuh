@@ -1,18 +1,22 @@
 // C[M, N] = A[M, K] B, bf16 in and out, fp32 accumulation: the matrix engine behind the fused layers.
 //
-// Persistent clusters of two CTAs. A CTA computes 128 x 256 of C with two consumer warpgroups (64 rows
+// Persistent clusters of two CTAs. A CTA computes 128 x kBlockN of C with two consumer warpgroups (64 rows
 // each) and one producer warp; the two CTAs of a cluster hold the same columns of C, so each loads half of the B
 // tile and multicasts it to both:
 //
-//              columns n0 .. n0 + 255
-//     CTA 0    [ warpgroup 0: 64 rows ]     A: own 128 rows, 64 k per stage      16 KB
-//              [ warpgroup 1: 64 rows ]     B: 256 columns, half from each CTA   32 KB
-//     CTA 1    [ the next 128 rows    ]     staging for C (and the auxiliary tile) 64 KB
+//              columns n0 .. n0 + kBlockN - 1
+//     CTA 0    [ warpgroup 0: 64 rows ]     A: own 128 rows, 64 k per stage
+//              [ warpgroup 1: 64 rows ]     B: kBlockN columns, half from each CTA
+//     CTA 1    [ the next 128 rows    ]     staging for C (and the auxiliary tile)
 //
+// Four stages: the copy engine answers after about 1700 clocks, a stage is consumed in 768 (192 columns) or 1024 (256),
+// and one stage is still being read when the next is. With three, half of the tensor cores' time is waiting.
 // The staging area lets the store of one tile run under the products of the next, and brings the auxiliary tile in
-// under the products of its own. Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
+// under the products of its own. 192 columns leave room for staging the whole tile; 256 are staged in two passes.
+// Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
 //
 // What varies is the Op:
+//     kBlockN                     192 or 256
 //     kBMajor                     kMajorK: B is [N, K], kMajorMN: B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
 //     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value
@@ -22,18 +26,26 @@
 
 namespace pgolf::gemm {
 
-constexpr int kBlockM = 128, kBlockN = 256, kBlockK = 64;
+constexpr int kBlockM = 128, kBlockK = 64;
 constexpr int kCluster = 2;
-constexpr int kStages = 3;
+constexpr int kStages = 4;
 constexpr int kConsumers = 2;                       // warpgroups
 constexpr int kThreads = 128 * (kConsumers + 1);    // the last warpgroup produces
-constexpr int kStageABytes = kBlockM * kBlockK * 2;
-constexpr int kStageBBytes = kBlockN * kBlockK * 2;
-constexpr int kStageBytes = kStageABytes + kStageBBytes;
 constexpr int kColumnBlock = 64;                    // columns of one swizzled row of 128 bytes
 constexpr int kStagingBlockBytes = 64 * 128;        // 64 rows of one column block
-constexpr int kStagingBytes = kBlockM * kBlockN * 2;
-constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + 256;
+
+template <class Op>
+struct Layout {
+    static_assert(Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
+    static_assert(!Op::kHasAux || Op::kBlockN == 192, "the auxiliary tile is staged whole");
+    static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
+    static constexpr int kStageABytes = kBlockM * kBlockK * 2;
+    static constexpr int kStageBytes = kStageABytes + Op::kBlockN * kBlockK * 2;
+    static constexpr int kPasses = Op::kBlockN == 256 ? 2 : 1;
+    static constexpr int kPassBlocks = kColumnBlocks / kPasses;  // column blocks staged at a time, per warpgroup
+    static constexpr int kStagingBytes = kConsumers * kPassBlocks * kStagingBlockBytes;
+    static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + 256;
+};
 
 struct Maps {
     CUtensorMap a, b, c, aux;
@@ -65,6 +77,8 @@ struct Ring {
 
 template <class Op>
 __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging, Barriers& bars) {
+    using L = Layout<Op>;
+    constexpr int kBlockN = Op::kBlockN;
     const uint32_t rank = ptx::cluster_rank();
     const int tiles_n = (shape.n + kBlockN - 1) / kBlockN;
     const int pairs = (shape.m + kCluster * kBlockM - 1) / (kCluster * kBlockM) * tiles_n;
@@ -75,28 +89,28 @@ __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, ui
         const int m0 = (pair / tiles_n * kCluster + rank) * kBlockM, n0 = pair % tiles_n * kBlockN;
         for (int kb = 0; kb < k_blocks; ++kb, ring.next()) {
             ptx::mbarrier_wait(&bars.empty[ring.stage], ring.phase ^ 1);
-            ptx::mbarrier_arrive_expect(&bars.full[ring.stage], kStageBytes);
-            uint8_t* stage_a = stages + ring.stage * kStageBytes;
-            uint8_t* stage_b = stage_a + kStageABytes;
+            ptx::mbarrier_arrive_expect(&bars.full[ring.stage], L::kStageBytes);
+            uint8_t* stage_a = stages + ring.stage * L::kStageBytes;
+            uint8_t* stage_b = stage_a + L::kStageABytes;
             ptx::tma_load_2d(stage_a, &maps.a, &bars.full[ring.stage], kb * kBlockK, m0);
             if constexpr (Op::kBMajor == wgmma::kMajorK) {
                 const int half = kBlockN / kCluster;
                 ptx::tma_load_2d_multicast(stage_b + rank * half * 128, &maps.b, &bars.full[ring.stage], kb * kBlockK, n0 + rank * half, 3);
             } else {
+// Half of the k of every column block.
+                const int half = kBlockK / kCluster;
 #pragma unroll
-                for (int i = 0; i < kBlockN / kColumnBlock / kCluster; ++i) {
-                    const int block = rank * (kBlockN / kColumnBlock / kCluster) + i;
-                    ptx::tma_load_2d_multicast(stage_b + block * kBlockK * 128, &maps.b, &bars.full[ring.stage], n0 + block * kColumnBlock,
-                                               kb * kBlockK, 3);
-                }
+                for (int block = 0; block < L::kColumnBlocks; ++block)
+                    ptx::tma_load_2d_multicast(stage_b + (block * kBlockK + rank * half) * 128, &maps.b, &bars.full[ring.stage],
+                                               n0 + block * kColumnBlock, kb * kBlockK + rank * half, 3);
             }
             // The auxiliary tile goes where the last tile's result was, once that has been stored: not before the ring is fed.
             if (Op::kHasAux && kb == min(kStages, k_blocks) - 1) {
                 ptx::mbarrier_wait(&bars.aux_empty, tile_parity ^ 1);
-                ptx::mbarrier_arrive_expect(&bars.aux_full, kStagingBytes);
+                ptx::mbarrier_arrive_expect(&bars.aux_full, L::kStagingBytes);
 #pragma unroll
-                for (int i = 0; i < kConsumers * kBlockN / kColumnBlock; ++i) {
-                    const int rows = i / (kBlockN / kColumnBlock), block = i % (kBlockN / kColumnBlock);
+                for (int i = 0; i < kConsumers * L::kColumnBlocks; ++i) {
+                    const int rows = i / L::kColumnBlocks, block = i % L::kColumnBlocks;
                     ptx::tma_load_2d(staging + i * kStagingBlockBytes, &maps.aux, &bars.aux_full, n0 + block * kColumnBlock, m0 + rows * 64);
                 }
                 tile_parity ^= 1;
@@ -107,12 +121,14 @@ __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, ui
 
 template <class Op>
 __device__ __forceinline__ void consume(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging, Barriers& bars) {
+    using L = Layout<Op>;
+    constexpr int kBlockN = Op::kBlockN;
     const uint32_t rank = ptx::cluster_rank();
     const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int tiles_n = (shape.n + kBlockN - 1) / kBlockN;
     const int pairs = (shape.m + kCluster * kBlockM - 1) / (kCluster * kBlockM) * tiles_n;
     const int k_blocks = (shape.k + kBlockK - 1) / kBlockK;
-    uint8_t* own_staging = staging + group * (kBlockN / kColumnBlock) * kStagingBlockBytes;
+    uint8_t* own_staging = staging + group * L::kPassBlocks * kStagingBlockBytes;
     // Row and 16-byte column chunk that this lane addresses in ldmatrix / stmatrix of a 16 x 16 block.
     const uint32_t lane_row = warp * 16 + (lane / 8 % 2) * 8 + lane % 8, lane_chunk = lane / 16;
     Ring ring;
@@ -128,14 +144,14 @@ __device__ __forceinline__ void consume(const Maps& maps, const Shape& shape, ui
 
     for (int pair = blockIdx.x / kCluster; pair < pairs; pair += gridDim.x / kCluster) {
         const int m0 = (pair / tiles_n * kCluster + rank) * kBlockM + group * 64, n0 = pair % tiles_n * kBlockN;
-        float acc[128];
+        float acc[kBlockN / 2];
         uint32_t a_regs[2][4][4];
         int previous = -1;
 #pragma unroll 2
         for (int kb = 0; kb < k_blocks; ++kb, ring.next()) {
             ptx::mbarrier_wait(&bars.full[ring.stage], ring.phase);
-            uint8_t* stage_a = stages + ring.stage * kStageBytes + group * 64 * 128;
-            uint8_t* stage_b = stages + ring.stage * kStageBytes + kStageABytes;
+            uint8_t* stage_a = stages + ring.stage * L::kStageBytes + group * 64 * 128;
+            uint8_t* stage_b = stages + ring.stage * L::kStageBytes + L::kStageABytes;
             const uint64_t b = Op::kBMajor == wgmma::kMajorK ? wgmma::descriptor(stage_b) : wgmma::descriptor_mn_major(stage_b, kBlockK * 128);
             constexpr uint32_t kBStep = Op::kBMajor == wgmma::kMajorK ? 32 : 16 * 128;
             if constexpr (Op::kTransformA) {
@@ -172,30 +188,34 @@ __device__ __forceinline__ void consume(const Maps& maps, const Shape& shape, ui
         wgmma::pin(acc);
         release(previous);
 
-        if constexpr (Op::kHasAux) {
-            ptx::mbarrier_wait(&bars.aux_full, tile_parity);
-            tile_parity ^= 1;
-        } else {
-            if (threadIdx.x % 128 == 0) ptx::bulk_wait_read<0>();
-            ptx::named_sync(1 + group, 128);
-        }
         const uint32_t own = ptx::smem_u32(own_staging);
 #pragma unroll
-        for (int j = 0; j < kBlockN / 16; ++j) {
-            const uint32_t address = own + j / 4 * kStagingBlockBytes + swizzled(lane_row, j % 4 * 2 + lane_chunk);
-            uint32_t aux[4] = {}, out[4];
-            if constexpr (Op::kHasAux) ptx::ldmatrix_x4(address, aux[0], aux[1], aux[2], aux[3]);
+        for (int pass = 0; pass < L::kPasses; ++pass) {
+            if constexpr (Op::kHasAux) {
+                ptx::mbarrier_wait(&bars.aux_full, tile_parity);
+                tile_parity ^= 1;
+            } else {
+                if (threadIdx.x % 128 == 0) ptx::bulk_wait_read<0>();
+                ptx::named_sync(1 + group, 128);
+            }
 #pragma unroll
-            for (int r = 0; r < 4; ++r) out[r] = Op::result(acc[8 * j + 2 * r], acc[8 * j + 2 * r + 1], aux[r]);
-            ptx::stmatrix_x4(address, out[0], out[1], out[2], out[3]);
-        }
-        ptx::fence_async_shared();
-        ptx::named_sync(1 + group, 128);
-        if (threadIdx.x % 128 == 0) {
+            for (int i = 0; i < L::kPassBlocks * 4; ++i) {
+                const int j = pass * L::kPassBlocks * 4 + i;  // 16 columns of the tile
+                const uint32_t address = own + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
+                uint32_t aux[4] = {}, out[4];
+                if constexpr (Op::kHasAux) ptx::ldmatrix_x4(address, aux[0], aux[1], aux[2], aux[3]);
 #pragma unroll
-            for (int block = 0; block < kBlockN / kColumnBlock; ++block)
-                ptx::tma_store_2d(&maps.c, own_staging + block * kStagingBlockBytes, n0 + block * kColumnBlock, m0);
-            ptx::bulk_commit();
+                for (int r = 0; r < 4; ++r) out[r] = Op::result(acc[8 * j + 2 * r], acc[8 * j + 2 * r + 1], aux[r]);
+                ptx::stmatrix_x4(address, out[0], out[1], out[2], out[3]);
+            }
+            ptx::fence_async_shared();
+            ptx::named_sync(1 + group, 128);
+            if (threadIdx.x % 128 == 0) {
+#pragma unroll
+                for (int block = 0; block < L::kPassBlocks; ++block)
+                    ptx::tma_store_2d(&maps.c, own_staging + block * kStagingBlockBytes, n0 + (pass * L::kPassBlocks + block) * kColumnBlock, m0);
+                ptx::bulk_commit();
+            }
         }
         stored = true;
     }
@@ -208,8 +228,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     extern __shared__ uint8_t raw[];
     // NOTE: 1024-aligned in the shared window, which is the same in both CTAs of the cluster.
     uint8_t* stages = raw + (1024 - ptx::smem_u32(raw) % 1024) % 1024;
-    uint8_t* staging = stages + kStages * kStageBytes;
-    Barriers& bars = *reinterpret_cast<Barriers*>(staging + kStagingBytes);
+    uint8_t* staging = stages + kStages * Layout<Op>::kStageBytes;
+    Barriers& bars = *reinterpret_cast<Barriers*>(staging + Layout<Op>::kStagingBytes);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
             ptx::mbarrier_init(&bars.full[s], 1);
@@ -240,11 +260,12 @@ inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int6
 template <class Op>
 cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream) {
     if (shape.m == 0) return cudaSuccess;
+    constexpr int kBlockN = Op::kBlockN, kSharedBytes = Layout<Op>::kSharedBytes;
     Maps maps{};
     const bool b_is_nk = Op::kBMajor == wgmma::kMajorK;
     cudaError_t status = map_2d(&maps.a, a, shape.m, shape.k, shape.k, kBlockM);
     if (status == cudaSuccess)
-        status = b_is_nk ? map_2d(&maps.b, b, shape.n, shape.k, shape.k, kBlockN / kCluster) : map_2d(&maps.b, b, shape.k, shape.n, shape.n, kBlockK);
+        status = b_is_nk ? map_2d(&maps.b, b, shape.n, shape.k, shape.k, kBlockN / kCluster) : map_2d(&maps.b, b, shape.k, shape.n, shape.n, kBlockK / kCluster);
     if (status == cudaSuccess) status = map_2d(&maps.c, c, shape.m, shape.n, shape.n, 64);
     if (status == cudaSuccess && Op::kHasAux) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
     int device = 0, sms = 0;
