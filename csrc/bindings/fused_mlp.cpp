@@ -36,10 +36,19 @@ void fwd(Tensor x, Tensor w_up, Tensor w_down, int64_t activation, Tensor u, Ten
     check_launch(fused_mlp_fwd(p, here.stream), "fused_mlp_fwd");
 }
 
-void bwd(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx) {
+float* sum(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {
+    check(t, argument, ScalarType::Float, {rows, columns});
+    check_contiguous(t, argument);
+    return static_cast<float*>(t.data_ptr());
+}
+
+void bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx, Tensor dw_up, Tensor dw_down) {
     FusedMlpParams p = shapes(dy, w_up, w_down, activation);
     p.dy = input(dy, "dy", p.m, p.d_out);
+    p.x = input(x, "x", p.m, p.d);
     p.u = output(u, "u", p.m, p.h);
+    p.dw_up = sum(dw_up, "dw_up", p.h, p.d);
+    p.dw_down = sum(dw_down, "dw_down", p.d_out, p.h);
     p.du = output(du, "du", p.m, p.h);
     p.dx = output(dx, "dx", p.m, p.d);
     OnDeviceOf here(dy);
@@ -51,7 +60,9 @@ void bwd(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def("fused_mlp_fwd(Tensor x, Tensor w_up, Tensor w_down, int activation, Tensor(a!) u, Tensor(b!) y) -> ()");
-    m.def("fused_mlp_bwd(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int activation, Tensor(a!) du, Tensor(b!) dx) -> ()");
+    m.def(
+        "fused_mlp_bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation, Tensor(a!) du, Tensor(b!) dx,"
+        " Tensor(c!) dw_up, Tensor(d!) dw_down) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("fused_mlp_fwd", TORCH_BOX(&pgolf::fwd));

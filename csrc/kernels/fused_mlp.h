@@ -4,6 +4,7 @@
 //
 // Only u is kept for the backward: act is applied where its operand is loaded, act' where the gradient is stored.
 // act(u) is rounded once to bf16, as the product of bf16 values is; everything else accumulates in fp32.
+// The weight gradients are sums of float32 additions whose order varies from run to run.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
@@ -24,6 +25,8 @@ struct FusedMlpParams {
     __nv_bfloat16* y;             // [M, D_out]       out of the forward
     __nv_bfloat16* du;            // [M, H]           out of the backward: (dy Wdown) * act'(u)
     __nv_bfloat16* dx;            // [M, D]           out of the backward: du Wup
+    float* dw_up;                 // [H, D]           the backward adds du^T x
+    float* dw_down;               // [D_out, H]       the backward adds dy^T act(u)
     int m, d, h, d_out;
     Activation activation;
 };
