@@ -19,7 +19,7 @@ FusedMlpParams shapes(const Tensor& first, const Tensor& w_up, const Tensor& w_d
     FusedMlpParams p{};
     const int64_t m = first.size(0), d = w_up.size(1), h = w_up.size(0), d_out = w_down.size(0);
     STD_TORCH_CHECK(m <= INT32_MAX, "x: more than 2^31 rows");
-    STD_TORCH_CHECK(d % 8 == 0 && h % 8 == 0 && d_out % 8 == 0, "w_up, w_down: widths are multiples of 8");
+    STD_TORCH_CHECK(d % 8 == 0 && h % 8 == 0 && d_out % 8 == 0, "w_up, w_down: the kernel takes widths that are multiples of 8, got ", d, ", ", h, ", ", d_out);
     p.m = int(m), p.d = int(d), p.h = int(h), p.d_out = int(d_out);
     p.w_up = input(w_up, "w_up", h, d);
     p.w_down = input(w_down, "w_down", d_out, h);
