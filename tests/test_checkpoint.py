@@ -1,0 +1,92 @@
+"""Checkpoints: exact, whole or absent, and clear when they fail."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pgolf_fast import checkpoint
+from pgolf_fast.errors import UserError
+
+
+def tensors():
+    bank = torch.randn(4, 3, 5)
+    return {"bank": bank, "view": bank[1], "half": torch.randn(7).bfloat16(), "count": torch.tensor(3), "empty": torch.empty(0, 2)}
+
+
+def test_exact_round_trip(tmp_path):
+    stored, state = tensors(), {"step": 12, "rng": [1, 2**63], "name": "é"}
+    path = checkpoint.save(tmp_path, 12, stored, state)
+    loaded, found = checkpoint.load(path)
+    assert found == state
+    assert loaded.keys() == stored.keys()
+    for name, value in stored.items():
+        assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value), name
+
+
+def test_the_newest_is_found_and_old_ones_go(tmp_path):
+    assert checkpoint.latest(tmp_path / "none") is None
+    for step in (5, 10, 100000000 - 1):
+        checkpoint.save(tmp_path, step, {"a": torch.zeros(1)}, {})
+    assert checkpoint.latest(tmp_path) == checkpoint.path_of(tmp_path, 99999999)
+    assert len(list(tmp_path.iterdir())) == checkpoint.KEEP
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(UserError, match="cannot write .*no earlier one"):
+        checkpoint.save(blocked / "sub", 1, {"a": torch.zeros(1)}, {})
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_leaves_the_last_one_whole(tmp_path, monkeypatch):
+    good = checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, {"step": 1})
+
+    def full(own, draft, metadata):
+        draft.write_bytes(b"half")
+        with open("/dev/full", "wb", buffering=0) as device:
+            device.write(b"x")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left.*last whole one is"):
+        checkpoint.save(tmp_path, 2, {"a": torch.ones(3)}, {"step": 2})
+    assert checkpoint.latest(tmp_path) == good and list(tmp_path.iterdir()) == [good]
+    assert torch.equal(checkpoint.load(good)[0]["a"], torch.ones(3))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 100, None])
+def test_a_damaged_file_is_refused(tmp_path, damage):
+    path = checkpoint.save(tmp_path, 1, tensors(), {"step": 1})
+    path.write_bytes(path.read_bytes()[:-10] if damage is None else damage)
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(path)
+    with pytest.raises(UserError, match="no file"):
+        checkpoint.load(tmp_path / "absent")
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from pgolf_fast import checkpoint
+print("ready", flush=True)
+for step in range(1, 100000):
+    checkpoint.save(Path(sys.argv[1]), step, {"a": torch.full((200_000,), float(step))}, {"step": step})
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    for i in range(3):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+        writer.stdout.readline()
+        while checkpoint.latest(tmp_path) is None:
+            time.sleep(0.01)
+        time.sleep(0.05 + 0.031 * i)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        found, state = checkpoint.load(checkpoint.latest(tmp_path))
+        assert torch.equal(found["a"], torch.full((200_000,), float(state["step"])))
