@@ -34,6 +34,11 @@ bool is_letter(Class c) { return c == kLower || c == kUpper; }
 char lower(char c) { return char(c | 0x20); }
 char upper(char c) { return char(c & ~0x20); }  // of an ASCII letter, either case
 
+size_t character_bytes(char first) {
+    const auto byte = static_cast<unsigned char>(first);
+    return byte < 0x80 ? 1 : byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;
+}
+
 // The operator that starts at text[i], or 0.
 unsigned char operator_at(std::string_view text, size_t i) {
     if (i + kOperatorBytes > text.size() || text[i] != '\xEE' || text[i + 1] != '\x80') return 0;
@@ -108,7 +113,7 @@ std::string decode(std::string_view text) {
         const unsigned char op = c == kMaybeOperator ? operator_at(text, i) : 0;
         if (pending_escape) {
             require(pending_mode == kNone || is_letter(c), "TITLE or ALLCAPS is not followed by a letter");
-            const size_t size = op ? kOperatorBytes : 1;  // the rest of any other character follows as bytes of class other
+            const size_t size = character_bytes(text[i]);
             out.append(text.substr(i, size));
             i += size;
             pending_escape = false;
