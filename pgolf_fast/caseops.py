@@ -22,6 +22,7 @@ TITLE, ALLCAPS, CAPNEXT, ESCAPE = OPERATORS = "\ue001\ue002\ue003\ue004"
 
 _SURROGATE = "{}: a lone surrogate at index {} has no UTF-8 form; replace it first"
 _LETTER = re.compile("[A-Za-z]")
+_ACTION = re.compile(f"{ESCAPE}(?P<literal>.?)|{ALLCAPS}(?P<word>[a-z]*)|[{TITLE}{CAPNEXT}](?P<letter>[a-z]?)", re.DOTALL)
 _RUN_OR_OPERATOR = re.compile(f"[A-Za-z]+|[{OPERATORS}]")
 
 
@@ -39,6 +40,12 @@ def decode(encoded: str) -> str:
         return _host.caseops_decode(encoded)
     except UnicodeEncodeError as error:
         raise ValueError(_SURROGATE.format("encoded", error.start)) from None
+
+
+def decode_lenient(encoded: str) -> str:
+    """`decode` for text that may have lost characters since it was encoded (a tokenizer's normalisation) or that a model wrote: an
+    operator without a letter to act on does nothing."""
+    return _ACTION.sub(lambda match: match["literal"] or (match["word"] or match["letter"] or "").upper(), encoded)
 
 
 def span_bytes(encoded: bytes, begin: int, ends: np.ndarray) -> np.ndarray:

@@ -178,10 +178,14 @@ class ShardWriter:
         if self.shard is not None:
             self._finish()
 
-    def discard(self) -> None:
-        if self.shard is not None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failure, *_):
+        if not failure:
+            self.close()
+        elif self.shard is not None:
             self.shard.discard()
-            self.shard = None
 
 
 def read_split(shards: Iterable[Path], vocab_size: int | None = None) -> np.ndarray:

@@ -51,6 +51,13 @@ def test_every_string_comes_back_and_matches_the_reference(text):
     assert decode(encoded) == text == decode_ref(encoded)
 
 
+@settings(max_examples=500, deadline=None)
+@given(texts)
+def test_the_lenient_decoder_reads_what_the_encoder_writes_and_refuses_nothing(text):
+    assert caseops.decode_lenient(encode(text)) == text
+    assert not set(caseops.decode_lenient(text)) & set("\ue001\ue002\ue003") or ESCAPE in text
+
+
 def outcome(decode, encoded):
     try:
         return decode(encoded)

@@ -80,10 +80,9 @@ def test_names_are_strict(tmp_path):
 @pytest.mark.parametrize("pieces", [[2500], [1, 999, 1000, 500], [1000, 1000], [0], []])
 def test_the_writer_cuts_shards_at_their_size_and_loses_nothing(tmp_path, pieces):
     stream = np.arange(sum(pieces), dtype=np.uint16)
-    writer = ShardWriter(tmp_path, "train", shard_tokens=1000)
-    for part in np.split(stream, np.cumsum(pieces)[:-1] if pieces else []):
-        writer.append(part)
-    writer.close()
+    with ShardWriter(tmp_path, "train", shard_tokens=1000) as writer:
+        for part in np.split(stream, np.cumsum(pieces)[:-1] if pieces else []):
+            writer.append(part)
     found = find_shards(tmp_path, "train")
     assert found == writer.finished and len(found) == max(1, -(-len(stream) // 1000))
     assert np.array_equal(shards.read_split(found), stream)
