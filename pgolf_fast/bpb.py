@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class PieceBytes:
-    """The byte rule as three tables by token id; `pgolf_fast.tokenizers.Tokenizer.piece_bytes()` makes them."""
+    """The byte rule as three tables by token id; `pgolf_fast.tokenizers.Tokenizer.piece_bytes` makes them."""
 
     own: Tensor  # int64 [V], bytes without the leading space
     has_space: Tensor  # bool [V], the piece starts with a space

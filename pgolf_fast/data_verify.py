@@ -17,7 +17,7 @@ import numpy as np
 from pgolf_fast import dataset, shards
 from pgolf_fast.data_build import Progress, split_documents
 from pgolf_fast.dataset import CHALLENGE_VAL_DOCUMENTS, Record
-from pgolf_fast.denominator import check_byte_rule, check_sidecar, rule_bytes
+from pgolf_fast.denominator import check_byte_rule, check_sidecar, num_scored, rule_bytes
 from pgolf_fast.documents import Workers, find_files, hash_tokens, read_chunks
 from pgolf_fast.errors import UserError
 from pgolf_fast.shards import ShardError
@@ -276,7 +276,7 @@ def _check_bytes(report: Report, folder, files, val, counts, tokenizer: Tokenize
         if tokenizer.is_caseops:
             report.fail("sidecar", folder / shards.shard_name("val_bytes", 0), "missing; CaseOps scores count original bytes", shards.REMEDY)
         report.checks["bytes"] = seen
-        return int(rule_bytes(tokenizer, val)[1 : num_scored(len(val)) + 1].sum())
+        return int(rule_bytes(tokenizer, val)[1 : num_scored(len(val), SCORED_ROW) + 1].sum(dtype=np.int64))
     for tokens_path, counts_path in zip(files["val"], files["val_bytes"]):
         if tokens_path.stat().st_size != counts_path.stat().st_size:
             report.fail("sidecar", counts_path, f"does not have one count for each token of {tokens_path.name}", shards.REMEDY)
@@ -291,12 +291,7 @@ def _check_bytes(report: Report, folder, files, val, counts, tokenizer: Tokenize
         report.fail("sidecar", files["val_bytes"][0], f"sums to {total:,} bytes, the build counted {expected:,}", shards.REMEDY)
     report.checks["sidecar"] = f"{total:,} original bytes; {agreement:.1%} of the tokens cover just their piece"
     report.checks["bytes"] = f"{seen}; normalisation changed them by {by_rule.bytes - total:+,}"
-    return int(counts[1 : num_scored(len(val)) + 1].sum(dtype=np.int64))
-
-
-def num_scored(num_tokens: int, row: int = SCORED_ROW) -> int:
-    """Targets of a validation stream cut to whole rows."""
-    return max(0, num_tokens - 1) // row * row
+    return int(counts[1 : num_scored(len(val), SCORED_ROW) + 1].sum(dtype=np.int64))
 
 
 def _check_source(report: Report, files, scans, tokenizer: Tokenizer, config: VerifyConfig, record: Record | None, progress) -> None:
@@ -337,7 +332,7 @@ def _check_source(report: Report, files, scans, tokenizer: Tokenizer, config: Ve
 def _certify(report: Report, files, scans, tokenizer: Tokenizer | None, val: np.ndarray, scored_bytes: int | None) -> None:
     from pgolf_fast import __version__
 
-    scored = num_scored(len(val))
+    scored = num_scored(len(val), SCORED_ROW)
     kind = (tokenizer.vocab_size, tokenizer.is_caseops) if tokenizer else None
     public = next((known for known in PUBLIC_SETS if (known.vocab_size, known.is_caseops) == kind), None)
     report.certificate = {

@@ -1,6 +1,7 @@
 """Proof that the byte counts under a score are right: each check returns what it found, or raises the UserError that says what is wrong."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -21,20 +22,27 @@ class ByteCount:
     bytes: int
 
 
-def rule_bytes(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
-    """int64 bytes of every token by the byte rule; the first has no token before it and counts as after a boundary."""
-    stream = torch.from_numpy(tokens.astype(np.int64))
-    previous = torch.cat([torch.tensor([BOS]), stream[:-1]])[: len(stream)]
-    return tokenizer.piece_bytes().of_targets(previous, stream).numpy()
+def num_scored(num_tokens: int, row: int) -> int:
+    """Targets of a validation stream cut to whole rows: position p predicts token p + 1."""
+    return max(0, num_tokens - 1) // row * row
+
+
+def rule_bytes(tokenizer: Tokenizer, tokens: np.ndarray, block: int = 1 << 22) -> np.ndarray:
+    """uint16 bytes of every token by the byte rule; the first one counts as after a boundary."""
+    table, counts = tokenizer.piece_bytes, np.empty(len(tokens), np.uint16)
+    for start in range(0, len(tokens), block):
+        stream = torch.from_numpy(tokens[max(0, start - 1) : start + block].astype(np.int64))
+        if start == 0:
+            stream = torch.cat([torch.tensor([BOS]), stream])
+        counts[start : start + block] = table.of_targets(stream[:-1], stream[1:])
+    return counts
 
 
 def check_byte_rule(tokenizer: Tokenizer, tokens: np.ndarray, max_documents: int | None = None) -> ByteCount:
     """The byte rule against the UTF-8 bytes of the decoded text, document by document."""
     total = ByteCount(0, 0, 0)
-    for number, document in enumerate(split_documents(tokens)):
-        if number == max_documents:
-            break
-        counted = int(rule_bytes(tokenizer, document).sum())
+    for number, document in enumerate(itertools.islice(split_documents(tokens), max_documents)):
+        counted = int(rule_bytes(tokenizer, document).sum(dtype=np.int64))
         decoded = len(tokenizer.decode(document).encode())
         if counted != decoded:
             raise UserError(

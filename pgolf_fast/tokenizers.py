@@ -8,6 +8,7 @@ control and zero-width characters, and rewrites compatibility characters. `encod
 each token covers.
 """
 
+import functools
 import hashlib
 import io
 from collections.abc import Iterable
@@ -92,6 +93,7 @@ class Tokenizer:
         text = self.processor.decode(np.asarray(tokens).tolist())
         return caseops.decode_lenient(text) if self.is_caseops else text
 
+    @functools.cached_property
     def piece_bytes(self) -> PieceBytes:
         """The byte rule's tables: a control token has no bytes, a byte piece one, an operator none, another its UTF-8 length."""
         own = [len(piece.removeprefix(SPACE).encode()) for piece in self.pieces]
