@@ -46,8 +46,8 @@ def main() -> None:
         raise SystemExit(2)
     module = _module(verb)
     config = tyro.cli(getattr(module, VERBS[verb][1]), prog=f"pgolf {verb}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
-    # With --json, standard output holds the JSON and nothing else.
-    console = Console(stderr=config.json)
+    # With --json, standard output holds the JSON and nothing else. Off a terminal, tables get room.
+    console = Console(stderr=config.json, width=None if sys.stdout.isatty() else 140)
     try:
         result, code = module.run(config, console)
     except UserError as error:
