@@ -89,13 +89,43 @@ def _kind(path: Path) -> str | None:
     return kinds.get(suffixes[-1] if suffixes else "", "json" if path.suffix in COMPRESSED else None)
 
 
+class _ZstdReader(io.RawIOBase):
+    """The text of a .zst file of one or more frames. Unlike zstandard's own stream reader it does not take a cut-off file for a whole one."""
+
+    def __init__(self, file):
+        self.file = file
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self.frame = self.decompressor.decompressobj()
+        self.is_between_frames = True
+        self.output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.output:
+            raw = self.frame.unused_data if self.frame.eof else b""
+            if self.frame.eof:
+                self.frame, self.is_between_frames = self.decompressor.decompressobj(), True
+            raw = raw or self.file.read(1 << 18)
+            if not raw:
+                if self.is_between_frames:
+                    return 0
+                raise EOFError("the file is cut off")
+            self.is_between_frames = False
+            self.output = memoryview(self.frame.decompress(raw))
+        count = min(len(buffer), len(self.output))
+        buffer[:count] = self.output[:count]
+        self.output = self.output[count:]
+        return count
+
+
 @contextlib.contextmanager
 def _open(path: Path):
     """The decompressed bytes of a file, and the file itself, whose position says how far reading has come."""
     with open(path, "rb") as file:
         if path.suffix == ".zst":
-            reader = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(file, read_across_frames=True)
-            yield io.BufferedReader(reader, 1 << 20), file
+            yield io.BufferedReader(_ZstdReader(file), 1 << 20), file
         elif path.suffix == ".gz":
             yield io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20), file
         else:
