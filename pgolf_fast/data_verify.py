@@ -193,6 +193,7 @@ def _scan_all(files: dict[str, list[Path]], processes: int, progress: Progress) 
         run = map
         if processes > 1 and _is_large(files):
             context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
             run = stack.enter_context(concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context)).map
         results = run(scan_shard, [paths for _, paths, _ in tasks], [number for _, _, number in tasks])
         for done, ((split, _, _), scan) in enumerate(zip(tasks, results), start=1):
