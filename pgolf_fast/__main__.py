@@ -16,8 +16,10 @@ from pgolf_fast.errors import UserError
 # verb -> (module in pgolf_fast.commands, class of its arguments); imported only when its help or itself is asked for
 VERBS = {
     "bench": ("bench", "Bench"),
+    "data": ("data", "Data"),
     "demo": ("demo", "Demo"),
     "doctor": ("doctor", "Doctor"),
+    "recipes": ("recipes", "Recipes"),
 }
 
 
