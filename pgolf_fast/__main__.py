@@ -20,6 +20,7 @@ VERBS = {
     "demo": ("demo", "Demo"),
     "doctor": ("doctor", "Doctor"),
     "recipes": ("recipes", "Recipes"),
+    "train": ("train", "Train"),
 }
 
 

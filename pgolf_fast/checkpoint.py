@@ -30,32 +30,37 @@ def latest(folder: Path) -> Path | None:
     return max(found, key=lambda p: int(NAME.fullmatch(p.name)[1]), default=None)
 
 
-def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict) -> Path:
-    """Write a checkpoint and drop all but the last KEEP.
+def write(target: Path, tensors: dict[str, torch.Tensor], state: dict) -> Path:
+    """One file, whole or not at all.
 
-    tensors  contiguous, any device; shared storage is stored once per name
+    tensors  any device; views of one storage are stored one by one
     state    JSON values
     """
-    target = path_of(folder, step)
     draft = target.with_suffix(".writing")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         # safetensors refuses tensors that share memory, such as views of one bank
         own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         save_file(own, draft, metadata={"state": json.dumps(state)})
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, target)
-        directory = os.open(folder, os.O_RDONLY)
+        directory = os.open(target.parent, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
     except (OSError, SafetensorError) as error:
         if draft.exists():
             draft.unlink()
-        kept = latest(folder)
+        kept = latest(target.parent)
         rescue = f"the last whole one is {kept}" if kept else "there is no earlier one"
         raise UserError(f"checkpoint: cannot write {target} ({error}); free space or choose another folder; {rescue}") from None
-    for old in sorted(p for p in folder.glob("step_*.safetensors"))[:-KEEP]:
+    return target
+
+
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict) -> Path:
+    """Write the checkpoint of a step and drop all but the last KEEP."""
+    target = write(path_of(folder, step), tensors, state)
+    for old in sorted(folder.glob("step_*.safetensors"))[:-KEEP]:
         old.unlink()
     return target
 

@@ -46,6 +46,19 @@ def sum_(tensor):
     return dist.all_reduce(tensor, async_op=True) if world_size() > 1 else _Done()
 
 
+def mean_(tensor):
+    """Start averaging `tensor` over the ranks, in place; `wait()` on the result."""
+    if world_size() > 1:
+        tensor /= world_size()
+    return sum_(tensor)
+
+
+def max_(tensor):
+    """The largest value of any rank, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+
 def sum_shard(tensor):
     """Start adding up over the ranks, of which each receives its part along the first dimension: (part, what to wait on)."""
     if world_size() == 1:

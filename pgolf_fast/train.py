@@ -1,15 +1,47 @@
-"""Settings of the training loop."""
+"""The training run: recipe and shards in, checkpoints and a log out.
 
+    synthetic warm-up, of which nothing is kept -> clock starts -> steps -> averaged weights
+
+Nothing in a step waits for the device: losses come back two steps later through pinned memory, and the host runs no
+further ahead than that. The learning rate and the stop are the same on every rank, because they follow one clock, the slowest rank's,
+which the ranks agree on every few steps.
+"""
+
+import contextlib
+import math
+import time
+from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import torch
+
+from pgolf_fast import checkpoint, dist, schedule
+from pgolf_fast.bpb import BitsPerByte, Score
+from pgolf_fast.clock import TrainingClock
+from pgolf_fast.data import ContinuousStream, Loader, ShardStream, load_validation, pack_segments
 from pgolf_fast.errors import UserError
+from pgolf_fast.model import GPT, ModelConfig, visits
+from pgolf_fast.optim import Optimizer
+from pgolf_fast.runlog import RunLog, machine
 from pgolf_fast.settings import setting
+
+RUN_AHEAD = 2  # steps that the host may be ahead of a GPU
+AGREE_EVERY = 10  # steps between two agreements of several ranks on the clock
+PEAK_FLOPS = {"NVIDIA H100": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA A100": 312e12}  # dense bf16, by the start of the device's name
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     run_id: str = setting("", "name of the run's folder; empty: made from the recipe and the time", "RUN_ID")
     seed: int = setting(1337, "of the initial weights; the order of the data does not depend on it", "SEED")
+    data: str = setting("", "folder of the shards (pgolf data build, get or demo makes one)", "DATA_PATH")
+    tokenizer: str = setting("", "model that made them; empty: the one in the folder", "TOKENIZER_PATH")
+    layout: Literal["rows", "documents"] = setting(
+        "rows", "rows of train_seq_len that cross documents, or documents packed side by side, cut at train_seq_len"
+    )
+    cu_seqlens_entries: int = setting(256, "documents: their starts are padded to a multiple of this, one size for nearly every batch")
     train_batch_tokens: int = setting(786432, "tokens per step, over all ranks", "TRAIN_BATCH_TOKENS")
     micro_batches: int = setting(8, "parts of a step, each one forward and backward; a multiple of the number of ranks")
     train_seq_len: int = setting(2048, "tokens of context in training", "TRAIN_SEQ_LEN")
@@ -17,11 +49,383 @@ class TrainConfig:
     val_loss_every: int = setting(4000, "steps between validations; 0: only after the last step", "VAL_LOSS_EVERY")
     val_batch_tokens: int = setting(524288, "tokens per validation batch, over all ranks", ("VAL_BATCH_SIZE", "VAL_BATCH_TOKENS"))
     train_log_every: int = setting(500, "steps between lines of the text log", "TRAIN_LOG_EVERY")
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
+    stop_reserve_seconds: float = setting(0.5, "kept free before the time limit, for a step slower than the last fifty")
+    deterministic: bool = setting(False, "bit-identical runs, at the price of speed")
 
     def __post_init__(self):
-        for field in ("train_batch_tokens", "micro_batches", "train_seq_len", "val_batch_tokens", "train_log_every"):
+        for field in ("train_batch_tokens", "micro_batches", "train_seq_len", "val_batch_tokens", "train_log_every", "cu_seqlens_entries"):
             if getattr(self, field) < 1:
                 raise UserError(f"train.{field}: expected at least 1, got {getattr(self, field)}")
         rows = self.micro_batches * self.train_seq_len
         if self.train_batch_tokens % rows:
             raise UserError(f"train.train_batch_tokens: {self.train_batch_tokens} is no multiple of micro_batches x train_seq_len, {rows}")
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return self.train_batch_tokens // self.micro_batches
+
+
+@dataclass(frozen=True)
+class Result:
+    steps: int
+    train_loss: float  # nats per token, of the last step
+    validation: Score  # of the final weights
+    weights: str  # which these are
+    folder: Path
+
+
+def flops_per_token(config: ModelConfig, context: float, looped: bool) -> float:
+    """Forward and backward, matrix products and causal attention over `context` earlier tokens on average, nothing recomputed."""
+    block = 2 * config.model_dim * config.model_dim + 2 * config.kv_dim * config.model_dim + 2 * config.hidden_dim * config.model_dim
+    per_visit = 2 * block + 4 * context * config.model_dim
+    return 3 * (len(visits(config, looped)) * per_visit + 2 * config.vocab_size * config.model_dim)
+
+
+class Trainer:
+    """One rank's part of a run. Build, then `run()`."""
+
+    def __init__(self, recipe, folder: Path, device_type: str, echo=print, resume: bool = False):
+        """`recipe` is a recipe.Resolved; the folder is the run's, shared by all ranks."""
+        self.recipe, self.config = recipe.recipe, recipe.recipe.train
+        self.folder, self.resume = folder, resume
+        self.device = dist.start(device_type)
+        world = dist.world_size()
+        if self.config.micro_batches % world:
+            raise UserError(f"train.micro_batches: {self.config.micro_batches} parts cannot be shared by {world} ranks; use a multiple of {world}")
+        if not self.config.data:
+            raise UserError("train.data: no data folder; `pgolf data demo FOLDER` makes a small one, then say train.data=FOLDER")
+        if self.config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.clock = TrainingClock(self.recipe.schedule.max_wallclock_seconds - self.recipe.schedule.reserve_seconds, self.config.stop_reserve_seconds)
+        self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)
+        self.log.document("recipe.json", {"name": recipe.name, "note": recipe.note, "values": recipe.values(), "sources": recipe.sources})
+        self.log.document("machine.json", machine(self.device, world))
+
+        with self.clock.phase("set-up"):
+            torch.manual_seed(self.config.seed)
+            stream_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            self.model = GPT(self.recipe.model, self.config.seed, self.device, stream_dtype)
+            self.parts = self.config.micro_batches // world
+            self.optimizer = Optimizer(self.model, self.recipe.optim, self.parts)
+            packed = self.config.layout == "documents"
+            stream = ShardStream if packed else ContinuousStream
+            self.loader = Loader(
+                stream(self.config.data, self.config.micro_batch_tokens, world, self.recipe.model.vocab_size),
+                dist.rank(),
+                self.device,
+                packed,
+                self.config.train_seq_len,
+                self.config.cu_seqlens_entries,
+            )
+            self.validation = load_validation(self.config.data, self.config.train_seq_len, self.config.tokenizer or None)
+        self.step, self.plan = 0, None
+        self.agreed_s, self.agreed_step, self.mean_step_s = 0.0, 0, 0.0
+        self.losses = _Losses(self.device)
+        self.run_ahead = RUN_AHEAD if self.device.type == "cuda" else 0
+
+    # -- one step
+
+    def loss_of(self, inputs, targets, cu_seqlens, plan):
+        """The mean loss of one micro-batch."""
+        if cu_seqlens is None:
+            inputs, targets = (t.view(-1, self.config.train_seq_len) for t in (inputs, targets))
+            documents = {}
+        else:
+            inputs, targets = inputs[None], targets[None]
+            documents = {"cu_seqlens": cu_seqlens, "max_seqlen": self.config.train_seq_len}
+        return self.model(inputs, targets, looped=plan.looped, fake_quant=plan.fake_quant, **documents)
+
+    def take_step(self, batches, plan):
+        """Forward, backward and update; the summed loss of this rank's micro-batches stays on the device."""
+        self.optimizer.set(plan)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self.loss_of(*batch, plan)
+            loss.backward()
+            self.optimizer.collect()
+            total += loss.detach()
+        self.optimizer.step()
+        return total / self.parts
+
+    def warm_up(self):
+        """Full steps on synthetic tokens in every mode that the run will meet; weights, optimizer and loader are then as before."""
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(2, self.recipe.model.vocab_size, (2, self.config.micro_batch_tokens), generator=generator).to(self.device)
+        cu_seqlens = None
+        if self.config.layout == "documents":
+            segments = pack_segments(tokens[0].cpu().numpy(), self.config.train_seq_len, self.config.cu_seqlens_entries)
+            cu_seqlens = torch.from_numpy(segments).to(self.device)
+        modes = {(False, False)}
+        if self.recipe.model.num_loops:
+            modes.add((True, False))
+        if self.recipe.schedule.late_qat:
+            modes |= {(looped, True) for looped, _ in modes}
+        for looped, fake_quant in sorted(modes):
+            plan = schedule.StepPlan(1.0, self.recipe.schedule.muon_momentum_start, looped, fake_quant, False)
+            for i in range(self.config.warmup_steps):
+                begin = time.perf_counter()
+                self.take_step([(tokens[0], tokens[1], cu_seqlens)] * self.parts, plan)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if i == self.config.warmup_steps - 1:
+                    self.clock.observe_steps(1, time.perf_counter() - begin)
+                self.log.line(f"warmup_step:{i + 1}/{self.config.warmup_steps}")
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(before[name])
+        self.optimizer.reset()
+
+    # -- the clock, the same for all ranks
+
+    def agree(self):
+        """Takes the slowest rank's clock as everybody's, and returns how many steps may follow before the next agreement."""
+        every = 1 if dist.world_size() == 1 else AGREE_EVERY
+        times = torch.tensor([self.clock.elapsed_s, self.clock.slowest_step_s], dtype=torch.float64, device=self.device)
+        dist.max_(times)
+        elapsed, slowest = times.tolist() if dist.world_size() > 1 else (self.clock.elapsed_s, self.clock.slowest_step_s)
+        if self.step > self.agreed_step:
+            self.mean_step_s = (elapsed - self.agreed_s) / (self.step - self.agreed_step)
+        self.agreed_s, self.agreed_step = elapsed, self.step
+        # Steps that were issued but have not run yet need their time too.
+        return self.clock.steps_left(elapsed + self.losses.pending * slowest, slowest, min(every, self.recipe.schedule.iterations - self.step))
+
+    @property
+    def elapsed_s(self):
+        """The agreed clock, carried on to this step."""
+        return self.agreed_s + (self.step - self.agreed_step) * self.mean_step_s
+
+    # -- the run
+
+    def run(self, progress=None) -> Result:
+        """`progress(step, loss, ms_per_step)` is called as losses come in."""
+        with self.clock.phase("warm-up"):
+            self.warm_up()
+        if self.resume:
+            self.restore()
+        iterations, every = self.recipe.schedule.iterations, self.config
+        self.log.line(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
+        self.log.line(f"world_size:{dist.world_size()} grad_accum_steps:{self.parts}")
+        self.log.line(f"seed:{self.config.seed}")
+        window = _Window()
+        with self.clock.phase("train"):
+            begun = time.perf_counter()
+            allowed = self.agree()
+            while allowed:
+                for _ in range(allowed):
+                    if every.val_loss_every and self.step % every.val_loss_every == 0:
+                        with self.clock.phase("validate"):
+                            self.drain(window, progress)
+                            self.report_validation(self.validate())
+                        begun = time.perf_counter()
+                    self.plan = schedule.plan(self.recipe.schedule, self.step, self.elapsed_s, self.plan)
+                    batches = [(b.inputs, b.targets, b.cu_seqlens) for b in (next(self.loader) for _ in range(self.parts))]
+                    self.losses.put(self.step, self.take_step(batches, self.plan))
+                    if self.plan.snapshot:
+                        self.optimizer.snapshot()
+                    self.step += 1
+                    if self.losses.pending > self.run_ahead:
+                        self.receive(window, progress)
+                    now = time.perf_counter()
+                    self.clock.observe_steps(1, now - begun)
+                    begun = now
+                    if every.checkpoint_every and self.step % every.checkpoint_every == 0:
+                        with self.clock.phase("checkpoint"):
+                            self.drain(window, progress)
+                            self.save()
+                        begun = time.perf_counter()
+                allowed = self.agree()
+            self.drain(window, progress)
+        if self.step < iterations:
+            self.log.line(f"stopping_early: wallclock_cap train_time:{1e3 * self.clock.elapsed_s:.0f}ms step:{self.step}/{iterations}")
+        return self.finish()
+
+    def receive(self, window, progress):
+        """The oldest loss still on its way; stops the run if it is not finite."""
+        step, loss = self.losses.get()
+        if not math.isfinite(loss):
+            self.keep_evidence(step, loss)
+        window.add(step, loss)
+        if progress:
+            progress(step + 1, loss, window.ms_per_step)
+        self.log.event("step", step=step + 1, train_loss=loss, lr_factor=self.plan.lr_factor, train_s=self.clock.elapsed_s)
+        if (step + 1) % self.config.train_log_every == 0 or step < 10:
+            train_ms = 1e3 * self.clock.elapsed_s
+            self.log.line(
+                f"step:{step + 1}/{self.recipe.schedule.iterations} train_loss:{loss:.4f} train_time:{train_ms:.0f}ms "
+                f"step_avg:{train_ms / (step + 1):.2f}ms"
+            )
+            self.log.event("speed", step=step + 1, **self.speed(window))
+
+    def drain(self, window, progress):
+        while self.losses.pending:
+            self.receive(window, progress)
+
+    def speed(self, window) -> dict:
+        """Of the last steps, not of the whole run: the loop changes the step time."""
+        step_s = window.ms_per_step / 1e3
+        found = {"ms_per_step": window.ms_per_step, "tokens_per_s": self.config.train_batch_tokens / step_s if step_s else 0.0}
+        found |= {"loader_stalls": self.loader.stalls, "loader_stall_s": self.loader.stall_s}
+        if self.device.type == "cuda":
+            found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            peak = next((f for name, f in PEAK_FLOPS.items() if torch.cuda.get_device_name().startswith(name)), None)
+            if peak:
+                per_token = flops_per_token(self.recipe.model, self.config.train_seq_len / 2, self.plan.looped)
+                found["mfu"] = per_token * found["tokens_per_s"] / (peak * dist.world_size())
+        return found
+
+    # -- validation
+
+    @torch.no_grad()
+    def validate(self) -> Score:
+        """Every whole row of the validation stream once, in plain float32 losses, shared out over the ranks."""
+        row, world, rank = self.config.train_seq_len, dist.world_size(), dist.rank()
+        rows = len(self.validation) // row
+        first, last = rows * rank // world, rows * (rank + 1) // world
+        batch = max(1, self.config.val_batch_tokens // (row * world))
+        looped = self.plan.looped if self.plan else self.recipe.schedule.loop_from_frac == 0
+        total = BitsPerByte(self.device)
+        for start in range(first, last, batch):
+            inputs, targets, target_bytes = self.validation.slice(start * row, min(start + batch, last) * row)
+            documents = {}
+            if self.config.layout == "documents":
+                segments = torch.from_numpy(pack_segments(inputs.numpy(), row, self.config.cu_seqlens_entries))
+                documents = {"cu_seqlens": segments.to(self.device), "max_seqlen": row}
+                inputs, targets = inputs[None], targets[None]
+            else:
+                inputs, targets = inputs.view(-1, row), targets.view(-1, row)
+            losses = self.model(inputs.to(self.device), targets.to(self.device), reduction="none", looped=looped, **documents)
+            total.add(losses.flatten(), target_bytes.to(self.device))
+        total.all_reduce()
+        return total.score()
+
+    def report_validation(self, score: Score):
+        train_ms = 1e3 * self.clock.elapsed_s
+        self.log.line(
+            f"step:{self.step}/{self.recipe.schedule.iterations} val_loss:{score.nats_per_token:.4f} val_bpb:{score.bits_per_byte:.4f} "
+            f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(self.step, 1):.2f}ms"
+        )
+        self.log.event("validation", step=self.step, val_loss=score.nats_per_token, val_bpb=score.bits_per_byte)
+
+    # -- the end, and what is kept
+
+    def finish(self) -> Result:
+        with self.clock.phase("validate"):
+            self.report_validation(self.validate())
+        with self.clock.phase("checkpoint"):
+            self.save()
+            weights = self.optimizer.load_average()
+        with self.clock.phase("validate"):
+            score = self.validate()
+        self.log.line(f"final_weights {weights} val_loss:{score.nats_per_token:.8f} val_bpb:{score.bits_per_byte:.8f}")
+        with self.clock.phase("checkpoint"):
+            if dist.rank() == 0:
+                checkpoint.write(self.folder / "model.safetensors", self.model.published_tensors(), {"weights": weights})
+        if self.device.type == "cuda":
+            allocated, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
+            self.log.line(f"peak memory allocated: {allocated:.0f} MiB reserved: {reserved:.0f} MiB")
+        self.log.event("end", steps=self.step, weights=weights, val_loss=score.nats_per_token, val_bpb=score.bits_per_byte, ledger_s=dict(self.clock.ledger_s))
+        self.loader.close()
+        self.log.close()
+        return Result(self.step, self.losses.last, score, weights, self.folder)
+
+    def save(self):
+        """All ranks take part; rank 0 writes."""
+        tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        tensors |= {f"optim.{name}": t for name, t in self.optimizer.state_dict().items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        state = {
+            "step": self.step,
+            "plan": self.plan._asdict() if self.plan else None,
+            "loader": self.loader.state(),
+            "clock": self.clock.state(),
+            "recipe": {key: value for key, value in self._identity().items()},
+        }
+        if dist.rank() == 0:
+            checkpoint.save(self.folder / "checkpoints", self.step, tensors, state)
+        self.log.event("checkpoint", step=self.step)
+
+    def _identity(self) -> dict:
+        """What a checkpoint and the run that resumes it must share: everything that shapes weights and state."""
+        return {"model": repr(self.recipe.model), "optim": repr(self.recipe.optim)}
+
+    def restore(self):
+        path = checkpoint.latest(self.folder / "checkpoints")
+        if path is None:
+            raise UserError(f"resume: no checkpoint in {self.folder / 'checkpoints'}; start the run without --resume")
+        tensors, state = checkpoint.load(path)
+        for part, value in self._identity().items():
+            if state["recipe"][part] != value:
+                raise UserError(f"resume: {path} was trained with other {part} settings; resume with the recipe in {self.folder / 'recipe.json'}")
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(tensors[f"model.{name}"])
+        self.optimizer.load_state_dict({name.removeprefix("optim."): t for name, t in tensors.items() if name.startswith("optim.")})
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        self.loader.load_state(state["loader"])
+        self.clock.restore(state["clock"])
+        self.step, self.plan = state["step"], schedule.StepPlan(**state["plan"]) if state["plan"] else None
+        self.agreed_s, self.agreed_step = self.clock.elapsed_s, self.step
+        self.log.event("resume", step=self.step, checkpoint=str(path))
+
+    def keep_evidence(self, step, loss):
+        """A loss that is not finite ends the run; weights, state and the stream's position stay for whoever looks."""
+        evidence = self.folder / "evidence"
+        with contextlib.suppress(UserError):
+            if dist.rank() == 0:
+                tensors = {name: p for name, p in self.model.named_parameters()}
+                checkpoint.write(evidence / "weights.safetensors", tensors, {"step": self.step, "loader": self.loader.state()})
+        self.log.event("not_finite", step=step + 1, train_loss=str(loss))
+        kept = checkpoint.latest(self.folder / "checkpoints")
+        raise UserError(
+            f"the loss of step {step + 1} is {loss}; the weights as they were after step {self.step} are in {evidence}, "
+            + (f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it (train.checkpoint_every)")
+        )
+
+
+class _Losses:
+    """Losses on their way from the device, oldest first; each is the mean over all ranks."""
+
+    def __init__(self, device):
+        self.device, self.queue, self.last = device, deque(), math.nan
+
+    @property
+    def pending(self) -> int:
+        return len(self.queue)
+
+    def put(self, step, loss):
+        arrival = dist.mean_(loss)
+        arrival.wait()
+        if self.device.type != "cuda":
+            self.queue.append((step, loss, None))
+            return
+        host = torch.empty((), pin_memory=True)
+        host.copy_(loss, non_blocking=True)
+        self.queue.append((step, host, torch.cuda.current_stream().record_event()))
+
+    def get(self):
+        step, loss, event = self.queue.popleft()
+        if event is not None:
+            event.synchronize()
+        self.last = loss.item()
+        return step, self.last
+
+
+class _Window:
+    """Mean step time between the losses received last."""
+
+    def __init__(self):
+        self.times = deque(maxlen=50)
+
+    def add(self, step, loss):
+        self.times.append((step, time.perf_counter()))
+
+    @property
+    def ms_per_step(self) -> float:
+        (first, begin), (last, end) = self.times[0], self.times[-1]
+        return 1e3 * (end - begin) / (last - first) if last > first else 0.0

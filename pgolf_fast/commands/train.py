@@ -1,0 +1,85 @@
+"""`pgolf train`: run a recipe."""
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pgolf_fast import dist, recipe
+from pgolf_fast.errors import UserError
+from pgolf_fast.train import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a recipe; with several GPUs or processes through torchrun, or through --gpus."""
+
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """stage.setting=value, e.g. train.data=FOLDER schedule.iterations=500."""
+    recipe: str = "tiny"
+    """A recipe's name or a TOML file; `pgolf recipes` lists them."""
+    runs: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
+    """Where the run's folder goes."""
+    gpus: int = 0
+    """Run on this many GPUs of this machine; 0: as launched."""
+    device: str = "auto"
+    """cpu, cuda, or auto: GPUs if there are any."""
+    resume: bool = False
+    """Go on from the last checkpoint of the run's folder (needs train.run_id)."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def _under_torchrun(gpus: int) -> None:
+    """Replaces this process by torchrun with the same arguments."""
+    arguments = [a for i, a in enumerate(sys.argv[1:]) if a != "--gpus" and not a.startswith("--gpus=") and sys.argv[i] != "--gpus"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "-m", "pgolf_fast", *arguments]
+    os.execv(sys.executable, command)
+
+
+def run(config: Train, console: Console) -> tuple[dict, int]:
+    if config.gpus > 1 and "LOCAL_RANK" not in os.environ:
+        if config.gpus > torch.cuda.device_count():
+            raise UserError(f"gpus: {config.gpus} asked for, {torch.cuda.device_count()} visible here")
+        _under_torchrun(config.gpus)
+    resolved = recipe.resolve(config.recipe, config.overrides)
+    run_id = resolved.recipe.train.run_id or f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if config.resume and not resolved.recipe.train.run_id:
+        raise UserError("resume: say which run with train.run_id=NAME")
+    folder = config.runs / run_id
+    if not config.resume and (folder / "events.jsonl").exists():
+        raise UserError(f"train.run_id: {folder} holds a run already; choose another name, or go on with --resume")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    first = int(os.environ.get("RANK", 0)) == 0
+    bar = Progress(
+        TextColumn(resolved.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console
+    )
+    try:
+        trainer = Trainer(resolved, folder, device, echo=console.print if first else lambda text: None, resume=config.resume)
+        task = bar.add_task("steps", total=resolved.recipe.schedule.iterations, text="")
+
+        def progress(step, loss, ms_per_step):
+            bar.update(task, completed=step, text=f"loss {loss:.4f}  {ms_per_step:.1f} ms/step")
+
+        if first and console.is_terminal:
+            with bar:
+                result = trainer.run(progress)
+        else:
+            result = trainer.run()
+    finally:
+        dist.stop()
+    return {
+        "folder": str(result.folder),
+        "steps": result.steps,
+        "train_loss": result.train_loss,
+        "val_loss": result.validation.nats_per_token,
+        "val_bpb": result.validation.bits_per_byte,
+        "weights": result.weights,
+    }, 0
