@@ -65,12 +65,13 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def run_op(op: str, device: torch.device, ceilings: Ceilings, budget_s: float, progress=print) -> list[dict]:
+def run_op(op: str, device: torch.device, ceilings: Ceilings, budget_s: float, without: tuple[str, ...] = ()) -> list[dict]:
     """Rows of one op: a row is one case, with every contestant's timing."""
     rows = []
     for case in importlib.import_module(f"benchmarks.ops.bench_{op}").cases(device):
+        case.contestants = {name: run for name, run in case.contestants.items() if name not in without}
         timings = time_contestants(case, device, budget_s)
-        row = {
+        rows.append({
             "op": op,
             "case": case.name,
             "bytes": case.bytes,
@@ -78,9 +79,7 @@ def run_op(op: str, device: torch.device, ceilings: Ceilings, budget_s: float, p
             "floor_us": ceilings.floor_us(case),
             "note": case.note,
             "timings": {name: asdict(t) for name, t in timings.items()},
-        }
-        rows.append(row)
-        progress(row)
+        })
     return rows
 
 

@@ -28,6 +28,8 @@ class Bench:
     """Seconds of timing per contestant of a case."""
     skip_tests: bool = False
     """Leave the tests out (they were just run)."""
+    without: tuple[str, ...] = ()
+    """Contestants to leave out, such as torch.compile, whose compilation takes longer than the rest."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Write one JSON per op there, or to benchmarks/results with `--save`."""
     save: bool = False
@@ -81,7 +83,7 @@ def run(config: Bench, console: Console) -> tuple[dict, int]:
         if op in red:
             continue
         with console.status(f"{op} on {device}"):
-            own = benchmarks.run_op(op, device, ceilings, config.budget_s, progress=lambda row: None)
+            own = benchmarks.run_op(op, device, ceilings, config.budget_s, config.without)
         rows += own
         if config.out or config.save:
             benchmarks.save(op, device, ceilings, own, config.out or benchmarks.RESULTS)

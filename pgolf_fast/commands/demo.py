@@ -1,25 +1,60 @@
 """`pgolf demo`: the main job on an embedded default, on whatever device there is."""
 
 import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 
-from pgolf_fast.commands import bench, doctor
+from pgolf_fast import runlog
+from pgolf_fast.commands import bench, data, doctor, train
+from pgolf_fast.errors import UserError
+
+BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Run the main job on an embedded default: doctor, then a small benchmark of each op."""
+    """Run the main job on an embedded default: doctor, a small benchmark of each op, a corpus, training of `tiny`."""
 
+    folder: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("build/demo")
+    """Where corpus and run go; an earlier demo there is replaced."""
     json: bool = False
     """Print the result as JSON."""
 
 
+def curve(losses: list[float], width: int = 60) -> str:
+    """Losses as a row of bars, the mean of equal spans, high is bad."""
+    span = max(1, -(-len(losses) // width))
+    means = [sum(part) / len(part) for part in (losses[i : i + span] for i in range(0, len(losses), span))]
+    low, high = min(means), max(means)
+    return "".join(BARS[round((m - low) / (high - low or 1) * (len(BARS) - 1))] for m in means)
+
+
 def run(config: Demo, console: Console) -> tuple[dict, int]:
-    console.rule("doctor")
+    begin = time.perf_counter()
+    console.rule("this machine")
     health, verdict = doctor.run(doctor.Doctor(), console)
     if verdict == doctor.BROKEN:
         return {"doctor": health}, verdict
-    console.rule("a small benchmark of each op")
-    figures, code = bench.run(bench.Bench(budget_s=0.1, skip_tests=True), console)
-    return {"doctor": health, "bench": figures}, code
+    console.rule("each op beside plain torch")
+    figures, code = bench.run(bench.Bench(budget_s=0.05, skip_tests=True, without=("torch.compile",)), console)
+
+    if (config.folder / "runs").exists() or (config.folder / "data").exists():
+        shutil.rmtree(config.folder)
+    elif config.folder.exists() and any(config.folder.iterdir()):
+        raise UserError(f"folder: {config.folder} holds something else than an earlier demo; choose another")
+    console.rule("a corpus from the Python standard library")
+    corpus, _ = data.run(data.Data(data.Demo(config.folder / "data")), console)
+    console.rule("training of the recipe tiny")
+    overrides = (f"train.data={config.folder / 'data'}", "train.run_id=tiny")
+    trained, _ = train.run(train.Train(overrides, recipe="tiny", runs=config.folder / "runs"), console)
+
+    losses = [event["train_loss"] for event in runlog.events(Path(trained["folder"])) if event["event"] == "step"]
+    console.print(f"\ntraining loss, nats per token: {losses[0]:.2f} {curve(losses)} {losses[-1]:.2f}")
+    console.print(f"validation of the averaged weights: {trained['val_bpb']:.4f} bits per byte")
+    console.print(f"the run is in {trained['folder']}; everything took {time.perf_counter() - begin:.0f} s")
+    return {"doctor": health, "bench": figures, "data": corpus, "train": trained}, code
