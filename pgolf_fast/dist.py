@@ -1,0 +1,67 @@
+"""Ranks and the collectives that a step needs. One process is the ordinary case: every function then does nothing."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+# Renamed in torch 2.13; the old names warn there and are the only ones before it.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def start(device_type="cuda") -> torch.device:
+    """Join the other processes that torchrun started, if it did, and return this one's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(device_type, local_rank if device_type == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _Done:
+    """Stands for a collective where there is nobody to talk to."""
+
+    def wait(self):
+        pass
+
+
+def sum_(tensor):
+    """Start adding up `tensor` over the ranks, in place; `wait()` on the result."""
+    return dist.all_reduce(tensor, async_op=True) if world_size() > 1 else _Done()
+
+
+def max_(tensor):
+    """Start taking the maximum of `tensor` over the ranks, in place; `wait()` on the result."""
+    return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True) if world_size() > 1 else _Done()
+
+
+def sum_shard(tensor):
+    """Start adding up over the ranks, of which each receives its part along the first dimension: (part, what to wait on)."""
+    if world_size() == 1:
+        return tensor, _Done()
+    shard = tensor.new_empty((tensor.shape[0] // world_size(), *tensor.shape[1:]))
+    return shard, _reduce_scatter(shard, tensor, async_op=True)
+
+
+def gather(shard):
+    """Start joining the ranks' parts along the first dimension: (whole, what to wait on)."""
+    if world_size() == 1:
+        return shard, _Done()
+    whole = shard.new_empty((shard.shape[0] * world_size(), *shard.shape[1:]))
+    return whole, _all_gather(whole, shard.contiguous(), async_op=True)

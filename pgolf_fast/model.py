@@ -1,0 +1,575 @@
+"""The model of all recipes: a looped, U-shaped transformer with tied embeddings. Recipes differ by configuration only.
+
+    tokens -> embed (bigram, smear) -> visits of blocks (skips, loops, two lanes) -> norm -> tied, softcapped head
+
+Matrices of all blocks that share a shape are one parameter, [blocks, out, in], and so are the small
+tensors: Muon, the kernels and the collectives handle a few large tensors. `published_tensors` gives
+the same storage under the names of the published checkpoints.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pgolf_fast.errors import UserError
+from pgolf_fast.ops import fused_mlp, linear_softcap_cross_entropy, xsa_attention
+from pgolf_fast.settings import setting
+
+# NOTE: torch's own default for bfloat16 was 2**-7 in some versions, which flattens the first norm at init (its mean square is 2.5e-5).
+RMS_EPSILON = 2.0**-23
+BOS = 1
+BIGRAM_FACTORS = (36313, 27191)  # of the hash, for the current and the previous token
+INT6_LIMIT = 31
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = setting(1024, "pieces of the tokenizer", "VOCAB_SIZE")
+    num_layers: int = setting(11, "blocks", "NUM_LAYERS")
+    model_dim: int = setting(512, "width of the residual stream", "MODEL_DIM")
+    num_heads: int = setting(8, "query heads", "NUM_HEADS")
+    num_kv_heads: int = setting(4, "key and value heads; divides num_heads", "NUM_KV_HEADS")
+    mlp_mult: float = setting(3.0, "hidden units of the MLP per unit of width", "MLP_MULT")
+    mlp_hidden: int = setting(0, "hidden units of the MLP; 0: mlp_mult x model_dim", "MLP_HIDDEN")
+    activation: Literal["relu2", "leaky_relu2", "star_relu2"] = setting(
+        "relu2", "of the MLP, squared; star has a learned scale and shift per hidden unit"
+    )
+    embed_init_std: float = setting(0.005, "of the token table", "TIED_EMBED_INIT_STD")
+    logit_softcap: float = setting(30.0, "logits are cap x tanh(logits / cap)", "LOGIT_SOFTCAP")
+
+    rope_base: float = setting(10000.0, "period base of the rotary embedding", "ROPE_BASE")
+    rope_dims: int = setting(16, "leading dimensions of each head that rotate", "ROPE_DIMS")
+    rope_train_seq_len: int = setting(
+        0, "tokens; windows longer than this raise the base by the NTK rule; 0: the base is fixed", "ROPE_TRAIN_SEQ_LEN"
+    )
+    rope_yarn: bool = setting(False, "slow the low frequencies by the YaRN ramp instead of changing the base", "ROPE_YARN")
+    rope_yarn_seq_len: int = setting(4096, "tokens the YaRN ramp extends rope_train_seq_len to", "YARN_MAX_LEN")
+    qk_gain_init: float = setting(1.5, "of the learned factor on each normalised query head", "QK_GAIN_INIT")
+    xsa_last_n: int = setting(0, "last blocks whose attention drops each token's own value direction", ("XSA_LAST_N", "XSA_LAYERS"))
+    attn_gate: bool = setting(False, "a gate per head and token, from the first gate_window channels", "SPARSE_ATTN_GATE_ENABLED")
+    attn_gate_scale: float = setting(1.0, "inside that gate's sigmoid", "SPARSE_ATTN_GATE_SCALE")
+    gate_window: int = setting(12, "channels (not tokens) that the attention and smear gates read", "GATE_WINDOW")
+    ln_scale: bool = setting(True, "block i scales its normalised inputs by 1 / sqrt(i + 1)", "LN_SCALE")
+
+    bigram_buckets: int = setting(0, "rows of the hashed bigram table; 0: none", ("BIGRAM_VOCAB_SIZE", "BIGRAM_BUCKETS"))
+    bigram_dim: int = setting(128, "width of that table", ("BIGRAM_DIM", "BIGRAM_EMBED_DIM"))
+    smear: Literal["none", "channel", "token"] = setting(
+        "none",
+        "mix in the previous token: learned per channel after the norm, or gated by the token's own channels before it",
+        {"SMEAR_GATE_ENABLED": {"0": "none", "1": "token"}},
+    )
+    smear_mask_bos: bool = setting(False, "a document's first token takes nothing from the document before it")
+    value_embed: bool = setting(False, "add a second token embedding to the values of ve_layers", "VE_ENABLED")
+    ve_dim: int = setting(128, "width of that table", "VE_DIM")
+    ve_layers: tuple[int, ...] = setting((9, 10), "blocks whose values receive it", "VE_LAYERS")
+
+    skip_gates: bool = setting(False, "gate each U-Net skip against the stream instead of adding it", "SKIP_GATES_ENABLED")
+    loop_start: int = setting(0, "first block of the loop", "LOOP_START")
+    loop_end: int = setting(0, "last block of the loop", "LOOP_END")
+    num_loops: int = setting(0, "extra passes over loop_start..loop_end once looping is on", "NUM_LOOPS")
+    parallel_start: int = setting(0, "first block that runs attention and MLP on two lanes; 0: none", "PARALLEL_START_LAYER")
+    lane_resid_init: float = setting(1.1, "of the factor that carries each lane past a two-lane block")
+
+    bf16_tensors: tuple[str, ...] = setting(("tok_emb",), "parameters stored, and so optimised, in bfloat16; empty: float32 masters")
+    init_in_bf16: bool = setting(False, "round every initial value to bfloat16, as the published script's casts do")
+    tensor_names: Literal["standard", "gepa"] = setting("standard", "naming of the published checkpoint")
+
+    def __post_init__(self):
+        def require(condition, field, message):
+            if not condition:
+                raise UserError(f"model.{field}: {message}")
+
+        for field in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
+            require(getattr(self, field) > 0, field, f"expected at least 1, got {getattr(self, field)}")
+        require(self.model_dim % self.num_heads == 0, "num_heads", f"{self.num_heads} does not divide model_dim {self.model_dim}")
+        require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        require(self.hidden_dim > 0, "mlp_mult", "the MLP would have no hidden unit")
+        even = self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim
+        require(even, "rope_dims", f"expected an even number up to the head width {self.head_dim}, got {self.rope_dims}")
+        require(self.rope_dims != 2 or not self.rope_train_seq_len, "rope_dims", "the NTK rule needs more than 2 rotating dimensions")
+        require(self.rope_train_seq_len or not self.rope_yarn, "rope_yarn", "needs rope_train_seq_len")
+        require(self.logit_softcap > 0, "logit_softcap", f"expected > 0, got {self.logit_softcap}")
+        require(self.bigram_buckets != 1, "bigram_buckets", "needs at least 2, the last is kept for the first token; 0 turns the table off")
+        require(0 < self.gate_window <= self.model_dim, "gate_window", f"expected 1 to {self.model_dim}, got {self.gate_window}")
+        for layer in self.ve_layers if self.value_embed else ():
+            require(0 <= layer < self.num_layers, "ve_layers", f"there is no block {layer} among {self.num_layers}")
+        loop_fits = 0 <= self.loop_start <= self.loop_end < self.num_layers
+        require(self.num_loops == 0 or loop_fits, "loop_end", f"no loop from block {self.loop_start} to {self.loop_end} of {self.num_layers}")
+        # A lane pair cannot return to one stream, so nothing before the second half may have two lanes.
+        first_lane_fits = self.parallel_start == 0 or min(v.block for v in visits(self, False) if not v.first_half) <= self.parallel_start
+        fits = first_lane_fits and (self.num_loops == 0 or self.parallel_start == 0 or self.loop_end < self.parallel_start)
+        require(fits, "parallel_start", f"block {self.parallel_start} lies in the loop or in the first half of the model")
+
+    @property
+    def head_dim(self):
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self):
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def hidden_dim(self):
+        return self.mlp_hidden or int(self.mlp_mult * self.model_dim)
+
+    @property
+    def num_skips(self):
+        return len(visits(self, looped=True)) // 2
+
+
+class Visit(NamedTuple):
+    """One execution of a block; a looped block is visited several times."""
+
+    block: int
+    first_half: bool  # its output is kept for a skip
+    skip: int | None  # row of the skip parameters with which the last kept output is merged before the block
+    two_lanes: bool
+
+
+def visits(config, looped) -> tuple[Visit, ...]:
+    """The blocks in execution order. The first half keeps its outputs on a stack, the second half pops them."""
+    order = list(range(config.num_layers))
+    if looped:
+        loop = order[config.loop_start : config.loop_end + 1]
+        order[config.loop_end + 1 : config.loop_end + 1] = loop * config.num_loops
+    half = len(order) // 2
+    return tuple(
+        Visit(
+            block,
+            first_half=i < half,
+            skip=i - half if half <= i < 2 * half else None,
+            two_lanes=0 < config.parallel_start <= block,
+        )
+        for i, block in enumerate(order)
+    )
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def _normal(std):
+    return lambda w, rng: w.normal_(0.0, std, generator=rng)
+
+
+def _constant(value):
+    return lambda w, rng: w.fill_(value)
+
+
+def _orthogonal(gain=1.0, zero_from=None):
+    """Every matrix of the stack semi-orthogonal, those from `zero_from` on zero."""
+
+    def fill(w, rng):
+        w.zero_()
+        for matrix in w.view(-1, *w.shape[-2:])[:zero_from]:
+            nn.init.orthogonal_(matrix, gain, generator=rng)
+
+    return fill
+
+
+def _keep_stream(w, rng):
+    """Residual mix: the stream in row 0, the embedding in row 1."""
+    w.zero_()[:, 0] = 1.0
+
+
+def parameter_table(config):
+    """Name to (shape, initial value) of every parameter, in the order of the data flow."""
+    layers, dim, heads = config.num_layers, config.model_dim, config.num_heads
+    zero, one = _constant(0.0), _constant(1.0)
+    # The published depth factor of the two embedding projections; the block's own output matrices start at zero.
+    small = 1 / math.sqrt(2 * layers)
+    table = {"tok_emb": ((config.vocab_size, dim), _normal(config.embed_init_std))}
+    if config.bigram_buckets:
+        table["bigram_embed"] = (config.bigram_buckets, config.bigram_dim), zero
+        table["bigram_proj"] = (dim, config.bigram_dim), _orthogonal(small)
+        table["bigram_scale"] = (), _constant(0.05)
+    if config.smear == "channel":
+        table["smear_gate"] = (dim,), zero
+    if config.smear == "token":
+        table["smear_gate"] = (1, config.gate_window), zero
+        table["smear_lambda"] = (1,), zero
+    if config.value_embed:
+        table["ve_embed"] = (config.vocab_size, config.ve_dim), _normal(0.01)
+        table["ve_proj"] = (config.kv_dim, config.ve_dim), _orthogonal(small)
+        table["ve_scale"] = (), _constant(0.1)
+        table["ve_layer_scales"] = (len(config.ve_layers), 1), one
+    table["skip_weights"] = (config.num_skips, dim), one
+    if config.skip_gates:
+        table["skip_gates"] = (config.num_skips, dim), zero
+    table["resid_mix"] = (layers, 2, dim), _keep_stream
+    table["qo"] = (2 * layers, dim, dim), _orthogonal(zero_from=layers)  # queries of every block, then outputs
+    table["kv"] = (2 * layers, config.kv_dim, dim), _orthogonal()  # keys of every block, then values
+    table["q_gain"] = (layers, heads), _constant(config.qk_gain_init)
+    if config.attn_gate:
+        table["attn_gate"] = (layers, heads, config.gate_window), zero
+    table["attn_scale"] = (layers, dim), one
+    table["mlp_up"] = (layers, config.hidden_dim, dim), _orthogonal()
+    table["mlp_down"] = (layers, dim, config.hidden_dim), zero
+    if config.activation == "star_relu2":
+        table["star_scale"] = (layers, config.hidden_dim), one
+        table["star_shift"] = (layers, config.hidden_dim), zero
+    table["mlp_scale"] = (layers, dim), one
+    if config.parallel_start:
+        table["lane_resid"] = (layers, 2), _constant(config.lane_resid_init)  # [block, lane]
+        table["lane_post"] = (layers, 2, 2), one  # [block, attention or MLP, lane]
+    return table
+
+
+# Names in the published checkpoints. "{}" runs along the first dimension; a stack with two names holds all of the first, then all of the second.
+PUBLISHED_NAMES = {
+    "tok_emb": ("tok_emb.weight",),
+    "bigram_embed": ("bigram.embed.weight",),
+    "bigram_proj": ("bigram.proj.weight",),
+    "bigram_scale": ("bigram.scale",),
+    "smear_gate": ("smear.gate",),
+    "smear_lambda": ("smear_lambda",),
+    "ve_embed": ("ve_shared.embed.weight",),
+    "ve_proj": ("ve_shared.proj.weight",),
+    "ve_scale": ("ve_shared.scale",),
+    "ve_layer_scales": ("ve_layer_scales.{}",),
+    "skip_weights": ("skip_weights",),
+    "skip_gates": ("skip_gates",),
+    "resid_mix": ("blocks.{}.resid_mix",),
+    "qo": ("blocks.{}.attn.c_q.weight", "blocks.{}.attn.proj.weight"),
+    "kv": ("blocks.{}.attn.c_k.weight", "blocks.{}.attn.c_v.weight"),
+    "q_gain": ("blocks.{}.attn.q_gain",),
+    "attn_gate": ("blocks.{}.attn.attn_gate_w",),
+    "attn_scale": ("blocks.{}.attn_scale",),
+    "mlp_up": ("blocks.{}.mlp.fc.weight",),
+    "mlp_down": ("blocks.{}.mlp.proj.weight",),
+    "star_scale": ("blocks.{}.mlp.scale",),
+    "star_shift": ("blocks.{}.mlp.bias",),
+    "mlp_scale": ("blocks.{}.mlp_scale",),
+    "lane_resid": ("parallel_resid_lambdas",),
+    "lane_post": ("parallel_post_lambdas",),
+}
+# Where PR #598 and the token-gated smear of the CaseOps stacks are called otherwise.
+GEPA_NAMES = {
+    "bigram_embed": ("bigram_emb.embed.weight",),
+    "bigram_proj": ("bigram_emb.proj.weight",),
+    "bigram_scale": ("bigram_emb.scale",),
+    "smear_gate": ("smear_gate.gate",),
+    "mlp_up": ("blocks.{}.mlp.up_proj.weight",),
+    "mlp_down": ("blocks.{}.mlp.down_proj.weight",),
+}
+TOKEN_SMEAR_NAMES = {"smear_gate": ("smear_gate.weight",)}
+
+
+def is_per_block(name) -> bool:
+    return PUBLISHED_NAMES[name][0].startswith("blocks.")
+
+
+def published_views(config, tensors) -> dict[str, torch.Tensor]:
+    """Views of `tensors` (parameters, gradients, averages: name to tensor) under the published names, one matrix or vector each."""
+    names = PUBLISHED_NAMES | (GEPA_NAMES if config.tensor_names == "gepa" else {})
+    names |= TOKEN_SMEAR_NAMES if config.smear == "token" else {}
+    views = {}
+    for name, tensor in tensors.items():
+        if "{}" not in names[name][0]:
+            views[names[name][0]] = tensor
+            continue
+        for published, part in zip(names[name], tensor.chunk(len(names[name]))):
+            views |= {published.format(i): view for i, view in enumerate(part)}
+    return views
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def rms(x):
+    """x / sqrt(mean(x^2) + epsilon) over the last dimension, statistics in float32."""
+    return F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)
+
+
+def linear(x, weight):
+    # NOTE: cast at each use, so that the gradients of a block's visits are summed in the weight's float32.
+    return F.linear(x, weight.to(x.dtype))
+
+
+def previous_token(x):
+    """Each position's predecessor in [B, T, C]; zero before the first."""
+    return F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+def straight_through_int6(weight):
+    """int6 values of each row in the forward, the identity in the backward (late quantisation-aware training)."""
+    row_max = weight.detach().abs().amax(dim=-1, keepdim=True)
+    scale = (row_max / INT6_LIMIT).clamp_min(1 / INT6_LIMIT)
+    codes = (weight.detach() / scale).round().clamp(-INT6_LIMIT - 1, INT6_LIMIT)
+    return codes * scale + (weight - weight.detach())
+
+
+def bigram_bucket(tokens, buckets):
+    """Row of the bigram table for [B, T] tokens; the last row is the first position's."""
+    current, previous = BIGRAM_FACTORS
+    pairs = (tokens[:, 1:] * current) ^ (tokens[:, :-1] * previous)
+    return F.pad(pairs % (buckets - 1), (1, 0), value=buckets - 1)
+
+
+def rotary_table(config, num_positions, window, device, dtype):
+    """cos and sin, [num_positions, 1, rope_dims / 2] each.  `window` is the longest context, in tokens"""
+    dims = config.rope_dims
+    j = torch.arange(dims // 2, dtype=torch.float64, device=device)
+    base, trained = config.rope_base, config.rope_train_seq_len
+    if trained and window > trained and not config.rope_yarn:
+        base *= (window / trained) ** (dims / (dims - 2))
+    frequency = base ** (-2 * j / dims)
+    if config.rope_yarn:
+        ramp = ((2 * j / dims - 0.25) / 0.75).clamp(0, 1)
+        frequency = frequency / (1 + ramp * (config.rope_yarn_seq_len / trained - 1))
+    angle = torch.arange(num_positions, dtype=torch.float64, device=device)[:, None, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotate the leading dimensions of every head, dimension i with i + half.  x [B, T, H, D]"""
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+class Block(NamedTuple):
+    """One block's tensors; those that the configuration leaves out are None."""
+
+    index: int
+    w_q: torch.Tensor
+    w_k: torch.Tensor
+    w_v: torch.Tensor
+    w_o: torch.Tensor
+    w_up: torch.Tensor
+    w_down: torch.Tensor
+    q_gain: torch.Tensor
+    attn_scale: torch.Tensor
+    mlp_scale: torch.Tensor
+    resid_mix: torch.Tensor
+    attn_gate: torch.Tensor | None
+    star_scale: torch.Tensor | None
+    star_shift: torch.Tensor | None
+    lane_resid: torch.Tensor | None
+    lane_post: torch.Tensor | None
+
+
+class Context(NamedTuple):
+    """What every block reads beside the stream."""
+
+    x0: torch.Tensor  # embedded tokens, mixed in again by each block
+    cos: torch.Tensor
+    sin: torch.Tensor
+    values: dict[int, torch.Tensor]  # block to value embedding, [B, T, kv_dim]
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int | None
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+class GPT(nn.Module):
+    def __init__(self, config: ModelConfig, seed: int | None = None, device="cpu", stream_dtype=torch.bfloat16):
+        """Parameters are uninitialised without a seed. `stream_dtype` is that of activations and products."""
+        super().__init__()
+        self.config = config
+        self.stream_dtype = stream_dtype
+        self.visits = {looped: visits(config, looped) for looped in (False, True)}
+        self._rotary = {}
+        for name, (shape, _) in parameter_table(config).items():
+            dtype = torch.bfloat16 if name in config.bf16_tensors else torch.float32
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+        if seed is not None:
+            self.initialize(seed)
+
+    @torch.no_grad()
+    def initialize(self, seed):
+        """The same values on every rank and device: drawn on the CPU in float32."""
+        rng = torch.Generator().manual_seed(seed)
+        for name, (shape, fill) in parameter_table(self.config).items():
+            value = torch.empty(shape)
+            fill(value, rng)
+            getattr(self, name).copy_(value.bfloat16() if self.config.init_in_bf16 else value)
+
+    def published_tensors(self) -> dict[str, torch.Tensor]:
+        """Views of the parameters, without gradient, under the published names."""
+        return published_views(self.config, {name: p.detach() for name, p in self.named_parameters()})
+
+    @torch.no_grad()
+    def load_published(self, tensors: dict[str, torch.Tensor]):
+        """Copy in a checkpoint that names and shapes its tensors as the published ones do."""
+        mine = self.published_tensors()
+        for kind, names in (("lacks", mine.keys() - tensors.keys()), ("has unknown", tensors.keys() - mine.keys())):
+            if names:
+                raise UserError(f"checkpoint {kind} {len(names)} tensors, the first is {min(names)}: is it of this recipe?")
+        for name, view in mine.items():
+            if view.shape != tensors[name].shape:
+                raise UserError(f"checkpoint tensor {name}: expected shape {list(view.shape)}, got {list(tensors[name].shape)}")
+            view.copy_(tensors[name])
+
+    def forward(
+        self, tokens, targets=None, *, reduction="mean", cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False
+    ):
+        """Loss of predicting `targets`, or the softcapped logits.
+
+        tokens      [B, T] int64
+        targets     [B, T] int64, or None for float32 logits [B, T, V]
+        reduction   "mean": the training loss, by the fused head; "none": each token's loss [B, T] in plain
+                    float32, which is what a score is made of, so that no kernel can move the ruler
+        cu_seqlens  int32 [documents + 1] for packed documents (then B = 1): they confine attention; what
+                    the embedding takes from the previous token stops at BOS only (smear_mask_bos)
+        max_seqlen  longest document, a host number; fixed for a training run
+        looped      run the loop (always, after training); without loops in the recipe it changes nothing
+        fake_quant  late quantisation-aware training
+        """
+        blocks = self._blocks(fake_quant)
+        x = x0 = self._embed(tokens, fake_quant)
+        cos, sin = self._rotary_for(tokens, max_seqlen)
+        context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen)
+        skip_weights = self.skip_weights.unbind(0)
+        skip_gates = self.skip_gates.unbind(0) if self.config.skip_gates else [None] * len(skip_weights)
+
+        kept, lane1 = [], None
+        for visit in self.visits[looped]:
+            block = blocks[visit.block]
+            if visit.two_lanes and lane1 is None:
+                lane1 = x
+            if visit.skip is not None:
+                x = self._merge(x, kept.pop(), skip_weights[visit.skip], skip_gates[visit.skip])
+            if visit.two_lanes:
+                x, lane1 = self._two_lanes(block, x, lane1, context)
+            else:
+                x = self._sequential(block, x, context)
+            if visit.first_half:
+                kept.append(x)
+        if lane1 is not None:
+            x = 0.5 * (x + lane1)
+        return self._head(rms(x), targets, reduction)
+
+    # -- embedding
+
+    def _embed(self, tokens, fake_quant):
+        x = F.embedding(tokens, self.tok_emb).to(self.stream_dtype)
+        if self.config.bigram_buckets:
+            pair = F.embedding(bigram_bucket(tokens, self.config.bigram_buckets), self.bigram_embed).to(x.dtype)
+            x = x + self.bigram_scale.to(x.dtype) * linear(pair, _matrix(self.bigram_proj, fake_quant))
+        carries = (tokens != BOS)[..., None].to(x.dtype) if self.config.smear_mask_bos else 1.0
+        if self.config.smear == "token":
+            gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(linear(x[..., : self.config.gate_window], self.smear_gate))
+            return rms(x + carries * gate * previous_token(x))
+        x = rms(x)
+        if self.config.smear == "channel":
+            gate = torch.sigmoid(self.smear_gate.to(x.dtype))
+            x = (1 - gate) * x + carries * gate * previous_token(x)
+        return x
+
+    def _value_embeddings(self, tokens, fake_quant):
+        if not self.config.value_embed:
+            return {}
+        table = F.embedding(tokens, self.ve_embed).to(self.stream_dtype)
+        shared = self.ve_scale.to(table.dtype) * linear(table, _matrix(self.ve_proj, fake_quant))
+        return {layer: scale.to(shared.dtype) * shared for layer, scale in zip(self.config.ve_layers, self.ve_layer_scales.unbind(0))}
+
+    def _rotary_for(self, tokens, max_seqlen):
+        """Constant tables, made at the first forward of a shape."""
+        key = (tokens.shape[1], max_seqlen or tokens.shape[1], tokens.device, self.stream_dtype)
+        if key not in self._rotary:
+            # NOTE: a table made while scoring in inference mode must serve a later backward.
+            with torch.inference_mode(False):
+                self._rotary[key] = rotary_table(self.config, *key)
+        return self._rotary[key]
+
+    # -- blocks
+
+    def _blocks(self, fake_quant):
+        """Every block's tensors, as views of the stacks.
+
+        Unbound once per forward: indexing a stack at each visit would give each visit a zero-filled gradient of the whole stack.
+        """
+        layers = self.config.num_layers
+
+        def per_block(name):
+            return getattr(self, name).unbind(0) if name in self._parameters else (None,) * layers
+
+        qo, kv, up, down = ([_matrix(w, fake_quant) for w in per_block(name)] for name in ("qo", "kv", "mlp_up", "mlp_down"))
+        small = (per_block(name) for name in Block._fields[7:])
+        rows = zip(range(layers), qo[:layers], kv[:layers], kv[layers:], qo[layers:], up, down, *small)
+        return [Block(*row) for row in rows]
+
+    def _merge(self, x, skip, weight, gate):
+        skip = weight.to(x.dtype) * skip
+        if gate is None:
+            return x + skip
+        gate = torch.sigmoid(gate.to(x.dtype))
+        return gate * x + (1 - gate) * skip
+
+    def _normed(self, block, x):
+        return rms(x) / math.sqrt(block.index + 1) if self.config.ln_scale else rms(x)
+
+    def _remixed(self, block, x, context):
+        stream, embedded = block.resid_mix.to(x.dtype)
+        return stream * x + embedded * context.x0
+
+    def _sequential(self, block, x, context):
+        x = self._remixed(block, x, context)
+        x = x + block.attn_scale.to(x.dtype) * self._attention(block, self._normed(block, x), context)
+        return x + block.mlp_scale.to(x.dtype) * self._mlp(block, self._normed(block, x))
+
+    def _two_lanes(self, block, lane0, lane1, context):
+        """Attention reads lane 0, the MLP lane 1; both write both."""
+        attention = self._attention(block, self._normed(block, self._remixed(block, lane0, context)), context)
+        attention = block.attn_scale.to(lane0.dtype) * attention
+        mlp = block.mlp_scale.to(lane1.dtype) * self._mlp(block, self._normed(block, lane1))
+        resid, post = block.lane_resid.to(lane0.dtype), block.lane_post.to(lane0.dtype)
+        lane0, lane1 = (resid[i] * lane + post[0, i] * attention + post[1, i] * mlp for i, lane in enumerate((lane0, lane1)))
+        return lane0, lane1
+
+    def _attention(self, block, n, context):
+        config = self.config
+        q = linear(n, block.w_q).unflatten(-1, (config.num_heads, config.head_dim))  # [B, T, H, D]
+        k = linear(n, block.w_k).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        v = linear(n, block.w_v)
+        if block.index in context.values:
+            v = v + context.values[block.index]
+        v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))
+        q = block.q_gain.to(q.dtype)[:, None] * rotate(rms(q), context.cos, context.sin)
+        k = rotate(rms(k), context.cos, context.sin)
+        gate = None
+        if config.attn_gate:
+            gate = torch.sigmoid(config.attn_gate_scale * linear(n[..., : config.gate_window], block.attn_gate))  # [B, T, H]
+        xsa = block.index >= config.num_layers - config.xsa_last_n
+        y = xsa_attention(q, k, v, xsa=xsa, gate=gate, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen)
+        return linear(y.flatten(-2), block.w_o)
+
+    def _mlp(self, block, m):
+        if self.config.activation != "star_relu2":
+            return fused_mlp(m, block.w_up.to(m.dtype), block.w_down.to(m.dtype), self.config.activation)
+        # W (a relu^2 + c) = (W diag(a)) relu^2 + W c: the learned scale and shift cost no pass over the hidden units.
+        scaled_down = (block.w_down * block.star_scale).to(m.dtype)
+        shift = block.w_down @ block.star_shift
+        return fused_mlp(m, block.w_up.to(m.dtype), scaled_down, "relu2") + shift.to(m.dtype)
+
+    # -- head
+
+    def _head(self, h, targets, reduction):
+        cap, table = self.config.logit_softcap, self.tok_emb.to(h.dtype)
+        if targets is None:
+            return _capped(linear(h, table), cap)
+        if reduction == "mean":
+            return linear_softcap_cross_entropy(h.flatten(0, 1), table, targets.flatten(), cap)
+        if reduction != "none":
+            raise ValueError(f"reduction: expected mean or none, got {reduction!r}")
+        # A slice of rows at a time: float32 logits of a whole batch would be gigabytes.
+        rows = zip(h.flatten(0, 1).split(SCORED_ROWS), targets.flatten().split(SCORED_ROWS))
+        losses = [F.cross_entropy(_capped(linear(h_rows, table), cap), t_rows, reduction="none") for h_rows, t_rows in rows]
+        return torch.cat(losses).view(targets.shape)
+
+
+SCORED_ROWS = 16384
+
+
+def _matrix(weight, fake_quant):
+    return straight_through_int6(weight) if fake_quant else weight
+
+
+def _capped(logits, cap):
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cap * torch.tanh(logits / cap)

@@ -1,0 +1,364 @@
+"""What happens in an optimizer step, in the order it happens:
+
+    reduce over ranks -> clip -> Muon on this rank's matrices -> AdamW on the rest -> average (EMA) -> clear
+
+Nothing in a step depends on a host value that changes from step to step: the learning-rate factor,
+Muon's momentum and Adam's step count are tensors on the device, gradients live in buffers that never
+move, and no result is read back. So a CUDA graph can replay it.
+"""
+
+import fnmatch
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from pgolf_fast import dist
+from pgolf_fast.errors import UserError
+from pgolf_fast.model import PUBLISHED_NAMES, is_per_block
+from pgolf_fast.ops import orthogonalize
+from pgolf_fast.settings import setting
+
+ROW_EPSILON = 1e-7  # least norm of a row that muon_row_normalize divides by
+CLIP_EPSILON = 1e-6  # added to the gradient's norm
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    embed_lr: float = setting(0.035, "learning rate of embed_tensors", "TIED_EMBED_LR")
+    matrix_lr: float = setting(0.025, "learning rate of muon_tensors", "MATRIX_LR")
+    scalar_lr: float = setting(0.025, "learning rate of all other tensors", "SCALAR_LR")
+    decoder_lr_mult: float = setting(1.0, "on the learning rate of the blocks from num_layers // 2 on", "DECODER_LR_MULT")
+    embed_wd: float | None = setting(None, "weight decay of embed_tensors; none: adam_wd", "EMBED_WD")
+    muon_wd: float = setting(0.04, "weight decay of muon_tensors", "MUON_WD")
+    adam_wd: float = setting(0.04, "weight decay of all other tensors, gains and gates included", "ADAM_WD")
+
+    embed_tensors: tuple[str, ...] = setting(("tok_emb",), "name patterns: AdamW at embed_lr")
+    muon_tensors: tuple[str, ...] = setting(("qo", "kv", "mlp_up", "mlp_down"), "name patterns: Muon")
+    frozen_tensors: tuple[str, ...] = setting((), "name patterns: not trained, and not part of the gradient's norm")
+
+    beta1: float = setting(0.9, "of AdamW", "BETA1")
+    beta2: float = setting(0.95, "of AdamW", "BETA2")
+    adam_eps: float = setting(1e-8, "of AdamW", "ADAM_EPS")
+
+    muon_coefficients: Literal["muon", "polar_express"] = setting("muon", "Newton-Schulz table (ops/orthogonalize.py)")
+    muon_steps: int = setting(5, "Newton-Schulz iterations", "MUON_BACKEND_STEPS")
+    muon_row_normalize: bool = setting(False, "bring the update's rows to length 1 first (MuonEq-R)", "MUON_ROW_NORMALIZE")
+    muon_dtype: Literal["float32", "bfloat16"] = setting("float32", "of the averaged gradient and the momentum of muon_tensors")
+
+    grad_clip_norm: float = setting(0.3, "L2 norm of all gradients at most; 0: no clipping", "GRAD_CLIP_NORM")
+    grad_clip_scope: Literal["global", "piece"] = setting(
+        "global", "clip the averaged gradient, or each micro-batch's by itself before averaging, as 8 ranks that clip alone do"
+    )
+    ema: bool = setting(True, "the final weights are an exponential moving average", "EMA_ENABLED")
+    ema_decay: float = setting(0.997, "of that average, per step", "EMA_DECAY")
+    swa: bool = setting(False, "without ema: the final weights are the mean of the schedule's snapshots", "SWA_ENABLED")
+
+    def __post_init__(self):
+        for field in ("embed_tensors", "muon_tensors", "frozen_tensors"):
+            for pattern in getattr(self, field):
+                if not fnmatch.filter(PUBLISHED_NAMES, pattern):
+                    raise UserError(f"optim.{field}: {pattern!r} matches no parameter; they are {', '.join(PUBLISHED_NAMES)}")
+        if self.muon_steps < 1:
+            raise UserError(f"optim.muon_steps: expected at least 1, got {self.muon_steps}")
+
+
+class Group(NamedTuple):
+    patterns: tuple[str, ...]
+    algorithm: Literal["adam", "muon", "none"]
+    lr: float
+    weight_decay: float
+
+
+def groups(config) -> tuple[Group, ...]:
+    """A parameter belongs to the first group that one of whose patterns matches its name."""
+    embed_wd = config.adam_wd if config.embed_wd is None else config.embed_wd
+    return (
+        Group(config.frozen_tensors, "none", 0.0, 0.0),
+        Group(config.embed_tensors, "adam", config.embed_lr, embed_wd),
+        Group(config.muon_tensors, "muon", config.matrix_lr, config.muon_wd),
+        Group(("*",), "adam", config.scalar_lr, config.adam_wd),
+    )
+
+
+def group_of(name, config) -> Group:
+    return next(group for group in groups(config) if any(fnmatch.fnmatch(name, pattern) for pattern in group.patterns))
+
+
+def _lr_of_rows(name, param, group, config, num_layers):
+    """The group's learning rate; where the decoder has its own, a tensor with one entry per block."""
+    if config.decoder_lr_mult == 1.0 or not is_per_block(name):
+        return group.lr
+    block = torch.arange(param.shape[0], device=param.device) % num_layers
+    lr = torch.where(block >= num_layers // 2, group.lr * config.decoder_lr_mult, group.lr)
+    return lr.view(-1, *[1] * (param.dim() - 1))
+
+
+def _wide(tensor):
+    """In the dtype of the arithmetic: at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _scale_(tensor, factor):
+    # NOTE: not `tensor.mul_(factor)`: torch would round a 0-dim factor to bfloat16 before multiplying a bfloat16 tensor.
+    tensor.copy_(_wide(tensor) * factor)
+
+
+class MuonBank:
+    """A stack of matrices [n, rows, columns], of which each rank updates its share."""
+
+    def __init__(self, param, lr, weight_decay, config):
+        self.param, self.lr, self.weight_decay, self.config = param, lr, weight_decay, config
+        self.matrices = param.detach().view(-1, *param.shape[-2:])
+        ranks = dist.world_size()
+        padded = math.ceil(self.matrices.shape[0] / ranks) * ranks
+        self.grad = torch.zeros((padded, *param.shape[-2:]), dtype=param.dtype, device=param.device)
+        param.grad = self.grad[: self.matrices.shape[0]].view(param.shape)
+        self.dtype = getattr(torch, config.muon_dtype)
+        self.momentum = torch.zeros((padded // ranks, *param.shape[-2:]), dtype=self.dtype, device=param.device)
+        self.shape_factor = math.sqrt(max(1.0, param.shape[-2] / param.shape[-1]))
+
+    def reduce(self):
+        """Start averaging; each rank receives its own matrices."""
+        self.shard, arrival = dist.sum_shard(self.grad.to(self.dtype))
+        return arrival
+
+    def direction(self, momentum):
+        """What is to be orthogonalised: Nesterov momentum, its rows normalised. Each line rounds once to `dtype`."""
+        decayed = (momentum * self.momentum).to(self.dtype)
+        self.momentum.copy_(decayed + self.shard)
+        ahead = (self.shard + momentum * self.momentum.to(momentum.dtype)).to(self.dtype)
+        if not self.config.muon_row_normalize:
+            return ahead
+        norm = torch.linalg.vector_norm(_wide(ahead), dim=-1, keepdim=True)
+        return ahead / norm.clamp_min(ROW_EPSILON).to(self.dtype)
+
+    def gather(self, update):
+        """Start collecting every rank's orthogonal matrices."""
+        self.update, arrival = dist.gather(update)
+        return arrival
+
+    def apply(self, lr_factor):
+        lr = self.lr * lr_factor
+        update = self.update[: self.matrices.shape[0]].to(self.matrices.dtype)
+        self.matrices.mul_(1 - lr * self.weight_decay).sub_(lr * self.shape_factor * update)
+        self.shard = self.update = None
+
+
+class AdamTensor:
+    """Decoupled AdamW in float32; parameter and moments are rounded once to how they are stored."""
+
+    def __init__(self, param, grad, lr, weight_decay, config):
+        self.param, self.grad, self.lr, self.weight_decay, self.config = param, grad, lr, weight_decay, config
+        param.grad = grad
+        self.mean, self.square = torch.zeros_like(param.detach()), torch.zeros_like(param.detach())
+
+    def apply(self, lr_factor, step):
+        beta1, beta2 = self.config.beta1, self.config.beta2
+        grad = _wide(self.grad)
+        mean = beta1 * _wide(self.mean) + (1 - beta1) * grad
+        square = beta2 * _wide(self.square) + (1 - beta2) * grad.square()
+        self.mean.copy_(mean)
+        self.square.copy_(square)
+        lr = self.lr * lr_factor
+        unbiased = mean / (1 - beta1**step)
+        update = unbiased / ((square / (1 - beta2**step)).sqrt() + self.config.adam_eps)
+        self.param.detach().copy_(_wide(self.param.detach()) * (1 - lr * self.weight_decay) - lr * update)
+
+
+def _flat_gradients(params):
+    """One zeroed buffer per dtype for the gradients of `params`, and the part of each."""
+    flats, parts = [], {}
+    for dtype in dict.fromkeys(p.dtype for p in params.values()):
+        members = {name: p for name, p in params.items() if p.dtype == dtype}
+        flat = torch.zeros(sum(p.numel() for p in members.values()), dtype=dtype, device=next(iter(members.values())).device)
+        flats.append(flat)
+        parts |= {name: part.view(members[name].shape) for name, part in zip(members, flat.split([p.numel() for p in members.values()]))}
+    return flats, parts
+
+
+class Optimizer:
+    """
+    for each micro-batch:  loss.backward(); optimizer.collect()
+    once per step:         optimizer.set(plan); optimizer.step(); and optimizer.snapshot() where the plan says so
+    at the end:            optimizer.load_average()
+
+    `num_micro_batches` per rank and step; the loss is each one's own mean, undivided.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, config: OptimConfig, num_micro_batches=1):
+        self.config, self.num_micro_batches = config, num_micro_batches
+        self.params = dict(model.named_parameters())
+        device = next(iter(self.params.values())).device
+        self.lr_factor = torch.ones((), device=device)
+        self.momentum = torch.zeros((), device=device)
+        self.adam_step = torch.zeros((), dtype=torch.float64, device=device)
+        self.grad_norm = torch.zeros((), device=device)  # of the last clipped gradient, before clipping
+
+        by_algorithm = {"adam": {}, "muon": {}, "none": {}}
+        for name, param in self.params.items():
+            group = group_of(name, config)
+            by_algorithm[group.algorithm][name] = param, _lr_of_rows(name, param, group, config, model.config.num_layers), group.weight_decay
+        for param, _, _ in by_algorithm["none"].values():
+            param.requires_grad_(False)
+        for name, (param, _, _) in by_algorithm["muon"].items():
+            if param.dim() < 2 or param.dtype == torch.bfloat16:
+                raise UserError(f"optim.muon_tensors: {name} {list(param.shape)} {param.dtype} is not a stack of float32 matrices")
+        self.banks = {name: MuonBank(*row, config) for name, row in by_algorithm["muon"].items()}
+        self.adam_grads, parts = _flat_gradients({name: param for name, (param, _, _) in by_algorithm["adam"].items()})
+        self.adam = {name: AdamTensor(p, parts[name], lr, wd, config) for name, (p, lr, wd) in by_algorithm["adam"].items()}
+        self.buffers = [bank.grad for bank in self.banks.values()] + self.adam_grads
+        # Sums of clipped pieces, where several are clipped one by one on this rank.
+        apart = config.grad_clip_scope == "piece" and config.grad_clip_norm > 0 and num_micro_batches > 1
+        self.sums = [torch.zeros_like(buffer) for buffer in self.buffers] if apart else None
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self):
+        """As new, with the parameters as they are now: what follows a warm-up after they were restored."""
+        for state in self._state().values():
+            state.zero_()
+        for buffer in self.buffers + (self.sums or []):
+            buffer.zero_()
+        self.ema = {name: _wide(p.detach()).clone() for name, p in self.params.items()} if self.config.ema else {}
+        self.snapshots, self.num_snapshots = {}, 0
+
+    @torch.no_grad()
+    def set(self, plan):
+        """Put a schedule.StepPlan's numbers where the step reads them."""
+        self.lr_factor.fill_(plan.lr_factor)
+        self.momentum.fill_(plan.muon_momentum)
+
+    @torch.no_grad()
+    def collect(self):
+        """After each micro-batch's backward."""
+        if self.config.grad_clip_scope == "piece" and self.config.grad_clip_norm > 0:
+            self._clip(self.buffers, torch.stack([_square_sum(buffer) for buffer in self.buffers]).sum())
+        if self.sums is not None:
+            for total, buffer in zip(self.sums, self.buffers):
+                total.add_(buffer)
+                buffer.zero_()
+
+    @torch.no_grad()
+    def step(self):
+        if self.sums is not None:
+            for buffer, total in zip(self.buffers, self.sums):
+                buffer.copy_(total)
+                total.zero_()
+        parts = self.num_micro_batches * dist.world_size()
+        if parts > 1:
+            for buffer in self.buffers:
+                _scale_(buffer, 1 / parts)
+        # The large banks first; the small gradients travel while Muon works, Muon's updates while Adam does.
+        banks = sorted(self.banks.values(), key=lambda bank: -bank.grad.numel())
+        banks_in = [bank.reduce() for bank in banks]
+        small_in = [dist.sum_(grad) for grad in self.adam_grads]
+        _wait(banks_in)
+        if self.config.grad_clip_scope == "global" and self.config.grad_clip_norm > 0:
+            _wait(small_in)
+            self._clip_average(banks)
+
+        directions = [bank.direction(self.momentum) for bank in banks]
+        updates = orthogonalize(directions, self.config.muon_coefficients, self.config.muon_steps)
+        updates_in = [bank.gather(update) for bank, update in zip(banks, updates)]
+
+        _wait(small_in)
+        self.adam_step += 1
+        for tensor in self.adam.values():
+            tensor.apply(self.lr_factor, self.adam_step)
+        _wait(updates_in)
+        for bank in banks:
+            bank.apply(self.lr_factor)
+
+        for name, average in self.ema.items():
+            average.lerp_(_wide(self.params[name]), 1 - self.config.ema_decay)
+        for buffer in self.buffers:
+            buffer.zero_()
+
+    def _clip_average(self, banks):
+        """Clip averaged gradients, of which this rank holds a share of the banks and all of the rest."""
+        square = torch.stack([_square_sum(bank.shard) for bank in banks]).sum() if banks else torch.zeros_like(self.grad_norm)
+        dist.sum_(square).wait()
+        small = [_square_sum(grad) for grad in self.adam_grads]
+        self._clip([bank.shard for bank in banks] + self.adam_grads, torch.stack([square, *small]).sum())
+
+    def _clip(self, tensors, square):
+        self.grad_norm.copy_(square.sqrt())
+        coefficient = (self.config.grad_clip_norm / (self.grad_norm + CLIP_EPSILON)).clamp(max=1.0)
+        for tensor in tensors:
+            _scale_(tensor, coefficient)
+
+    # -- final weights
+
+    @torch.no_grad()
+    def snapshot(self):
+        """Add the weights to the mean that `swa` exports. Summed in float32: sums of bfloat16 lose the later ones."""
+        if not self.config.swa:
+            return
+        if not self.snapshots:
+            self.snapshots = {name: torch.zeros_like(_wide(p)) for name, p in self.params.items()}
+        for name, p in self.params.items():
+            self.snapshots[name] += p
+        self.num_snapshots += 1
+
+    @torch.no_grad()
+    def load_average(self) -> str:
+        """Replace the weights by those to be exported, and say which these are."""
+        if self.config.ema:
+            for name, average in self.ema.items():
+                self.params[name].copy_(average)
+            return f"exponential moving average, decay {self.config.ema_decay}"
+        if self.config.swa and self.num_snapshots >= 2:
+            for name, total in self.snapshots.items():
+                self.params[name].copy_(total / self.num_snapshots)
+            return f"mean of {self.num_snapshots} snapshots"
+        return "weights of the last step"
+
+    # -- checkpoints
+
+    def _state(self):
+        """What an update leaves behind, as this rank holds it."""
+        state = {f"muon.{name}.momentum": bank.momentum for name, bank in self.banks.items()}
+        for name, tensor in self.adam.items():
+            state |= {f"adam.{name}.mean": tensor.mean, f"adam.{name}.square": tensor.square}
+        return state | {"adam.step": self.adam_step}
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All state, the same for any number of ranks, which must all call this."""
+        state = self._state()
+        for name, bank in self.banks.items():
+            whole, arrival = dist.gather(bank.momentum)
+            arrival.wait()
+            state[f"muon.{name}.momentum"] = whole[: bank.matrices.shape[0]]
+        state |= {f"ema.{name}": average for name, average in self.ema.items()}
+        state |= {f"swa.{name}": total for name, total in self.snapshots.items()}
+        return state | {"swa.count": torch.tensor(self.num_snapshots)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]):
+        self.num_snapshots = int(state["swa.count"])
+        if self.num_snapshots:
+            self.snapshots = {name: torch.zeros_like(_wide(p)) for name, p in self.params.items()}
+        mine = self._state() | {f"ema.{name}": average for name, average in self.ema.items()}
+        mine |= {f"swa.{name}": total for name, total in self.snapshots.items()}
+        different = mine.keys() ^ (state.keys() - {"swa.count"})
+        if different:
+            raise UserError(f"checkpoint: optimizer state {min(different)} is missing or unknown: is it of this recipe?")
+        for name, bank in self.banks.items():
+            share, first = bank.momentum.shape[0], dist.rank() * bank.momentum.shape[0]
+            own = state[f"muon.{name}.momentum"][first : first + share]
+            bank.momentum.zero_()[: own.shape[0]].copy_(own)
+        for name in mine.keys() - {f"muon.{bank}.momentum" for bank in self.banks}:
+            mine[name].copy_(state[name])
+
+
+def _square_sum(tensor):
+    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).square()
+
+
+def _wait(arrivals):
+    for arrival in arrivals:
+        arrival.wait()
