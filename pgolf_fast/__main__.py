@@ -18,6 +18,7 @@ VERBS = {
     "bench": ("bench", "Bench"),
     "demo": ("demo", "Demo"),
     "doctor": ("doctor", "Doctor"),
+    "recipes": ("recipes", "Recipes"),
 }
 
 

@@ -405,15 +405,20 @@ class GPT(nn.Module):
                 raise UserError(f"checkpoint tensor {name}: expected shape {list(view.shape)}, got {list(tensors[name].shape)}")
             view.copy_(tensors[name])
 
-    def forward(
-        self, tokens, targets=None, *, reduction="mean", cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False
-    ):
+    def forward(self, tokens, targets=None, *, reduction="mean", **how):
         """Loss of predicting `targets`, or the softcapped logits.
 
-        tokens      [B, T] int64
-        targets     [B, T] int64, or None for float32 logits [B, T, V]
-        reduction   "mean": the training loss, by the fused head; "none": each token's loss [B, T] in plain
-                    float32, which is what a score is made of, so that no kernel can move the ruler
+        tokens     [B, T] int64
+        targets    [B, T] int64, or None for logits [B, T, V] in float32
+        reduction  "mean": the training loss, by the fused head; "none": each token's loss [B, T] in plain
+                   float32, which is what a score is made of, so that no kernel can move the ruler
+        how        see `stream`
+        """
+        return self._head(rms(self.stream(tokens, **how)), targets, reduction)
+
+    def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False):
+        """The residual stream [B, T, C] after the last block.
+
         cu_seqlens  int32 [documents + 1] for packed documents (then B = 1): they confine attention; what
                     the embedding takes from the previous token stops at BOS only (smear_mask_bos)
         max_seqlen  longest document, a host number; fixed for a training run
@@ -440,9 +445,7 @@ class GPT(nn.Module):
                 x = self._sequential(block, x, context)
             if visit.first_half:
                 kept.append(x)
-        if lane1 is not None:
-            x = 0.5 * (x + lane1)
-        return self._head(rms(x), targets, reduction)
+        return x if lane1 is None else 0.5 * (x + lane1)
 
     # -- embedding
 

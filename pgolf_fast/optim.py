@@ -101,8 +101,8 @@ def _wide(tensor):
 
 
 def _scale_(tensor, factor):
-    # NOTE: not `tensor.mul_(factor)`: torch would round a 0-dim factor to bfloat16 before multiplying a bfloat16 tensor.
-    tensor.copy_(_wide(tensor) * factor)
+    # NOTE: torch would round a 0-dim `factor` to bfloat16 before multiplying a bfloat16 tensor by it.
+    tensor.copy_(_wide(tensor) * factor) if tensor.dtype == torch.bfloat16 else tensor.mul_(factor)
 
 
 class MuonBank:
@@ -126,9 +126,9 @@ class MuonBank:
 
     def direction(self, momentum):
         """What is to be orthogonalised: Nesterov momentum, its rows normalised. Each line rounds once to `dtype`."""
-        decayed = (momentum * self.momentum).to(self.dtype)
+        decayed = (momentum * _wide(self.momentum)).to(self.dtype)
         self.momentum.copy_(decayed + self.shard)
-        ahead = (self.shard + momentum * self.momentum.to(momentum.dtype)).to(self.dtype)
+        ahead = (self.shard + momentum * _wide(self.momentum)).to(self.dtype)
         if not self.config.muon_row_normalize:
             return ahead
         norm = torch.linalg.vector_norm(_wide(ahead), dim=-1, keepdim=True)
@@ -197,19 +197,21 @@ class Optimizer:
         self.adam_step = torch.zeros((), dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros((), device=device)  # of the last clipped gradient, before clipping
 
-        by_algorithm = {"adam": {}, "muon": {}, "none": {}}
+        self.banks, self.adam = {}, {}
+        group = {name: group_of(name, config) for name in self.params}
+        self.adam_grads, adam_grad = _flat_gradients({name: p for name, p in self.params.items() if group[name].algorithm == "adam"})
         for name, param in self.params.items():
-            group = group_of(name, config)
-            by_algorithm[group.algorithm][name] = param, _lr_of_rows(name, param, group, config, model.config.num_layers), group.weight_decay
-        for param, _, _ in by_algorithm["none"].values():
-            param.requires_grad_(False)
-        for name, (param, _, _) in by_algorithm["muon"].items():
-            if param.dim() < 2 or param.dtype == torch.bfloat16:
-                raise UserError(f"optim.muon_tensors: {name} {list(param.shape)} {param.dtype} is not a stack of float32 matrices")
-        self.banks = {name: MuonBank(*row, config) for name, row in by_algorithm["muon"].items()}
-        self.adam_grads, parts = _flat_gradients({name: param for name, (param, _, _) in by_algorithm["adam"].items()})
-        self.adam = {name: AdamTensor(p, parts[name], lr, wd, config) for name, (p, lr, wd) in by_algorithm["adam"].items()}
+            lr = _lr_of_rows(name, param, group[name], config, model.config.num_layers)
+            if group[name].algorithm == "adam":
+                self.adam[name] = AdamTensor(param, adam_grad[name], lr, group[name].weight_decay, config)
+            elif group[name].algorithm == "muon":
+                if param.dim() < 2 or param.dtype == torch.bfloat16:
+                    raise UserError(f"optim.muon_tensors: {name} {list(param.shape)} {param.dtype} is not a stack of float32 matrices")
+                self.banks[name] = MuonBank(param, lr, group[name].weight_decay, config)
+            else:
+                param.requires_grad_(False)
         self.buffers = [bank.grad for bank in self.banks.values()] + self.adam_grads
+        self.grads = {name: p.grad for name, p in self.params.items() if p.requires_grad}
         # Sums of clipped pieces, where several are clipped one by one on this rank.
         apart = config.grad_clip_scope == "piece" and config.grad_clip_norm > 0 and num_micro_batches > 1
         self.sums = [torch.zeros_like(buffer) for buffer in self.buffers] if apart else None
@@ -234,8 +236,10 @@ class Optimizer:
     @torch.no_grad()
     def collect(self):
         """After each micro-batch's backward."""
+        if any(self.params[name].grad is not grad for name, grad in self.grads.items()):
+            raise RuntimeError("gradients were moved out of the optimizer's buffers: it clears them itself, do not call zero_grad()")
         if self.config.grad_clip_scope == "piece" and self.config.grad_clip_norm > 0:
-            self._clip(self.buffers, torch.stack([_square_sum(buffer) for buffer in self.buffers]).sum())
+            self._clip(self.buffers, sum(_square_sum(buffer) for buffer in self.buffers))
         if self.sums is not None:
             for total, buffer in zip(self.sums, self.buffers):
                 total.add_(buffer)
@@ -279,10 +283,10 @@ class Optimizer:
 
     def _clip_average(self, banks):
         """Clip averaged gradients, of which this rank holds a share of the banks and all of the rest."""
-        square = torch.stack([_square_sum(bank.shard) for bank in banks]).sum() if banks else torch.zeros_like(self.grad_norm)
+        square = sum((_square_sum(bank.shard) for bank in banks), start=torch.zeros_like(self.grad_norm))
         dist.sum_(square).wait()
-        small = [_square_sum(grad) for grad in self.adam_grads]
-        self._clip([bank.shard for bank in banks] + self.adam_grads, torch.stack([square, *small]).sum())
+        square = sum((_square_sum(grad) for grad in self.adam_grads), start=square)
+        self._clip([bank.shard for bank in banks] + self.adam_grads, square)
 
     def _clip(self, tensors, square):
         self.grad_norm.copy_(square.sqrt())

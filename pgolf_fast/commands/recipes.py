@@ -1,0 +1,52 @@
+"""`pgolf recipes`: which recipes there are, and what one of them says with the environment and overrides applied."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from pgolf_fast import recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipes:
+    """List the recipes, or show every value of one and where it comes from."""
+
+    name: Annotated[str, tyro.conf.Positional] = ""
+    """A recipe's name or a TOML file; without one, the recipes are listed."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """stage.setting=value, as for training."""
+    json: bool = False
+    """Print as JSON."""
+
+
+def run(config: Recipes, console: Console) -> tuple[dict, int]:
+    return (_show(config, console) if config.name else _list(console)), 0
+
+
+def _list(console):
+    notes = {name: recipe.resolve(name, environ={}).note for name in recipe.names()}
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, note in notes.items():
+        table.add_row(name, note)
+    console.print(table)
+    return notes
+
+
+def _show(config, console):
+    resolved = recipe.resolve(config.name, config.overrides)
+    values = resolved.values()
+    console.print(resolved.note)
+    table = Table("setting", "value", "source", "meaning", box=None, padding=(0, 2, 0, 0))
+    for key, value in values.items():
+        is_default = resolved.sources[key] == "default"
+        table.add_row(key, _text(value), resolved.sources[key], recipe.SETTINGS[key].meaning, style="dim" if is_default else None)
+    console.print(table)
+    rows = {key: {"value": value, "source": resolved.sources[key], "meaning": recipe.SETTINGS[key].meaning} for key, value in values.items()}
+    return {"name": resolved.name, "note": resolved.note, "settings": rows}
+
+
+def _text(value):
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

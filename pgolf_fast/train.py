@@ -1,0 +1,28 @@
+"""Settings of the training loop."""
+
+from dataclasses import dataclass
+
+from pgolf_fast.errors import UserError
+from pgolf_fast.settings import setting
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    run_id: str = setting("", "name of the run's folder; empty: made from the recipe and the time", "RUN_ID")
+    seed: int = setting(1337, "of the initial weights; the order of the data does not depend on it", "SEED")
+    train_batch_tokens: int = setting(786432, "tokens per step, over all ranks", "TRAIN_BATCH_TOKENS")
+    micro_batch_tokens: int = setting(98304, "tokens per forward and backward: one of 8 GPUs' share of a step")
+    train_seq_len: int = setting(2048, "tokens of context in training", "TRAIN_SEQ_LEN")
+    warmup_steps: int = setting(20, "full steps before the clock starts, of which nothing is kept", "WARMUP_STEPS")
+    val_loss_every: int = setting(4000, "steps between validations; 0: only after the last step", "VAL_LOSS_EVERY")
+    val_batch_tokens: int = setting(524288, "tokens per validation batch, over all ranks", ("VAL_BATCH_SIZE", "VAL_BATCH_TOKENS"))
+    train_log_every: int = setting(500, "steps between lines of the text log", "TRAIN_LOG_EVERY")
+
+    def __post_init__(self):
+        for field in ("train_batch_tokens", "micro_batch_tokens", "train_seq_len", "val_batch_tokens", "train_log_every"):
+            if getattr(self, field) < 1:
+                raise UserError(f"train.{field}: expected at least 1, got {getattr(self, field)}")
+        if self.train_batch_tokens % self.micro_batch_tokens:
+            raise UserError(f"train.micro_batch_tokens: {self.micro_batch_tokens} does not divide train_batch_tokens {self.train_batch_tokens}")
+        if self.micro_batch_tokens % self.train_seq_len:
+            raise UserError(f"train.train_seq_len: {self.train_seq_len} does not divide micro_batch_tokens {self.micro_batch_tokens}")
