@@ -331,7 +331,7 @@ class Optimizer:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All state, the same for any number of ranks, which must all call this."""
+        """All state, whole and not copied, the same for any number of ranks, which must all call this."""
         state = self._state()
         for name, bank in self.banks.items():
             whole, arrival = dist.gather(bank.momentum)

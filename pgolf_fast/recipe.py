@@ -147,6 +147,16 @@ def _nearest(name, known) -> str:
     return ", ".join(sorted(known, key=likeness, reverse=True)[:3])
 
 
+def _edits(a, b) -> int:
+    """Characters to insert, delete or replace between two texts."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1]
+
+
 def _require_known(key, source):
     if key in ENVIRONMENT:
         raise UserError(f"{source}: {key} is the environment's name of {ENVIRONMENT[key]}; write {ENVIRONMENT[key]}=...")
@@ -217,8 +227,8 @@ def _environment_layers(environ):
             if text != FIXED_ENVIRONMENT[name]:
                 raise UserError(f"{name}: only {FIXED_ENVIRONMENT[name]} is supported, got {text!r}; unset it")
         elif name.isupper() and name not in IDLE_ENVIRONMENT:
-            known = [*ENVIRONMENT, *FIXED_ENVIRONMENT, *IDLE_ENVIRONMENT]
-            if near := difflib.get_close_matches(name, known, cutoff=0.85):
+            slips = 1 if len(name) < 8 else 2
+            if near := [known for known in ENVIRONMENT if abs(len(known) - len(name)) <= slips and _edits(name, known) <= slips]:
                 raise UserError(f"environment: {name} looks like a mistyped {' or '.join(near)}; correct or unset it")
 
 

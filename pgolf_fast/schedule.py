@@ -55,22 +55,22 @@ class StepPlan(NamedTuple):
     snapshot: bool  # take one after this step
 
 
+def _limit_s(config) -> float:
+    return config.max_wallclock_seconds - config.reserve_seconds
+
+
 def progress(config, step, elapsed_s) -> float:
     """Share of the run that is over before this step, by the clock if there is a limit, else by steps."""
-    if config.max_wallclock_seconds:
-        return elapsed_s / (config.max_wallclock_seconds - config.reserve_seconds)
-    return step / config.iterations
+    return elapsed_s / _limit_s(config) if config.max_wallclock_seconds else step / config.iterations
 
 
 def lr_factor(config, step, elapsed_s) -> float:
-    left = 1 - progress(config, step, elapsed_s)
     if config.warmdown_frac:
-        window = config.warmdown_frac
+        left, window = 1 - progress(config, step, elapsed_s), config.warmdown_frac
     elif config.max_wallclock_seconds:
-        mean_step = progress(config, step, elapsed_s) / max(step, 1)
-        window = config.warmdown_iters * mean_step
+        left, window = _limit_s(config) - elapsed_s, config.warmdown_iters * elapsed_s / max(step, 1)
     else:
-        window = config.warmdown_iters / config.iterations
+        left, window = config.iterations - step, config.warmdown_iters
     return 1.0 if window == 0 or left >= window else max(left / window, config.min_lr)
 
 
