@@ -12,12 +12,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 def start(device_type="cuda") -> torch.device:
     """Join the other processes that torchrun started, if it did, and return this one's device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(device_type, local_rank if device_type == "cuda" else None)
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return device
 
 
@@ -44,11 +44,6 @@ class _Done:
 def sum_(tensor):
     """Start adding up `tensor` over the ranks, in place; `wait()` on the result."""
     return dist.all_reduce(tensor, async_op=True) if world_size() > 1 else _Done()
-
-
-def max_(tensor):
-    """Start taking the maximum of `tensor` over the ranks, in place; `wait()` on the result."""
-    return dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True) if world_size() > 1 else _Done()
 
 
 def sum_shard(tensor):

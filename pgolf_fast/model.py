@@ -47,7 +47,7 @@ class ModelConfig:
         0, "tokens; windows longer than this raise the base by the NTK rule; 0: the base is fixed", "ROPE_TRAIN_SEQ_LEN"
     )
     rope_yarn: bool = setting(False, "slow the low frequencies by the YaRN ramp instead of changing the base", "ROPE_YARN")
-    rope_yarn_seq_len: int = setting(4096, "tokens the YaRN ramp extends rope_train_seq_len to", "YARN_MAX_LEN")
+    rope_yarn_seq_len: int = setting(4096, "tokens the YaRN ramp extends rope_train_seq_len to")
     qk_gain_init: float = setting(1.5, "of the learned factor on each normalised query head", "QK_GAIN_INIT")
     xsa_last_n: int = setting(0, "last blocks whose attention drops each token's own value direction", ("XSA_LAST_N", "XSA_LAYERS"))
     attn_gate: bool = setting(False, "a gate per head and token, from the first gate_window channels", "SPARSE_ATTN_GATE_ENABLED")

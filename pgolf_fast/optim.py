@@ -100,16 +100,22 @@ def _wide(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _scale_(tensor, factor):
-    # NOTE: torch would round a 0-dim `factor` to bfloat16 before multiplying a bfloat16 tensor by it.
-    tensor.copy_(_wide(tensor) * factor) if tensor.dtype == torch.bfloat16 else tensor.mul_(factor)
+def _scale_each(tensors, factor):
+    for tensor in tensors:
+        # NOTE: torch would round a 0-dim `factor` to bfloat16 before multiplying a bfloat16 tensor by it.
+        tensor.copy_(_wide(tensor) * factor) if tensor.dtype == torch.bfloat16 else tensor.mul_(factor)
+
+
+def _wait(arrivals):
+    for arrival in arrivals:
+        arrival.wait()
 
 
 class MuonBank:
     """A stack of matrices [n, rows, columns], of which each rank updates its share."""
 
     def __init__(self, param, lr, weight_decay, config):
-        self.param, self.lr, self.weight_decay, self.config = param, lr, weight_decay, config
+        self.lr, self.weight_decay, self.config = lr, weight_decay, config
         self.matrices = param.detach().view(-1, *param.shape[-2:])
         ranks = dist.world_size()
         padded = math.ceil(self.matrices.shape[0] / ranks) * ranks
@@ -179,12 +185,15 @@ def _flat_gradients(params):
 
 
 class Optimizer:
-    """
-    for each micro-batch:  loss.backward(); optimizer.collect()
-    once per step:         optimizer.set(plan); optimizer.step(); and optimizer.snapshot() where the plan says so
-    at the end:            optimizer.load_average()
+    """Trains a model, so:
 
-    `num_micro_batches` per rank and step; the loss is each one's own mean, undivided.
+    for each micro-batch   loss.backward(); optimizer.collect()
+    then, once per step    optimizer.set(plan); optimizer.step(); and optimizer.snapshot() where the plan says so
+    at the end             optimizer.load_average()
+
+    The loss is each micro-batch's own mean, undivided: a gradient of 1 spares the loss kernel a pass over the logits.
+    `num_micro_batches` is per rank. The optimizer owns the gradients' memory and clears it. Build it when the model
+    is on its device, and reset it when the weights are replaced.
     """
 
     @torch.no_grad()
@@ -239,7 +248,7 @@ class Optimizer:
         if any(self.params[name].grad is not grad for name, grad in self.grads.items()):
             raise RuntimeError("gradients were moved out of the optimizer's buffers: it clears them itself, do not call zero_grad()")
         if self.config.grad_clip_scope == "piece" and self.config.grad_clip_norm > 0:
-            self._clip(self.buffers, sum(_square_sum(buffer) for buffer in self.buffers))
+            self._clip(self.buffers, self._square_sum(self.buffers))
         if self.sums is not None:
             for total, buffer in zip(self.sums, self.buffers):
                 total.add_(buffer)
@@ -251,28 +260,27 @@ class Optimizer:
             for buffer, total in zip(self.buffers, self.sums):
                 buffer.copy_(total)
                 total.zero_()
+        # Reduce, the large banks first.
+        banks = sorted(self.banks.values(), key=lambda bank: -bank.grad.numel())
+        _wait([bank.reduce() for bank in banks] + [dist.sum_(grad) for grad in self.adam_grads])
+        shards = [bank.shard for bank in banks]
         parts = self.num_micro_batches * dist.world_size()
         if parts > 1:
-            for buffer in self.buffers:
-                _scale_(buffer, 1 / parts)
-        # The large banks first; the small gradients travel while Muon works, Muon's updates while Adam does.
-        banks = sorted(self.banks.values(), key=lambda bank: -bank.grad.numel())
-        banks_in = [bank.reduce() for bank in banks]
-        small_in = [dist.sum_(grad) for grad in self.adam_grads]
-        _wait(banks_in)
+            _scale_each(shards + self.adam_grads, 1 / parts)
         if self.config.grad_clip_scope == "global" and self.config.grad_clip_norm > 0:
-            _wait(small_in)
-            self._clip_average(banks)
+            # This rank holds a share of the banks, and all of the rest.
+            square = self._square_sum(shards)
+            dist.sum_(square).wait()
+            self._clip(shards + self.adam_grads, square + self._square_sum(self.adam_grads))
 
         directions = [bank.direction(self.momentum) for bank in banks]
         updates = orthogonalize(directions, self.config.muon_coefficients, self.config.muon_steps)
-        updates_in = [bank.gather(update) for bank, update in zip(banks, updates)]
-
-        _wait(small_in)
+        arrivals = [bank.gather(update) for bank, update in zip(banks, updates)]
+        # Adam works while Muon's updates travel.
         self.adam_step += 1
         for tensor in self.adam.values():
             tensor.apply(self.lr_factor, self.adam_step)
-        _wait(updates_in)
+        _wait(arrivals)
         for bank in banks:
             bank.apply(self.lr_factor)
 
@@ -281,18 +289,13 @@ class Optimizer:
         for buffer in self.buffers:
             buffer.zero_()
 
-    def _clip_average(self, banks):
-        """Clip averaged gradients, of which this rank holds a share of the banks and all of the rest."""
-        square = sum((_square_sum(bank.shard) for bank in banks), start=torch.zeros_like(self.grad_norm))
-        dist.sum_(square).wait()
-        square = sum((_square_sum(grad) for grad in self.adam_grads), start=square)
-        self._clip([bank.shard for bank in banks] + self.adam_grads, square)
+    def _square_sum(self, tensors):
+        norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+        return torch.stack([torch.zeros_like(self.grad_norm), *norms]).square().sum()
 
-    def _clip(self, tensors, square):
-        self.grad_norm.copy_(square.sqrt())
-        coefficient = (self.config.grad_clip_norm / (self.grad_norm + CLIP_EPSILON)).clamp(max=1.0)
-        for tensor in tensors:
-            _scale_(tensor, coefficient)
+    def _clip(self, gradients, square_sum):
+        self.grad_norm.copy_(square_sum.sqrt())
+        _scale_each(gradients, (self.config.grad_clip_norm / (self.grad_norm + CLIP_EPSILON)).clamp(max=1.0))
 
     # -- final weights
 
@@ -358,11 +361,3 @@ class Optimizer:
         for name in mine.keys() - {f"muon.{bank}.momentum" for bank in self.banks}:
             mine[name].copy_(state[name])
 
-
-def _square_sum(tensor):
-    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).square()
-
-
-def _wait(arrivals):
-    for arrival in arrivals:
-        arrival.wait()

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import os
+import socket
 
 import pytest
 import torch
-import torch.distributed
 import torch.multiprocessing
 
-from pgolf_fast import recipe
+from pgolf_fast import dist, recipe
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT
 from pgolf_fast.optim import OptimConfig, Optimizer, group_of
@@ -29,10 +30,10 @@ def small(name, **changes):
     return GPT(config, seed=1, stream_dtype=torch.float32), dataclasses.replace(resolved.optim, **changes)
 
 
-def gradients(model, seed, scale=0.01):
+def gradients(optimizer, seed):
     """Random, of full rank, one per parameter."""
-    rng = torch.Generator().manual_seed(seed)
-    return {name: (scale * torch.randn(p.shape, generator=rng)).to(p.dtype) for name, p in model.named_parameters()}
+    rng = torch.Generator().manual_seed(100 + seed)
+    return {name: (0.01 * torch.randn(p.shape, generator=rng)).to(p.dtype) for name, p in optimizer.params.items()}
 
 
 def put(optimizer, grads):
@@ -44,17 +45,12 @@ def put(optimizer, grads):
 
 def run(optimizer, steps=STEPS, first=0):
     for i, plan in enumerate(steps, first):
-        put(optimizer, gradients_of(optimizer, i))
+        put(optimizer, gradients(optimizer, i))
         optimizer.set(plan)
         optimizer.collect()
         optimizer.step()
         if plan.snapshot:
             optimizer.snapshot()
-
-
-def gradients_of(optimizer, i):
-    rng = torch.Generator().manual_seed(100 + i)
-    return {name: (0.01 * torch.randn(p.shape, generator=rng)).to(p.dtype) for name, p in optimizer.params.items()}
 
 
 def weights(model):
@@ -128,7 +124,7 @@ def test_adam_is_torch_adamw(name):
         rows.append({"params": [theirs[n]], "lr": group.lr, "base": group.lr, "weight_decay": group.weight_decay})
     reference = torch.optim.AdamW(rows, betas=(config.beta1, config.beta2), eps=config.adam_eps)
     for i, plan in enumerate(STEPS * 3):
-        for n, g in gradients_of(optimizer, i).items():
+        for n, g in gradients(optimizer, i).items():
             if n in theirs:
                 theirs[n].grad = g
         for row in reference.param_groups:
@@ -145,7 +141,7 @@ def test_bf16_table_is_rounded_once_per_step():
     p, optimizer = model.tok_emb.detach().clone(), Optimizer(model, config)
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for i, plan in enumerate(STEPS):
-        g = gradients_of(optimizer, i)["tok_emb"].float()
+        g = gradients(optimizer, i)["tok_emb"].float()
         m32 = config.beta1 * m.float() + (1 - config.beta1) * g
         v32 = config.beta2 * v.float() + (1 - config.beta2) * g * g
         lr = config.embed_lr * plan.lr_factor
@@ -211,7 +207,7 @@ def by_hand_quintic(p, grads, plans, lr, wd):
 def test_muon_is_what_the_specification_says(name, by_hand):
     model, config = small(name, grad_clip_norm=0.0)
     start, optimizer = weights(model), Optimizer(model, config)
-    grads = [gradients_of(optimizer, i) for i in range(len(STEPS))]
+    grads = [gradients(optimizer, i) for i in range(len(STEPS))]
     run(optimizer)
     group = group_of("qo", config)
     assert optimizer.banks.keys() >= MATRICES
@@ -265,7 +261,7 @@ def seen_gradients(optimizer):
 def test_global_clip_acts_on_the_average_of_all_micro_batches(limit):
     model, config = small("gepa-598", grad_clip_norm=limit)
     optimizer = Optimizer(model, config, num_micro_batches=2)
-    pieces = [gradients_of(optimizer, i) for i in (0, 1)]
+    pieces = [gradients(optimizer, i) for i in (0, 1)]
     trained = [n for n, p in optimizer.params.items() if p.requires_grad]
     average = {n: (pieces[0][n].float() + pieces[1][n].float()) / 2 for n in trained}
     expected, norm = clipped(average, limit or math.inf, trained)
@@ -286,7 +282,7 @@ def test_piece_clip_acts_on_every_micro_batch():
     """Two pieces on one rank: each is clipped alone, then averaged, as two ranks that clip alone would do."""
     model, config = small("caseops-1934", grad_clip_norm=0.05, muon_dtype="float32")
     optimizer = Optimizer(model, config, num_micro_batches=2)
-    pieces = [gradients_of(optimizer, 0), {n: 0.01 * g for n, g in gradients_of(optimizer, 1).items()}]
+    pieces = [gradients(optimizer, 0), {n: 0.01 * g for n, g in gradients(optimizer, 1).items()}]
     norms = [clipped(piece, 0.05, list(piece))[1] for piece in pieces]
     assert norms[0] > 0.05 > norms[1], "one piece must be clipped and one not, or the order does not show"
     first, second = (clipped(piece, 0.05, list(piece))[0] for piece in pieces)
@@ -342,7 +338,7 @@ def test_reset_forgets_a_warm_up(name):
     """Warm-up, restored weights, reset: the same run as without it, bit for bit; leftover Muon momentum would show."""
     model, config = small(name)
     start, optimizer = weights(model), Optimizer(model, config, num_micro_batches=2)
-    put(optimizer, gradients(model, 1))
+    put(optimizer, gradients(optimizer, 1))
     optimizer.collect()
     run(optimizer, STEPS)
     for key, w in start.items():
@@ -417,6 +413,19 @@ def test_two_runs_are_equal_and_the_loss_falls():
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [dict(muon_tensors=()), dict(muon_tensors=(), grad_clip_scope="piece"), dict(frozen_tensors=("*_*", "smear*"))],
+)
+def test_a_group_may_be_empty(changes):
+    """Everything under AdamW; hardly anything trained at all."""
+    model, config = small("legal-ttt-691", **changes)
+    before, optimizer = weights(model), Optimizer(model, config)
+    run(optimizer, STEPS[:1])
+    trained = {name for name, w in before.items() if not torch.equal(w, model.get_parameter(name))}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
         (dict(embed_tensors=("token_embedding",)), "optim.embed_tensors: 'token_embedding' matches no parameter"),
@@ -448,16 +457,23 @@ def exact_gradients(optimizer, step, piece):
 RECIPES = ("legal-ttt-691", "caseops-1934")
 
 
-def train_as_rank(rank, folder):
+def train_as_rank(rank, folder, ports):
     """One of four processes: the first trains alone, then two of them do, then all."""
     torch.set_num_threads(1)  # products and norms sum in the same order everywhere
-    for ranks in (1, 2, 4):
+    for ranks, port in ports.items():
         if rank < ranks:
-            torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks, init_method=f"file://{folder}/meet-{ranks}")
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            assert dist.start("cpu") == torch.device("cpu")
+            assert (dist.rank(), dist.world_size()) == (rank, ranks)
             for name in RECIPES:
                 train(rank, ranks, name, folder)
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+            dist.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def train(rank, ranks, name, folder):
@@ -492,8 +508,7 @@ def train(rank, ranks, name, folder):
             loss.backward()
             optimizer.collect()
             total += loss.detach() / PIECES
-        if ranks > 1:
-            torch.distributed.all_reduce(total)
+        dist.sum_(total).wait()
         losses.append(total)
         optimizer.set(plan)
         optimizer.step()
@@ -509,7 +524,7 @@ def train(rank, ranks, name, folder):
 def trained(tmp_path_factory):
     """What each number of ranks made of each recipe."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(train_as_rank, (folder,), 4)
+    torch.multiprocessing.spawn(train_as_rank, (folder, {ranks: free_port() for ranks in (1, 2, 4)}), 4)
     return {(name, ranks): torch.load(folder / f"{name}-{ranks}.pt") for name in RECIPES for ranks in (1, 2, 4)}
 
 
