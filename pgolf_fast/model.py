@@ -98,7 +98,8 @@ class ModelConfig:
         for layer in self.ve_layers if self.value_embed else ():
             require(0 <= layer < self.num_layers, "ve_layers", f"there is no block {layer} among {self.num_layers}")
         loop_fits = 0 <= self.loop_start <= self.loop_end < self.num_layers
-        require(self.num_loops == 0 or loop_fits, "loop_end", f"no loop from block {self.loop_start} to {self.loop_end} of {self.num_layers}")
+        loop = f"from block {self.loop_start} to {self.loop_end} of {self.num_layers}"
+        require(self.num_loops == 0 or loop_fits, "loop_end", f"there is no loop {loop}")
         # A lane pair cannot return to one stream, so nothing before the second half may have two lanes.
         first_lane_fits = self.parallel_start == 0 or min(v.block for v in visits(self, False) if not v.first_half) <= self.parallel_start
         fits = first_lane_fits and (self.num_loops == 0 or self.parallel_start == 0 or self.loop_end < self.parallel_start)
@@ -218,7 +219,8 @@ def parameter_table(config):
     return table
 
 
-# Names in the published checkpoints. "{}" runs along the first dimension; a stack with two names holds all of the first, then all of the second.
+# Names in the published checkpoints. "{}" runs along the first dimension; a stack with two names holds all of the first, then
+# all of the second.
 PUBLISHED_NAMES = {
     "tok_emb": ("tok_emb.weight",),
     "bigram_embed": ("bigram.embed.weight",),

@@ -62,6 +62,9 @@ class OptimConfig:
                     raise UserError(f"optim.{field}: {pattern!r} matches no parameter; they are {', '.join(PUBLISHED_NAMES)}")
         if self.muon_steps < 1:
             raise UserError(f"optim.muon_steps: expected at least 1, got {self.muon_steps}")
+        for field in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(f"optim.{field}: expected at least 0 and less than 1, got {getattr(self, field)}")
 
 
 class Group(NamedTuple):

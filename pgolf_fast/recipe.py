@@ -65,7 +65,7 @@ FIXED_ENVIRONMENT = {
     "DTG_ENABLED": "0",
     "EODIFF_LAST_N": "0",
 }
-# Names that the published runs set or log, and no code of theirs reads in these configurations.
+# Names of theirs that may have any value: they change nothing in these configurations, or only which kernel runs.
 IDLE_ENVIRONMENT = {"EMBED_LR", "HEAD_LR", "MUON_BETA2", "GPTQ_CALIB_SEQS", "MTP_LOSS_WEIGHT", "FUSED_CE_ENABLED", "MATRIX_CLIP_SIGMAS"}
 
 
@@ -95,7 +95,7 @@ def _describe(kind) -> str:
         return f"a list of {typing.get_args(kind)[0].__name__}"
     if isinstance(kind, types.UnionType):
         return " or ".join("none" if k is type(None) else k.__name__ for k in typing.get_args(kind))
-    return {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[kind]
+    return {bool: "true or false", int: "a whole number from 0", float: "a finite number from 0", str: "text"}[kind]
 
 
 def _fits(kind, value):
@@ -109,9 +109,9 @@ def _fits(kind, value):
     elif isinstance(kind, types.UnionType):
         return None if value is None else _fits(typing.get_args(kind)[0], value)
     elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
             return float(value)
-    elif type(value) is kind:
+    elif type(value) is kind and (kind is not int or value >= 0):  # no stage has a setting below 0
         return value
     raise ValueError
 

@@ -29,7 +29,9 @@ class ScheduleConfig:
 
     loop_from_frac: float = setting(0.0, "share of the run after which the model's loop is on", "ENABLE_LOOPING_AT")
     late_qat: bool = setting(False, "train through int6 weights at the end of the run", "LATE_QAT")
-    qat_below_lr: float = setting(0.15, "late_qat begins when the learning-rate factor is below this", ("LATE_QAT_THRESHOLD", "QAT_THRESHOLD"))
+    qat_below_lr: float = setting(
+        0.15, "late_qat begins when the learning-rate factor is below this", ("LATE_QAT_THRESHOLD", "QAT_THRESHOLD")
+    )
     swa_every: int = setting(50, "steps between the snapshots of tight stochastic weight averaging", "SWA_EVERY")
     swa_below_lr: float = setting(0.2, "snapshots are taken where the learning-rate factor is below this")
 

@@ -385,7 +385,8 @@ def test_fake_quant_in_the_forward_quantises_the_matrices_and_nothing_else():
     tokens, targets = tokens_of(config, 2, 12)
     loss, expected, plain = model(tokens, targets, fake_quant=True), quantised(tokens, targets), model(tokens, targets)
     assert loss.item() == expected.item() != plain.item()
-    for grad, truth in zip(torch.autograd.grad(loss, list(model.parameters())), torch.autograd.grad(expected, list(quantised.parameters()))):
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    for grad, truth in zip(grads, torch.autograd.grad(expected, list(quantised.parameters()))):
         torch.testing.assert_close(grad, truth)
 
 
@@ -448,7 +449,7 @@ def test_forward_is_one_graph():
         (dict(num_layers=0), "model.num_layers: expected at least 1"),
         (dict(rope_dims=65), "model.rope_dims: expected an even number up to the head width 64"),
         (dict(ve_layers=(11,), value_embed=True), "model.ve_layers: there is no block 11"),
-        (dict(num_loops=2, loop_start=5, loop_end=3), "model.loop_end: no loop from block 5 to 3"),
+        (dict(num_loops=2, loop_start=5, loop_end=3), "model.loop_end: there is no loop from block 5 to 3"),
         (dict(parallel_start=2), "model.parallel_start: block 2 lies in the loop or in the first half"),
         (dict(num_loops=1, loop_start=7, loop_end=9, parallel_start=8), "model.parallel_start: block 8 lies in the loop"),
         (dict(bigram_buckets=1), "model.bigram_buckets: needs at least 2"),

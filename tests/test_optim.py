@@ -272,7 +272,8 @@ def test_global_clip_acts_on_the_average_of_all_micro_batches(limit):
     optimizer.step()
     assert "bigram_scale" not in trained and limit < norm or limit == 0.3
     for name, grad in seen_gradients(optimizer).items():
-        torch.testing.assert_close(grad.float(), expected[name], rtol=0.02 if name == "tok_emb" else 1e-4, atol=1e-7, msg=lambda m: f"{name}: {m}")
+        rtol = 0.02 if name == "tok_emb" else 1e-4  # a bfloat16 table
+        torch.testing.assert_close(grad.float(), expected[name], rtol=rtol, atol=1e-7, msg=lambda m: f"{name}: {m}")
     torch.testing.assert_close(optimizer.banks["kv"].momentum, expected["kv"], rtol=1e-4, atol=1e-8)
     if limit:
         assert optimizer.grad_norm.item() == pytest.approx(norm, rel=1e-3)
@@ -292,7 +293,8 @@ def test_piece_clip_acts_on_every_micro_batch():
     optimizer.set(STEPS[0])
     optimizer.step()
     torch.testing.assert_close(optimizer.banks["kv"].momentum, (first["kv"] + second["kv"]) / 2, rtol=1e-4, atol=1e-8)
-    torch.testing.assert_close(seen_gradients(optimizer)["skip_gates"], (first["skip_gates"] + second["skip_gates"]) / 2, rtol=1e-4, atol=1e-8)
+    seen = seen_gradients(optimizer)["skip_gates"]
+    torch.testing.assert_close(seen, (first["skip_gates"] + second["skip_gates"]) / 2, rtol=1e-4, atol=1e-8)
 
 
 # --- averages, reset, checkpoints ----------------------------------------------------------------------------------------
@@ -308,7 +310,8 @@ def test_ema_is_the_recurrence_over_every_tensor():
     assert "decay 0.9" in optimizer.load_average()
     assert expected.keys() == dict(model.named_parameters()).keys()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), expected[name].to(p.dtype), rtol=1e-5 if p.dtype == torch.float32 else 0.01, atol=1e-7, msg=lambda m: f"{name}: {m}")
+        rtol = 1e-5 if p.dtype == torch.float32 else 0.01
+        torch.testing.assert_close(p.detach(), expected[name].to(p.dtype), rtol=rtol, atol=1e-7, msg=lambda m: f"{name}: {m}")
 
 
 def test_swa_is_the_mean_of_the_snapshots():
@@ -430,6 +433,7 @@ def test_a_group_may_be_empty(changes):
     [
         (dict(embed_tensors=("token_embedding",)), "optim.embed_tensors: 'token_embedding' matches no parameter"),
         (dict(muon_steps=0), "optim.muon_steps"),
+        (dict(beta2=1.0), "optim.beta2: expected at least 0 and less than 1"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):

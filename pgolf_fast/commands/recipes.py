@@ -44,7 +44,9 @@ def _show(config, console):
         is_default = resolved.sources[key] == "default"
         table.add_row(key, _text(value), resolved.sources[key], recipe.SETTINGS[key].meaning, style="dim" if is_default else None)
     console.print(table)
-    rows = {key: {"value": value, "source": resolved.sources[key], "meaning": recipe.SETTINGS[key].meaning} for key, value in values.items()}
+    rows = {
+        key: {"value": value, "source": resolved.sources[key], "meaning": recipe.SETTINGS[key].meaning} for key, value in values.items()
+    }
     return {"name": resolved.name, "note": resolved.note, "settings": rows}
 
 
