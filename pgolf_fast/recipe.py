@@ -77,12 +77,15 @@ class Resolved:
     sources: dict[str, str]  # "stage.setting" to where its value comes from
 
     def values(self) -> dict[str, object]:
-        return {key: _get(self.recipe, key) for key in SETTINGS}
+        stages = {key: getattr(self.recipe, key.split(".")[0]) for key in SETTINGS}
+        return {key: getattr(stage, key.split(".")[1]) for key, stage in stages.items()}
 
-
-def _get(recipe, key):
-    stage, field = key.split(".")
-    return getattr(getattr(recipe, stage), field)
+    def record(self) -> dict:
+        """For a file beside a run: every value with where it comes from."""
+        settings = {
+            key: {"value": value, "source": self.sources[key], "meaning": SETTINGS[key].meaning} for key, value in self.values().items()
+        }
+        return {"name": self.name, "note": self.note, "settings": settings}
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

@@ -36,18 +36,14 @@ def _list(console):
 
 
 def _show(config, console):
-    resolved = recipe.resolve(config.name, config.overrides)
-    values = resolved.values()
-    console.print(resolved.note)
+    record = recipe.resolve(config.name, config.overrides).record()
+    console.print(record["note"])
     table = Table("setting", "value", "source", "meaning", box=None, padding=(0, 2, 0, 0))
-    for key, value in values.items():
-        is_default = resolved.sources[key] == "default"
-        table.add_row(key, _text(value), resolved.sources[key], recipe.SETTINGS[key].meaning, style="dim" if is_default else None)
+    for key, row in record["settings"].items():
+        style = "dim" if row["source"] == "default" else None
+        table.add_row(key, _text(row["value"]), row["source"], row["meaning"], style=style)
     console.print(table)
-    rows = {
-        key: {"value": value, "source": resolved.sources[key], "meaning": recipe.SETTINGS[key].meaning} for key, value in values.items()
-    }
-    return {"name": resolved.name, "note": resolved.note, "settings": rows}
+    return record
 
 
 def _text(value):
