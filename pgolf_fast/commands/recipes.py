@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pgolf_fast import recipe
@@ -30,18 +31,18 @@ def _list(console):
     notes = {name: recipe.resolve(name, environ={}).note for name in recipe.names()}
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, note in notes.items():
-        table.add_row(name, note)
+        table.add_row(name, escape(note))
     console.print(table)
     return notes
 
 
 def _show(config, console):
     record = recipe.resolve(config.name, config.overrides).record()
-    console.print(record["note"])
+    console.print(escape(record["note"]))
     table = Table("setting", "value", "source", "meaning", box=None, padding=(0, 2, 0, 0))
     for key, row in record["settings"].items():
         style = "dim" if row["source"] == "default" else None
-        table.add_row(key, _text(row["value"]), row["source"], row["meaning"], style=style)
+        table.add_row(key, *map(escape, (_text(row["value"]), row["source"], row["meaning"])), style=style)
     console.print(table)
     return record
 
