@@ -4,7 +4,7 @@
 
 Matrices of all blocks that share a shape are one parameter, [blocks, out, in], and so are the small
 tensors: Muon, the kernels and the collectives handle a few large tensors. `published_tensors` gives
-the same storage under the names of the published checkpoints.
+the same storage under the names of the published checkpoints (tensor_names.py).
 """
 
 import math
@@ -18,12 +18,14 @@ from torch import nn
 from pgolf_fast.errors import UserError
 from pgolf_fast.ops import fused_mlp, linear_softcap_cross_entropy, xsa_attention
 from pgolf_fast.settings import setting
+from pgolf_fast.tensor_names import published_views
 
 # NOTE: torch's own default for bfloat16 was 2**-7 in some versions, which flattens the first norm at init (its mean square is 2.5e-5).
 RMS_EPSILON = 2.0**-23
 BOS = 1
 BIGRAM_FACTORS = (36313, 27191)  # of the hash, for the current and the previous token
 INT6_LIMIT = 31
+SCORED_ROWS = 16384  # whose float32 logits exist at a time while scoring: those of a whole batch would be gigabytes
 
 
 @dataclass(frozen=True)
@@ -219,65 +221,6 @@ def parameter_table(config):
     return table
 
 
-# Names in the published checkpoints. "{}" runs along the first dimension; a stack with two names holds all of the first, then
-# all of the second.
-PUBLISHED_NAMES = {
-    "tok_emb": ("tok_emb.weight",),
-    "bigram_embed": ("bigram.embed.weight",),
-    "bigram_proj": ("bigram.proj.weight",),
-    "bigram_scale": ("bigram.scale",),
-    "smear_gate": ("smear.gate",),
-    "smear_lambda": ("smear_lambda",),
-    "ve_embed": ("ve_shared.embed.weight",),
-    "ve_proj": ("ve_shared.proj.weight",),
-    "ve_scale": ("ve_shared.scale",),
-    "ve_layer_scales": ("ve_layer_scales.{}",),
-    "skip_weights": ("skip_weights",),
-    "skip_gates": ("skip_gates",),
-    "resid_mix": ("blocks.{}.resid_mix",),
-    "qo": ("blocks.{}.attn.c_q.weight", "blocks.{}.attn.proj.weight"),
-    "kv": ("blocks.{}.attn.c_k.weight", "blocks.{}.attn.c_v.weight"),
-    "q_gain": ("blocks.{}.attn.q_gain",),
-    "attn_gate": ("blocks.{}.attn.attn_gate_w",),
-    "attn_scale": ("blocks.{}.attn_scale",),
-    "mlp_up": ("blocks.{}.mlp.fc.weight",),
-    "mlp_down": ("blocks.{}.mlp.proj.weight",),
-    "star_scale": ("blocks.{}.mlp.scale",),
-    "star_shift": ("blocks.{}.mlp.bias",),
-    "mlp_scale": ("blocks.{}.mlp_scale",),
-    "lane_resid": ("parallel_resid_lambdas",),
-    "lane_post": ("parallel_post_lambdas",),
-}
-# Where PR #598 and the token-gated smear of the CaseOps stacks are called otherwise.
-GEPA_NAMES = {
-    "bigram_embed": ("bigram_emb.embed.weight",),
-    "bigram_proj": ("bigram_emb.proj.weight",),
-    "bigram_scale": ("bigram_emb.scale",),
-    "smear_gate": ("smear_gate.gate",),
-    "mlp_up": ("blocks.{}.mlp.up_proj.weight",),
-    "mlp_down": ("blocks.{}.mlp.down_proj.weight",),
-}
-TOKEN_SMEAR_NAMES = {"smear_gate": ("smear_gate.weight",)}
-
-
-def is_per_block(name) -> bool:
-    return PUBLISHED_NAMES[name][0].startswith("blocks.")
-
-
-def published_views(config, tensors) -> dict[str, torch.Tensor]:
-    """Views of `tensors` (parameters, gradients, averages: name to tensor) under the published names, one matrix or vector each."""
-    names = PUBLISHED_NAMES | (GEPA_NAMES if config.tensor_names == "gepa" else {})
-    names |= TOKEN_SMEAR_NAMES if config.smear == "token" else {}
-    views = {}
-    for name, tensor in tensors.items():
-        if "{}" not in names[name][0]:
-            views[names[name][0]] = tensor
-            continue
-        for published, part in zip(names[name], tensor.chunk(len(names[name]))):
-            views |= {published.format(i): view for i, view in enumerate(part)}
-    return views
-
-
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +236,7 @@ def linear(x, weight):
 
 def previous_token(x):
     """Each position's predecessor in [B, T, C]; zero before the first."""
-    return F.pad(x, (0, 0, 1, 0))[:, :-1]
+    return F.pad(x, (0, 0, 1, 0))[:, : x.shape[1]]
 
 
 def straight_through_int6(weight):
@@ -304,11 +247,20 @@ def straight_through_int6(weight):
     return codes * scale + (weight - weight.detach())
 
 
+def _matrix(weight, fake_quant):
+    return straight_through_int6(weight) if fake_quant else weight
+
+
+def capped(logits, cap):
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cap * torch.tanh(logits / cap)
+
+
 def bigram_bucket(tokens, buckets):
     """Row of the bigram table for [B, T] tokens; the last row is the first position's."""
     current, previous = BIGRAM_FACTORS
     pairs = (tokens[:, 1:] * current) ^ (tokens[:, :-1] * previous)
-    return F.pad(pairs % (buckets - 1), (1, 0), value=buckets - 1)
+    return F.pad(pairs % (buckets - 1), (1, 0), value=buckets - 1)[:, : tokens.shape[1]]
 
 
 def rotary_table(config, num_positions, window, device, dtype):
@@ -557,24 +509,12 @@ class GPT(nn.Module):
     def _head(self, h, targets, reduction):
         cap, table = self.config.logit_softcap, self.tok_emb.to(h.dtype)
         if targets is None:
-            return _capped(linear(h, table), cap)
+            return capped(linear(h, table), cap)
         if reduction == "mean":
             return linear_softcap_cross_entropy(h.flatten(0, 1), table, targets.flatten(), cap)
         if reduction != "none":
             raise ValueError(f"reduction: expected mean or none, got {reduction!r}")
-        # A slice of rows at a time: float32 logits of a whole batch would be gigabytes.
         rows = zip(h.flatten(0, 1).split(SCORED_ROWS), targets.flatten().split(SCORED_ROWS))
-        losses = [F.cross_entropy(_capped(linear(h_rows, table), cap), t_rows, reduction="none") for h_rows, t_rows in rows]
+        losses = [F.cross_entropy(capped(linear(h_rows, table), cap), t_rows, reduction="none") for h_rows, t_rows in rows]
         return torch.cat(losses).view(targets.shape)
 
-
-SCORED_ROWS = 16384
-
-
-def _matrix(weight, fake_quant):
-    return straight_through_int6(weight) if fake_quant else weight
-
-
-def _capped(logits, cap):
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return cap * torch.tanh(logits / cap)

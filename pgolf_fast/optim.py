@@ -16,9 +16,9 @@ import torch
 
 from pgolf_fast import dist
 from pgolf_fast.errors import UserError
-from pgolf_fast.model import PUBLISHED_NAMES, is_per_block
 from pgolf_fast.ops import orthogonalize
 from pgolf_fast.settings import setting
+from pgolf_fast.tensor_names import PUBLISHED_NAMES, is_per_block
 
 ROW_EPSILON = 1e-7  # least norm of a row that muon_row_normalize divides by
 CLIP_EPSILON = 1e-6  # added to the gradient's norm

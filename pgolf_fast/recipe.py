@@ -77,12 +77,15 @@ class Resolved:
     sources: dict[str, str]  # "stage.setting" to where its value comes from
 
     def values(self) -> dict[str, object]:
-        return {key: _get(self.recipe, key) for key in SETTINGS}
+        stages = {key: getattr(self.recipe, key.split(".")[0]) for key in SETTINGS}
+        return {key: getattr(stage, key.split(".")[1]) for key, stage in stages.items()}
 
-
-def _get(recipe, key):
-    stage, field = key.split(".")
-    return getattr(getattr(recipe, stage), field)
+    def record(self) -> dict:
+        """For a file beside a run: every value with where it comes from."""
+        settings = {
+            key: {"value": value, "source": self.sources[key], "meaning": SETTINGS[key].meaning} for key, value in self.values().items()
+        }
+        return {"name": self.name, "note": self.note, "settings": settings}
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -227,9 +230,20 @@ def _environment_layers(environ):
             if text != FIXED_ENVIRONMENT[name]:
                 raise UserError(f"{name}: only {FIXED_ENVIRONMENT[name]} is supported, got {text!r}; unset it")
         elif name.isupper() and name not in IDLE_ENVIRONMENT:
-            slips = 1 if len(name) < 8 else 2
-            if near := [known for known in ENVIRONMENT if abs(len(known) - len(name)) <= slips and _edits(name, known) <= slips]:
+            if near := [known for known in ENVIRONMENT if _is_slip(name, text, known)]:
                 raise UserError(f"environment: {name} looks like a mistyped {' or '.join(near)}; correct or unset it")
+
+
+def _is_slip(name, text, known) -> bool:
+    """Whether `name` was meant to be `known`: spelt nearly so, with a value that it may have (MODEL_DIR=/opt is not MODEL_DIM)."""
+    slips = 1 if len(name) < 8 else 2
+    if abs(len(known) - len(name)) > slips or _edits(name, known) > slips:
+        return False
+    try:
+        _value(ENVIRONMENT[known], text, name, is_text=True)
+    except UserError:
+        return False
+    return True
 
 
 def _override_layers(overrides):

@@ -39,31 +39,31 @@ class TrainConfig:
     data: str = setting("", "folder of the shards (pgolf data build, get or demo makes one)", "DATA_PATH")
     tokenizer: str = setting("", "model that made them; empty: the one in the folder", "TOKENIZER_PATH")
     layout: Literal["rows", "documents"] = setting(
-        "rows", "rows of train_seq_len that cross documents, or documents packed side by side, cut at train_seq_len"
+        "rows", "rows of seq_len that cross documents, or documents packed side by side, cut at seq_len"
     )
     cu_seqlens_entries: int = setting(256, "documents: their starts are padded to a multiple of this, one size for nearly every batch")
-    train_batch_tokens: int = setting(786432, "tokens per step, over all ranks", "TRAIN_BATCH_TOKENS")
+    batch_tokens: int = setting(786432, "tokens per step, over all ranks", "TRAIN_BATCH_TOKENS")
     micro_batches: int = setting(8, "parts of a step, each one forward and backward; a multiple of the number of ranks")
-    train_seq_len: int = setting(2048, "tokens of context in training", "TRAIN_SEQ_LEN")
+    seq_len: int = setting(2048, "tokens of context in training", "TRAIN_SEQ_LEN")
     warmup_steps: int = setting(20, "full steps before the clock starts, of which nothing is kept", "WARMUP_STEPS")
-    val_loss_every: int = setting(4000, "steps between validations; 0: only after the last step", "VAL_LOSS_EVERY")
+    val_every: int = setting(4000, "steps between validations; 0: only after the last step", "VAL_LOSS_EVERY")
     val_batch_tokens: int = setting(524288, "tokens per validation batch, over all ranks", ("VAL_BATCH_SIZE", "VAL_BATCH_TOKENS"))
-    train_log_every: int = setting(500, "steps between lines of the text log", "TRAIN_LOG_EVERY")
+    log_every: int = setting(500, "steps between lines of the text log", "TRAIN_LOG_EVERY")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
     stop_reserve_seconds: float = setting(0.5, "kept free before the time limit, for a step slower than the last fifty")
     deterministic: bool = setting(False, "bit-identical runs, at the price of speed")
 
     def __post_init__(self):
-        for field in ("train_batch_tokens", "micro_batches", "train_seq_len", "val_batch_tokens", "train_log_every", "cu_seqlens_entries"):
+        for field in ("batch_tokens", "micro_batches", "seq_len", "val_batch_tokens", "log_every", "cu_seqlens_entries"):
             if getattr(self, field) < 1:
                 raise UserError(f"train.{field}: expected at least 1, got {getattr(self, field)}")
-        rows = self.micro_batches * self.train_seq_len
-        if self.train_batch_tokens % rows:
-            raise UserError(f"train.train_batch_tokens: {self.train_batch_tokens} is no multiple of micro_batches x train_seq_len, {rows}")
+        rows = self.micro_batches * self.seq_len
+        if self.batch_tokens % rows:
+            raise UserError(f"train.batch_tokens: {self.batch_tokens} is no multiple of micro_batches x seq_len, {rows}")
 
     @property
     def micro_batch_tokens(self) -> int:
-        return self.train_batch_tokens // self.micro_batches
+        return self.batch_tokens // self.micro_batches
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         self.clock = TrainingClock(self.recipe.schedule.max_wallclock_seconds - self.recipe.schedule.reserve_seconds, self.config.stop_reserve_seconds)
         self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)
-        self.log.document("recipe.json", {"name": recipe.name, "note": recipe.note, "values": recipe.values(), "sources": recipe.sources})
+        self.log.document("recipe.json", recipe.record())
         self.log.document("machine.json", machine(self.device, world))
 
         with self.clock.phase("set-up"):
@@ -115,10 +115,10 @@ class Trainer:
                 dist.rank(),
                 self.device,
                 packed,
-                self.config.train_seq_len,
+                self.config.seq_len,
                 self.config.cu_seqlens_entries,
             )
-            self.validation = load_validation(self.config.data, self.config.train_seq_len, self.config.tokenizer or None)
+            self.validation = load_validation(self.config.data, self.config.seq_len, self.config.tokenizer or None)
         self.step, self.plan = 0, None
         self.agreed_s, self.agreed_step, self.mean_step_s = 0.0, 0, 0.0
         self.losses = _Losses(self.device)
@@ -129,11 +129,11 @@ class Trainer:
     def loss_of(self, inputs, targets, cu_seqlens, plan):
         """The mean loss of one micro-batch."""
         if cu_seqlens is None:
-            inputs, targets = (t.view(-1, self.config.train_seq_len) for t in (inputs, targets))
+            inputs, targets = (t.view(-1, self.config.seq_len) for t in (inputs, targets))
             documents = {}
         else:
             inputs, targets = inputs[None], targets[None]
-            documents = {"cu_seqlens": cu_seqlens, "max_seqlen": self.config.train_seq_len}
+            documents = {"cu_seqlens": cu_seqlens, "max_seqlen": self.config.seq_len}
         return self.model(inputs, targets, looped=plan.looped, fake_quant=plan.fake_quant, **documents)
 
     def take_step(self, batches, plan):
@@ -155,7 +155,7 @@ class Trainer:
         tokens = torch.randint(2, self.recipe.model.vocab_size, (2, self.config.micro_batch_tokens), generator=generator).to(self.device)
         cu_seqlens = None
         if self.config.layout == "documents":
-            segments = pack_segments(tokens[0].cpu().numpy(), self.config.train_seq_len, self.config.cu_seqlens_entries)
+            segments = pack_segments(tokens[0].cpu().numpy(), self.config.seq_len, self.config.cu_seqlens_entries)
             cu_seqlens = torch.from_numpy(segments).to(self.device)
         modes = {(False, False)}
         if self.recipe.model.num_loops:
@@ -214,7 +214,7 @@ class Trainer:
             allowed = self.agree()
             while allowed:
                 for _ in range(allowed):
-                    if every.val_loss_every and self.step % every.val_loss_every == 0:
+                    if every.val_every and self.step % every.val_every == 0:
                         with self.clock.phase("validate"):
                             self.drain(window, progress)
                             self.report_validation(self.validate())
@@ -250,7 +250,7 @@ class Trainer:
         if progress:
             progress(step + 1, loss, window.ms_per_step)
         self.log.event("step", step=step + 1, train_loss=loss, lr_factor=self.plan.lr_factor, train_s=self.clock.elapsed_s)
-        if (step + 1) % self.config.train_log_every == 0 or step < 10:
+        if (step + 1) % self.config.log_every == 0 or step < 10:
             train_ms = 1e3 * self.clock.elapsed_s
             self.log.line(
                 f"step:{step + 1}/{self.recipe.schedule.iterations} train_loss:{loss:.4f} train_time:{train_ms:.0f}ms "
@@ -265,13 +265,13 @@ class Trainer:
     def speed(self, window) -> dict:
         """Of the last steps, not of the whole run: the loop changes the step time."""
         step_s = window.ms_per_step / 1e3
-        found = {"ms_per_step": window.ms_per_step, "tokens_per_s": self.config.train_batch_tokens / step_s if step_s else 0.0}
+        found = {"ms_per_step": window.ms_per_step, "tokens_per_s": self.config.batch_tokens / step_s if step_s else 0.0}
         found |= {"loader_stalls": self.loader.stalls, "loader_stall_s": self.loader.stall_s}
         if self.device.type == "cuda":
             found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             peak = next((f for name, f in PEAK_FLOPS.items() if torch.cuda.get_device_name().startswith(name)), None)
             if peak:
-                per_token = flops_per_token(self.recipe.model, self.config.train_seq_len / 2, self.plan.looped)
+                per_token = flops_per_token(self.recipe.model, self.config.seq_len / 2, self.plan.looped)
                 found["mfu"] = per_token * found["tokens_per_s"] / (peak * dist.world_size())
         return found
 
@@ -280,7 +280,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> Score:
         """Every whole row of the validation stream once, in plain float32 losses, shared out over the ranks."""
-        row, world, rank = self.config.train_seq_len, dist.world_size(), dist.rank()
+        row, world, rank = self.config.seq_len, dist.world_size(), dist.rank()
         rows = len(self.validation) // row
         first, last = rows * rank // world, rows * (rank + 1) // world
         batch = max(1, self.config.val_batch_tokens // (row * world))

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pgolf_fast import recipe
 from pgolf_fast.errors import UserError
-from pgolf_fast.model import GPT, ModelConfig, bigram_bucket, published_views, rms, rotary_table, straight_through_int6, visits
+from pgolf_fast.model import GPT, ModelConfig, bigram_bucket, rms, rotary_table, straight_through_int6, visits
+from pgolf_fast.tensor_names import published_views
 from tests import model_oracle as oracle
 from tests.compare import relative_error
 
@@ -388,6 +389,16 @@ def test_fake_quant_in_the_forward_quantises_the_matrices_and_nothing_else():
     grads = torch.autograd.grad(loss, list(model.parameters()))
     for grad, truth in zip(grads, torch.autograd.grad(expected, list(quantised.parameters()))):
         torch.testing.assert_close(grad, truth)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1)])
+def test_empty_and_single_token_batches(name, shape):
+    config = small(name)
+    tokens = torch.full(shape, 3)
+    model = random_model(config)
+    assert model(tokens).shape == (*shape, config.vocab_size)
+    assert model(tokens, tokens, reduction="none").shape == shape
 
 
 @pytest.mark.parametrize("name", ["legal-ttt-691", "caseops-1934"])

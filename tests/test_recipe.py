@@ -205,7 +205,7 @@ def test_values_from_text():
         ("optim.embed_wd=x", "optim.embed_wd: expected float or none"),
         ("model.num_heads=7", "model.num_heads: 7 does not divide model_dim 512"),
         ("optim.muon_tensors=qoo", "optim.muon_tensors: 'qoo' matches no parameter"),
-        ("train.micro_batches=5", "train.train_batch_tokens: 786432 is no multiple of micro_batches x train_seq_len, 10240"),
+        ("train.micro_batches=5", "train.batch_tokens: 786432 is no multiple of micro_batches x seq_len, 10240"),
     ],
 )
 def test_mistakes_on_the_command_line(override, message):
@@ -260,7 +260,7 @@ def test_strangers_in_the_environment_are_let_be():
         TTT_CHUNK_TOKENS TTT_BATCH_SEQS TTT_GRAD_CLIP TTT_BETA1 TTT_BETA2 TTT_WEIGHT_DECAY TTT_LORA_LR TTT_LORA_RANK GLOBAL_TTT_LR
         GLOBAL_TTT_MOMENTUM GPTQ_ENABLED GPTQ_CALIBRATION_BATCHES MIXED_QUANT QUANT_EMBED DATA_PATH DATA_DIR TOKENIZER_PATH ARTIFACT_DIR"""
     strangers = dict.fromkeys((ordinary + " " + other_stages).split(), "something")
-    strangers |= dict(EMBED_LR="0.6", TIE_EMBEDDINGS="1", matrix_lrs="lower case is no name of the challenge")
+    strangers |= dict(MODEL_DIR="/opt/model", EMBED_LR="0.6", TIE_EMBEDDINGS="1", matrix_lrs="lower case is no name of the challenge")
     assert resolve("base", **strangers).values() == resolve("base").values()
 
 

@@ -27,11 +27,11 @@ MINI = (
     "model.bigram_buckets=32",
     "model.bigram_dim=8",
     "model.ve_dim=8",
-    "train.train_batch_tokens=256",
+    "train.batch_tokens=256",
     "train.micro_batches=4",
-    "train.train_seq_len=32",
+    "train.seq_len=32",
     "train.val_batch_tokens=256",
-    "train.val_loss_every=0",
+    "train.val_every=0",
     "train.warmup_steps=1",
     "schedule.iterations=8",
     "schedule.warmdown_iters=4",
@@ -88,14 +88,14 @@ def weights(folder):
 
 
 def test_the_loss_falls_and_the_folder_tells_the_run(data, tmp_path):
-    result = make(data, tmp_path / "run", "schedule.iterations=40", "schedule.warmdown_iters=10", "train.val_loss_every=20").run()
+    result = make(data, tmp_path / "run", "schedule.iterations=40", "schedule.warmdown_iters=10", "train.val_every=20").run()
     seen = losses(tmp_path / "run")
     assert list(seen) == list(range(1, 41))
     assert seen[1] == pytest.approx(math.log(64), abs=0.1)
     assert seen[40] < seen[1] - 0.5
     assert result.steps == 40 and result.validation.tokens == (6 * 201 - 1) // 32 * 32
-    values = json.loads((tmp_path / "run" / "recipe.json").read_text())["values"]
-    assert values["model.vocab_size"] == 64
+    settings = json.loads((tmp_path / "run" / "recipe.json").read_text())["settings"]
+    assert settings["model.vocab_size"] == {"value": 64, "source": "command line", "meaning": settings["model.vocab_size"]["meaning"]}
     assert {"commit", "torch", "device"} <= json.loads((tmp_path / "run" / "machine.json").read_text()).keys()
     text = (tmp_path / "run" / "log.txt").read_text()
     for line in ("warmup_step:1/1", "model_params:", "world_size:1 grad_accum_steps:4", "step:0/40 val_loss:", "step:40/40 train_loss:"):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pgolf_fast import recipe
@@ -30,24 +31,20 @@ def _list(console):
     notes = {name: recipe.resolve(name, environ={}).note for name in recipe.names()}
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, note in notes.items():
-        table.add_row(name, note)
+        table.add_row(name, escape(note))
     console.print(table)
     return notes
 
 
 def _show(config, console):
-    resolved = recipe.resolve(config.name, config.overrides)
-    values = resolved.values()
-    console.print(resolved.note)
+    record = recipe.resolve(config.name, config.overrides).record()
+    console.print(escape(record["note"]))
     table = Table("setting", "value", "source", "meaning", box=None, padding=(0, 2, 0, 0))
-    for key, value in values.items():
-        is_default = resolved.sources[key] == "default"
-        table.add_row(key, _text(value), resolved.sources[key], recipe.SETTINGS[key].meaning, style="dim" if is_default else None)
+    for key, row in record["settings"].items():
+        style = "dim" if row["source"] == "default" else None
+        table.add_row(key, *map(escape, (_text(row["value"]), row["source"], row["meaning"])), style=style)
     console.print(table)
-    rows = {
-        key: {"value": value, "source": resolved.sources[key], "meaning": recipe.SETTINGS[key].meaning} for key, value in values.items()
-    }
-    return {"name": resolved.name, "note": resolved.note, "settings": rows}
+    return record
 
 
 def _text(value):
