@@ -87,6 +87,7 @@ class VerifyConfig:
     val: tuple[Path, ...] = ()
     """The source's validation documents, where the build was given some of their own."""
     processes: int = os.cpu_count() or 1
+    """That read shards and tokenize."""
 
 
 @dataclasses.dataclass(frozen=True)

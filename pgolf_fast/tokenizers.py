@@ -110,7 +110,7 @@ class Tokenizer:
         path.with_suffix(".vocab").write_text("".join(lines), encoding="utf-8")
 
 
-def train(texts: Iterable[str], vocab_size: int, is_caseops: bool, num_threads: int = 1) -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int, is_caseops: bool) -> Tokenizer:
     """A BPE tokenizer with the recipes' settings; the same texts give the same model."""
 
     def sentences():
@@ -138,7 +138,6 @@ def train(texts: Iterable[str], vocab_size: int, is_caseops: bool, num_threads: 
             character_coverage=0.999,
             hard_vocab_limit=False,
             max_sentence_length=1 << 30,  # bytes; the default drops long documents without a word
-            num_threads=num_threads,
             minloglevel=2,
         )
     except RuntimeError as error:

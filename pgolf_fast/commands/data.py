@@ -113,7 +113,8 @@ def run(config: Data, console: Console) -> tuple[dict, int]:
 @contextlib.contextmanager
 def _progress(console: Console, title: str, *columns):
     """A bar with the time left; gives the function that moves it to (done, total)."""
-    with Progress(TextColumn(title), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+    shown = (TextColumn(title), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, *_: bar.update(task, completed=done, total=total)
 
@@ -191,7 +192,7 @@ def _train_tokenizer(verb: TrainTokenizer, console: Console) -> tuple[dict, int]
                 yield text
 
     begin = time.perf_counter()
-    tokenizer = tokenizers.train(texts(), verb.vocab_size, verb.caseops, num_threads=os.cpu_count() or 1)
+    tokenizer = tokenizers.train(texts(), verb.vocab_size, verb.caseops)
     verb.out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(verb.out)
     seconds = time.perf_counter() - begin
