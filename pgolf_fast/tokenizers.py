@@ -18,9 +18,10 @@ import numpy as np
 import sentencepiece
 import torch
 
-from pgolf_fast import _host, caseops
+from pgolf_fast import caseops
 from pgolf_fast.bpb import PieceBytes
 from pgolf_fast.errors import UserError
+from pgolf_fast.host import host
 
 PAD, BOS, EOS, UNKNOWN = range(4)
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -81,7 +82,7 @@ class Tokenizer:
     def encode_counted(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """`encode`, and the int64 original UTF-8 bytes of each token: 0 for BOS; white space at the ends belongs to no token."""
         prepared = self._prepare(text).encode()
-        ids, begin, ends = _host.piece_spans(self.processor.encode(prepared, out_type="serialized_proto"))
+        ids, begin, ends = host.piece_spans(self.processor.encode(prepared, out_type="serialized_proto"))
         counts = caseops.span_bytes(prepared, begin, ends) if self.is_caseops else np.diff(ends, prepend=begin)
         return np.concatenate([[BOS], ids]).astype(np.uint16), np.concatenate([[0], counts])
 

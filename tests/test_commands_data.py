@@ -79,3 +79,16 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     done = pgolf_data(*arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
+
+
+def test_without_the_native_module_only_what_needs_it_is_refused(made, tmp_path, monkeypatch):
+    from pgolf_fast import caseops, host, tokenizers
+
+    for module in (caseops, tokenizers):
+        monkeypatch.setattr(module, "host", host._NotBuilt())
+    done = pgolf_data("build", tmp_path / "set", "--documents", made[0] / "documents.jsonl", "--tokenizer", made[0] / "t.model")
+    assert done.returncode == 2 and "the _host module is not built" in done.stderr and "pip install" in done.stderr
+    corpus.tokenizer(False).save(tmp_path / "plain.model")
+    documents = ("--documents", made[0] / "documents.jsonl", "--tokenizer", tmp_path / "plain.model", "--val-documents", 20)
+    assert pgolf_data("build", tmp_path / "plain", *documents, "--processes", 1).returncode == 0
+    assert pgolf_data("verify", tmp_path / "plain", "--processes", 1).returncode == 0
