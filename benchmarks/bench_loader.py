@@ -121,7 +121,8 @@ def main() -> None:
     if bench.json:
         print(json.dumps(rows))
         return
-    title = f"batches of {bench.tokens:,} tokens per rank, {multiprocessing.cpu_count()} cores, {bench.device}; paced at {bench.tokens_per_s / 1e6:g} M tokens/s"
+    cores = multiprocessing.cpu_count()
+    title = f"batches of {bench.tokens:,} tokens a rank, {cores} cores, {bench.device}; paced at {bench.tokens_per_s:,.0f}/s"
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for heading in ("stream", "ranks", "ms/batch", "M tok/s a rank", "all", "paced ms", "p99", "stalls"):
         table.add_column(heading, justify="left" if heading == "stream" else "right")

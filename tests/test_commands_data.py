@@ -36,8 +36,8 @@ def made(tmp_path_factory):
     documents = corpus.write_jsonl(folder / "documents.jsonl", corpus.texts())
     trained = pgolf_data("train-tokenizer", folder / "t.model", "--documents", documents, "--vocab-size", 700, "--caseops", "--json")
     assert trained.returncode == 0, trained.stderr
-    arguments = ("build", folder / "set", "--documents", documents, "--tokenizer", folder / "t.model", "--val-documents", 20, "--processes", 1, "--json")
-    built = pgolf_data(*arguments)
+    arguments = ("--documents", documents, "--tokenizer", folder / "t.model", "--val-documents", 20, "--processes", 1)
+    built = pgolf_data("build", folder / "set", *arguments, "--json")
     assert built.returncode == 0, built.stderr
     return folder, json.loads(trained.stdout), json.loads(built.stdout)
 
@@ -47,7 +47,7 @@ def test_train_and_build_say_what_they_made(made):
     assert trained["vocab_size"] == 700 and trained["is_caseops"] and (folder / "t.vocab").exists()
     assert trained["sha256"] == corpus.tokenizer(True).sha256
     assert built["splits"]["val"]["documents"] == 20 and built["splits"]["train"]["documents"] == len(corpus.texts()) - 20
-    assert [shard["name"] for shard in built["shards"]] == ["fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin", "fineweb_train_000000.bin"]
+    assert [shard["name"] for shard in built["shards"]] == [shards.shard_name(split, 0) for split in ("val", "val_bytes", "train")]
 
 
 def test_verify_prints_a_certificate_and_its_verdict_is_the_exit_code(made, tmp_path):

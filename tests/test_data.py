@@ -51,7 +51,9 @@ REFERENCES = {ContinuousStream: continuous_windows, ShardStream: shard_windows}
 
 @STREAMS
 # Windows that end at, cross, and skip shard ends; a window longer than a shard; several laps.
-@pytest.mark.parametrize(("sizes", "tokens", "world_size"), [([500], 49, 1), ([500, 700, 230], 49, 2), ([300, 90, 1000], 99, 1), ([400, 410, 420], 15, 8)])
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "world_size"), [([500], 49, 1), ([500, 700, 230], 49, 2), ([300, 90, 1000], 99, 1), ([400, 410, 420], 15, 8)]
+)
 def test_every_rank_gets_what_the_recipe_says(tmp_path, stream, sizes, tokens, world_size):
     parts = make_shards(tmp_path, sizes)
     laid_out = stream(tmp_path, tokens, world_size)
