@@ -105,7 +105,7 @@ def _probes() -> list[Probe]:
         Probe("pack_int6 / unpack_int6", "int6_pack", int6_round_trip, lambda: unpack_int6_ref(*pack_int6_ref(matrix), 128, torch.float32), 0.0),
         Probe(
             "fused_mlp",
-            "fused_mlp",
+            "fused_mlp_fwd",
             lambda device: pgolf_fast.fused_mlp(*on(device, x, up, down)),
             lambda: fused_mlp_ref(*wide(x, up, down)),
         ),

@@ -157,6 +157,11 @@ __device__ __forceinline__ void registers_decrease() {
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// Adds two floats to global memory, 8-byte aligned; the order among threads is not fixed.
+__device__ __forceinline__ void global_add(float* address, float x, float y) {
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x), "f"(y) : "memory");
+}
+
 // ---- matrix fragments through shared memory --------------------------------------------------------
 
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
