@@ -115,6 +115,12 @@ def test_span_bytes_count_the_original_text(text, data):
     assert counts.sum() == len(text.encode())
 
 
+def test_the_public_name():
+    import pgolf_fast
+
+    assert pgolf_fast.caseops.decode(pgolf_fast.caseops.encode("NASA")) == "NASA"
+
+
 def test_spans_that_run_out_of_the_text_are_refused():
     for ends in ([4], [2, 1]):
         with pytest.raises(ValueError, match="ends"):
