@@ -147,8 +147,8 @@ class _Slot:
     """Host memory for one batch, and the copy that reads it."""
 
     tokens: Tensor  # int64 [2, tokens]: inputs, targets
+    cu_seqlens: Tensor  # int32
     batch: int = 0
-    cu_seqlens: Tensor | None = None
     copied: torch.cuda.Event | None = None
 
 
@@ -187,8 +187,10 @@ class Loader:
         self.ahead: tuple[_Slot, Batch] | None = None
         self.delivered: _Slot | None = None
         self.is_starting = True
+        is_pinned = self.side is not None
         for _ in range(NUM_SLOTS):
-            self.free.put(_Slot(torch.empty(2, self.stream.tokens, dtype=torch.int64, pin_memory=self.side is not None)))
+            tokens = torch.empty(2, self.stream.tokens, dtype=torch.int64, pin_memory=is_pinned)
+            self.free.put(_Slot(tokens, torch.empty(self.cu_seqlens_multiple, dtype=torch.int32, pin_memory=is_pinned)))
         self.thread = threading.Thread(target=self._fill, args=(batch, self.free, self.filled), daemon=True, name="pgolf-loader")
         self.thread.start()
 
@@ -215,7 +217,10 @@ class Loader:
                 host = slot.tokens.numpy()
                 host[0], host[1] = window[:-1], window[1:]
                 if self.is_packed:
-                    slot.cu_seqlens = torch.from_numpy(pack_segments(window[:-1], self.max_segment, self.cu_seqlens_multiple))
+                    cu_seqlens = pack_segments(window[:-1], self.max_segment, self.cu_seqlens_multiple)
+                    if len(cu_seqlens) != len(slot.cu_seqlens):  # more segments than usual, or the usual number again
+                        slot.cu_seqlens = torch.empty(len(cu_seqlens), dtype=torch.int32)
+                    slot.cu_seqlens.numpy()[:] = cu_seqlens
                 slot.batch = batch
                 filled.put(slot)
                 batch += 1
@@ -228,7 +233,7 @@ class Loader:
             raise slot
         with torch.cuda.stream(self.side):
             tokens = slot.tokens.to(self.device, non_blocking=True, copy=True)
-            cu_seqlens = slot.cu_seqlens.to(self.device) if self.is_packed else None  # a kilobyte: not worth pinning
+            cu_seqlens = slot.cu_seqlens.to(self.device, non_blocking=True, copy=True) if self.is_packed else None
             if self.side is not None:
                 slot.copied = self.side.record_event()
         return slot, Batch(tokens[0], tokens[1], cu_seqlens, slot.batch)
