@@ -5,6 +5,7 @@ Importing this package needs torch and numpy and nothing else.
 
 __version__ = "0.1.0"
 
+from pgolf_fast import caseops
 from pgolf_fast.ops import (
     fused_mlp,
     linear_softcap_cross_entropy,
@@ -16,6 +17,7 @@ from pgolf_fast.ops import (
 )
 
 __all__ = [
+    "caseops",
     "fused_mlp",
     "linear_softcap_cross_entropy",
     "orthogonalize",

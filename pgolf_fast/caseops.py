@@ -16,7 +16,7 @@ import re
 
 import numpy as np
 
-from pgolf_fast import _host
+from pgolf_fast.host import host
 
 TITLE, ALLCAPS, CAPNEXT, ESCAPE = OPERATORS = "\ue001\ue002\ue003\ue004"
 
@@ -29,7 +29,7 @@ _RUN_OR_OPERATOR = re.compile(f"[A-Za-z]+|[{OPERATORS}]")
 def encode(text: str) -> str:
     """`text` in lower case, with operators that say where its capitals were."""
     try:
-        return _host.caseops_encode(text)
+        return host.caseops_encode(text)
     except UnicodeEncodeError as error:
         raise ValueError(_SURROGATE.format("text", error.start)) from None
 
@@ -37,7 +37,7 @@ def encode(text: str) -> str:
 def decode(encoded: str) -> str:
     """The text that `encode` was given; ValueError where `encode` could not have written what stands there."""
     try:
-        return _host.caseops_decode(encoded)
+        return host.caseops_decode(encoded)
     except UnicodeEncodeError as error:
         raise ValueError(_SURROGATE.format("encoded", error.start)) from None
 
@@ -51,7 +51,7 @@ def decode_lenient(encoded: str) -> str:
 def span_bytes(encoded: bytes, begin: int, ends: np.ndarray) -> np.ndarray:
     """Original UTF-8 bytes in each of the adjoining spans of `encoded` that start at byte `begin` and stop at `ends`: an operator
     counts none of its own, an escaped one its three."""
-    return _host.caseops_span_bytes(encoded, begin, ends)
+    return host.caseops_span_bytes(encoded, begin, ends)
 
 
 def encode_ref(text: str) -> str:

@@ -27,6 +27,7 @@ from pgolf_fast.tokenizers import BOS, Tokenizer
 
 MAX_SEGMENT = 2048  # tokens; the recipes cut longer documents
 CHECKED_DOCUMENTS = 1000  # whose decoded text every run compares with its byte count; `pgolf data verify` takes all
+TOO_SMALL = "build a larger set or use smaller batches"
 NUM_SLOTS = 4  # pinned buffers: one being filled, one ready, one on its way to the device, one just delivered
 
 
@@ -71,7 +72,7 @@ class ContinuousStream(Stream):
         super().__init__(folder, tokens, world_size, vocab_size)
         self.ends = np.cumsum([len(tokens) for tokens in self.maps])
         if self.ends[-1] < self.window_tokens:
-            raise UserError(f"{folder}: {self.ends[-1]:,} training tokens are fewer than one window of {self.window_tokens:,}; build a larger set or use smaller batches")
+            raise UserError(f"{folder}: {self.ends[-1]:,} training tokens are fewer than one window of {self.window_tokens:,}; {TOO_SMALL}")
 
     def window(self, batch: int, rank: int) -> np.ndarray:
         position = (batch * self.micro_batch_tokens + rank * self.window_tokens) % int(self.ends[-1])
@@ -91,9 +92,10 @@ class ShardStream(Stream):
     def __init__(self, folder: str | Path, tokens: int, world_size: int = 1, vocab_size: int | None = None):
         super().__init__(folder, tokens, world_size, vocab_size)
         self.first = [_first_bos(path, tokens) for path, tokens in zip(self.paths, self.maps)]
-        self.ends = np.cumsum([(len(tokens) - first) // self.micro_batch_tokens for tokens, first in zip(self.maps, self.first)])  # in micro-batches
+        num_micro_batches = [(len(tokens) - first) // self.micro_batch_tokens for tokens, first in zip(self.maps, self.first)]
+        self.ends = np.cumsum(num_micro_batches)
         if self.ends[-1] == 0:
-            raise UserError(f"{folder}: no shard holds a micro-batch of {world_size} x {self.window_tokens:,} tokens; build a larger set or use smaller batches")
+            raise UserError(f"{folder}: no shard holds a micro-batch of {world_size} x {self.window_tokens:,} tokens; {TOO_SMALL}")
 
     def window(self, batch: int, rank: int) -> np.ndarray:
         batch %= int(self.ends[-1])
@@ -108,7 +110,8 @@ def _first_bos(path: Path, tokens: np.ndarray, block: int = 1 << 16) -> int:
         found = np.flatnonzero(tokens[start : start + block] == BOS)
         if len(found):
             return start + int(found[0])
-    raise ShardError(path, f"no BOS (id {BOS}) anywhere, so documents cannot be told apart", "build the shards again with BOS before each document")
+    problem = f"no BOS (id {BOS}) anywhere, so documents cannot be told apart"
+    raise ShardError(path, problem, "build the shards again with BOS before each document")
 
 
 def pack_segments(inputs: np.ndarray, max_segment: int = MAX_SEGMENT, multiple: int = 1) -> np.ndarray:
@@ -144,8 +147,8 @@ class _Slot:
     """Host memory for one batch, and the copy that reads it."""
 
     tokens: Tensor  # int64 [2, tokens]: inputs, targets
+    cu_seqlens: Tensor  # int32
     batch: int = 0
-    cu_seqlens: Tensor | None = None
     copied: torch.cuda.Event | None = None
 
 
@@ -184,8 +187,10 @@ class Loader:
         self.ahead: tuple[_Slot, Batch] | None = None
         self.delivered: _Slot | None = None
         self.is_starting = True
+        is_pinned = self.side is not None
         for _ in range(NUM_SLOTS):
-            self.free.put(_Slot(torch.empty(2, self.stream.tokens, dtype=torch.int64, pin_memory=self.side is not None)))
+            tokens = torch.empty(2, self.stream.tokens, dtype=torch.int64, pin_memory=is_pinned)
+            self.free.put(_Slot(tokens, torch.empty(self.cu_seqlens_multiple, dtype=torch.int32, pin_memory=is_pinned)))
         self.thread = threading.Thread(target=self._fill, args=(batch, self.free, self.filled), daemon=True, name="pgolf-loader")
         self.thread.start()
 
@@ -211,7 +216,11 @@ class Loader:
                 window = self.stream.window(batch, self.rank)
                 host = slot.tokens.numpy()
                 host[0], host[1] = window[:-1], window[1:]
-                slot.cu_seqlens = torch.from_numpy(pack_segments(window[:-1], self.max_segment, self.cu_seqlens_multiple)) if self.is_packed else None
+                if self.is_packed:
+                    cu_seqlens = pack_segments(window[:-1], self.max_segment, self.cu_seqlens_multiple)
+                    if len(cu_seqlens) != len(slot.cu_seqlens):  # more segments than usual, or the usual number again
+                        slot.cu_seqlens = torch.empty(len(cu_seqlens), dtype=torch.int32)
+                    slot.cu_seqlens.numpy()[:] = cu_seqlens
                 slot.batch = batch
                 filled.put(slot)
                 batch += 1
@@ -224,10 +233,16 @@ class Loader:
             raise slot
         with torch.cuda.stream(self.side):
             tokens = slot.tokens.to(self.device, non_blocking=True, copy=True)
-            cu_seqlens = slot.cu_seqlens.to(self.device) if self.is_packed else None  # a kilobyte: not worth pinning
+            cu_seqlens = slot.cu_seqlens.to(self.device, non_blocking=True, copy=True) if self.is_packed else None
             if self.side is not None:
                 slot.copied = self.side.record_event()
         return slot, Batch(tokens[0], tokens[1], cu_seqlens, slot.batch)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -292,7 +307,8 @@ def load_validation(folder: str | Path, row: int, tokenizer: str | Path | None =
     tokens = shards.read_split(shards.require_shards(folder, "val"), tokenizer.vocab_size)
     sidecar = shards.find_shards(folder, "val_bytes")
     if tokenizer.is_caseops and not sidecar:
-        raise UserError(f"{folder}: no {shards.shard_name('val_bytes', 0)}; CaseOps scores count original bytes, so fetch or build the sidecar too")
+        missing = shards.shard_name("val_bytes", 0)
+        raise UserError(f"{folder}: no {missing}; CaseOps scores count original bytes, so fetch or build the sidecar too")
     check_byte_rule(tokenizer, tokens, max_documents=CHECKED_DOCUMENTS)
     if sidecar:
         counts = shards.read_split(sidecar)
@@ -301,5 +317,5 @@ def load_validation(folder: str | Path, row: int, tokenizer: str | Path | None =
         counts = rule_bytes(tokenizer, tokens)
     n = num_scored(len(tokens), row)
     if n == 0:
-        raise UserError(f"{folder}: {len(tokens):,} validation tokens make no row of {row:,}; build a larger validation split or use shorter rows")
+        raise UserError(f"{folder}: {len(tokens):,} validation tokens make no row of {row:,}; use shorter rows or a larger split")
     return Validation(tokens[: n + 1], counts[1 : n + 1], np.flatnonzero(tokens[:n] == BOS), bool(sidecar))

@@ -28,16 +28,21 @@ Progress = Callable[[int, int], None]  # bytes of input done, bytes in all
 @dataclasses.dataclass(frozen=True)
 class BuildConfig:
     documents: tuple[Path, ...]
+    """Files or folders of documents: JSON lines, text, Parquet; .zst and .gz too."""
     tokenizer: Path
+    """A SentencePiece model; one with the CaseOps operators gets the case transform and a byte sidecar."""
     val: tuple[Path, ...] = ()
     """Validation documents; all of them are used. Without any, the first `val_documents` of the documents are."""
     val_documents: int = CHALLENGE_VAL_DOCUMENTS
     """The challenge's own number, by which scores compare; fewer would put its other validation documents into training."""
     text_field: str = "text"
+    """Of JSON lines and Parquet."""
     shard_tokens: int = SHARD_TOKENS
+    """Of every shard but a split's last; the challenge's own size."""
     max_train_tokens: int | None = None
     """Stop after the training document that reaches this many tokens."""
     processes: int = os.cpu_count() or 1
+    """That tokenize; their number does not change the result."""
 
 
 def split_documents(tokens: np.ndarray) -> Iterator[np.ndarray]:

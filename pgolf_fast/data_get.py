@@ -78,7 +78,7 @@ class Repository:
             except self.hub.errors.EntryNotFoundError:
                 raise UserError(f"{self.repo}/{name}: no such file in the repository; check --variant, --repo and --root") from None
             except self.hub.errors.RepositoryNotFoundError:
-                raise UserError(f"{self.repo}: no such dataset repository, or it is private; check --repo, log in with `hf auth login`") from None
+                raise UserError(f"{self.repo}: no such dataset repository, or a private one; check --repo, or `hf auth login`") from None
             except Exception as error:  # connection, server, hash: whatever it was may pass
                 if attempt == self.config.retries:
                     reason = (str(error).strip() or repr(error)).splitlines()[0]
@@ -126,7 +126,8 @@ def get(
         raise UserError(f"train_shards: {repo} publishes {num_train} of {name}, not {config.train_shards}; ask for fewer")
     splits = [("val", num_val), *([("val_bytes", num_val)] if has_sidecar else []), ("train", config.train_shards)]
     files = {f"{root}/{tokenizer['model_path']}": dataset.TOKENIZER_NAME}
-    files |= {f"{root}/datasets/{name}/{shard}": shard for split, count in splits for shard in (shards.shard_name(split, i) for i in range(count))}
+    names = [shards.shard_name(split, number) for split, count in splits for number in range(count)]
+    files |= {f"{root}/datasets/{name}/{shard}": shard for shard in names}
     out.mkdir(parents=True, exist_ok=True)
     got = {}
     for done, (remote, local) in enumerate(files.items()):

@@ -35,12 +35,18 @@ def documents() -> list[tuple[str, str]]:
     return sorted(found.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest())
 
 
-def make(out: str | Path, vocab_size: int = 1024, is_caseops: bool = False, processes: int = 1, progress: Progress = lambda done, total: None) -> Record:
+def make(
+    out: str | Path,
+    vocab_size: int = 1024,
+    is_caseops: bool = False,
+    processes: int = 1,
+    progress: Progress = lambda done, total: None,
+) -> Record:
     """The demo data set in folder `out`; one that is there already is kept."""
     out = Path(out)
     texts = [text for _, text in documents()]
     if len(texts) < 2 * VAL_SHARE:
-        raise UserError(f"only {len(texts)} documents in this Python's standard library; install it with its sources, or give your own to `pgolf data build`")
+        raise UserError(f"only {len(texts)} documents in this Python's library; install it with its sources, or use `pgolf data build`")
     source = out / "documents"
     source.mkdir(parents=True, exist_ok=True)
     num_val = len(texts) // VAL_SHARE

@@ -90,7 +90,7 @@ def _kind(path: Path) -> str | None:
 
 
 class _ZstdReader(io.RawIOBase):
-    """The text of a .zst file of one or more frames. Unlike zstandard's own stream reader it does not take a cut-off file for a whole one."""
+    """The text of a .zst file of one or more frames. Unlike zstandard's own reader it does not take a cut-off file for a whole one."""
 
     def __init__(self, file):
         self.file = file
@@ -218,7 +218,8 @@ def tokenize_chunk(chunk: Chunk, tokenizer: Tokenizer, is_counted: bool, text_fi
         if is_counted:
             document, document_counts = tokenizer.encode_counted(text)
             if document_counts.max() > MAX_VALUE:
-                raise UserError(f"{chunk.path}:{number}: one token covers {document_counts.max():,} bytes; drop the document, a sidecar holds {MAX_VALUE:,}")
+                problem = f"one token covers {document_counts.max():,} bytes and a sidecar holds {MAX_VALUE:,}"
+                raise UserError(f"{chunk.path}:{number}: {problem}; drop the document")
             counts.append(document_counts.astype(np.uint16))
         else:
             document = tokenizer.encode(text)

@@ -18,9 +18,10 @@ import numpy as np
 import sentencepiece
 import torch
 
-from pgolf_fast import _host, caseops
+from pgolf_fast import caseops
 from pgolf_fast.bpb import PieceBytes
 from pgolf_fast.errors import UserError
+from pgolf_fast.host import host
 
 PAD, BOS, EOS, UNKNOWN = range(4)
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -70,7 +71,7 @@ class Tokenizer:
         require(inside is None, f"piece {inside!r} holds a space after its start, which the byte rule does not count")
         require(SPACE not in "".join(self.processor.encode("a", out_type=str)), "it puts a space before every text, which has none there")
         if self.is_caseops:
-            require(self.operators == [4, 5, 6, 7] and "".join(self.pieces[4:8]) == caseops.OPERATORS, "the CaseOps operators are not ids 4 to 7")
+            require("".join(self.pieces[4:8]) == caseops.OPERATORS, "the CaseOps operators are not ids 4 to 7")
             cased = next((p for p, b in zip(self.pieces[8:], self.is_byte[8:]) if not b and caseops.encode(p) != p), None)
             require(cased is None, f"piece {cased!r} holds a capital or an operator, which encoded text never has inside a piece")
 
@@ -81,7 +82,7 @@ class Tokenizer:
     def encode_counted(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """`encode`, and the int64 original UTF-8 bytes of each token: 0 for BOS; white space at the ends belongs to no token."""
         prepared = self._prepare(text).encode()
-        ids, begin, ends = _host.piece_spans(self.processor.encode(prepared, out_type="serialized_proto"))
+        ids, begin, ends = host.piece_spans(self.processor.encode(prepared, out_type="serialized_proto"))
         counts = caseops.span_bytes(prepared, begin, ends) if self.is_caseops else np.diff(ends, prepend=begin)
         return np.concatenate([[BOS], ids]).astype(np.uint16), np.concatenate([[0], counts])
 
@@ -110,7 +111,7 @@ class Tokenizer:
         path.with_suffix(".vocab").write_text("".join(lines), encoding="utf-8")
 
 
-def train(texts: Iterable[str], vocab_size: int, is_caseops: bool, num_threads: int = 1) -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int, is_caseops: bool) -> Tokenizer:
     """A BPE tokenizer with the recipes' settings; the same texts give the same model."""
 
     def sentences():
@@ -138,7 +139,6 @@ def train(texts: Iterable[str], vocab_size: int, is_caseops: bool, num_threads: 
             character_coverage=0.999,
             hard_vocab_limit=False,
             max_sentence_length=1 << 30,  # bytes; the default drops long documents without a word
-            num_threads=num_threads,
             minloglevel=2,
         )
     except RuntimeError as error:

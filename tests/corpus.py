@@ -12,7 +12,16 @@ from pgolf_fast import tokenizers
 
 VOCAB_SIZE = 700
 # What a tokenizer's normalisation changes, and the characters that CaseOps itself uses.
-ODD = ["", "   ", "  two  spaces \n\n", "\ue001 \ue004\ue003x", "ﬁ ½ Ⅷ ＡＢ\u00a0c\u200bD\ufeff", "NASA's iPhone\tÉtÉ 𝄞 \x00 Ω", "\ufeffstart", "▁ a ▁b"]
+ODD = [
+    "",
+    "   ",
+    "  two  spaces \n\n",
+    "\ue001 \ue004\ue003x",
+    "ﬁ ½ Ⅷ ＡＢ\u00a0c\u200bD\ufeff",
+    "NASA's iPhone\tÉtÉ 𝄞 \x00 Ω",
+    "\ufeffstart",
+    "▁ a ▁b",
+]
 
 
 @functools.cache

@@ -36,13 +36,13 @@ def test_score_is_the_formula_in_float64():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_sums_do_not_lose_small_terms(dtype):
-    # In bfloat16 or float32 a running sum of ones stops growing; 2^25 + 1 is the first count that float32 cannot hold.
+    # Neither is 2^25 + 1 a float32 nor 301 a bfloat16: sums in those would round.
     metric = BitsPerByte()
     metric.nats += 2.0**25
     metric.add(torch.ones(1, dtype=dtype), torch.ones(1, dtype=torch.int64))
     assert metric.score().nats == 2**25 + 1
-    metric.add(torch.ones(300, dtype=dtype), torch.ones(300, dtype=torch.int64))
-    assert metric.score().nats == 2**25 + 301
+    metric.add(torch.ones(301, dtype=dtype), torch.ones(301, dtype=torch.int64))
+    assert metric.score().nats == 2**25 + 302
 
 
 def test_uniform_bytes_cost_eight_bits():

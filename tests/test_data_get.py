@@ -97,7 +97,8 @@ def fetch(hub, out, **fields):
 
 def test_brings_shards_sidecar_and_tokenizer_with_their_hashes(hub, tmp_path):
     result = fetch(hub, tmp_path / "set")
-    expected = ["fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin", "tokenizer.model"]
+    names = [("train", 0), ("train", 1), ("val", 0), ("val_bytes", 0)]
+    expected = [*(shards.shard_name(*name) for name in names), "tokenizer.model"]
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == expected == sorted(result["files"])
     for name in expected[:-1]:
         assert (tmp_path / "set" / name).read_bytes() == hub.files[f"{FOLDER}/{name}"]

@@ -102,7 +102,8 @@ def test_planted_overlapping_document(folder):
     document = list(split_documents(shards.read_split(shards.find_shards(folder, "val"))))[7]
     path = shards.find_shards(folder, "train")[-1]
     shards.write_shard(path, np.concatenate([shards.open_shard(path), document]))
-    assert_found(check(folder), "overlap", str(folder), "1 training documents are validation documents", f"training document {len(corpus.texts()) - NUM_VAL}")
+    number = len(corpus.texts()) - NUM_VAL
+    assert_found(check(folder), "overlap", str(folder), "1 training documents are validation documents", f"training document {number}")
 
 
 def test_an_overlap_across_two_shards_is_found_too(folder):
@@ -213,5 +214,5 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_several_processes_see_the_same(sets, monkeypatch):
-    monkeypatch.setattr("pgolf_fast.data_verify._is_large", lambda files: True)
+    monkeypatch.setattr("pgolf_fast.data_verify.Verification.is_large", lambda self: True)
     assert verify(sets / "caseops", VerifyConfig(processes=2)) == verify(sets / "caseops", CONFIG)

@@ -98,7 +98,12 @@ class TrainTokenizer:
 class Data:
     """Make, fetch and check data sets: build, get, verify, demo, train-tokenizer."""
 
-    verb: Annotated[Build | Get | Verify | Demo | TrainTokenizer, tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
+    verb: Annotated[
+        Build | Get | Verify | Demo | TrainTokenizer,
+        tyro.conf.OmitSubcommandPrefixes,
+        tyro.conf.OmitArgPrefixes,
+        tyro.conf.arg(name=""),
+    ]
 
     @property
     def json(self) -> bool:
@@ -113,7 +118,8 @@ def run(config: Data, console: Console) -> tuple[dict, int]:
 @contextlib.contextmanager
 def _progress(console: Console, title: str, *columns):
     """A bar with the time left; gives the function that moves it to (done, total)."""
-    with Progress(TextColumn(title), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+    shown = (TextColumn(title), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, *_: bar.update(task, completed=done, total=total)
 
@@ -137,13 +143,15 @@ def _show_record(record: Record, out: Path, seconds: float, console: Console) ->
     for heading in ("split", "documents", "tokens", "bytes of text", "counted bytes", "left out"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for name, split in record.splits.items():
-        counted = "by the byte rule" if split.counted_bytes is None else f"{split.counted_bytes:,}"
-        table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.text_bytes:,}", counted if name == "val" else "", f"{split.dropped_documents:,}")
+        counted = "" if name == "train" else "by the byte rule" if split.counted_bytes is None else f"{split.counted_bytes:,}"
+        figures = (f"{figure:,}" for figure in (split.documents, split.tokens, split.text_bytes))
+        table.add_row(name, *figures, counted, f"{split.dropped_documents:,}")
     console.print(table)
     text_mb = sum(split.text_bytes for split in record.splits.values()) / 1e6
     console.print(f"{text_mb:,.1f} MB of text in {seconds:.1f} s; check it with: pgolf data verify {out}")
     splits = {name: dataclasses.asdict(split) for name, split in record.splits.items()}
-    return {"folder": str(out), "seconds": round(seconds, 3), "splits": splits, "shards": [dataclasses.asdict(shard) for shard in record.shards]}
+    made = [dataclasses.asdict(shard) for shard in record.shards]
+    return {"folder": str(out), "seconds": round(seconds, 3), "splits": splits, "shards": made}
 
 
 def _get(verb: Get, console: Console) -> tuple[dict, int]:
@@ -164,7 +172,8 @@ def _verify(verb: Verify, console: Console) -> tuple[dict, int]:
     if report.certificate:
         console.print("\ndata certificate", highlight=False)
         for name, value in report.certificate.items():
-            console.print(f"  {name:<32}  {value:,}" if isinstance(value, int) else f"  {name:<32}  {value}", soft_wrap=True, highlight=False)
+            shown = f"{value:,}" if isinstance(value, int) else value
+            console.print(f"  {name:<32}  {shown}", soft_wrap=True, highlight=False)
     result = {
         "folder": report.folder,
         "ok": report.is_ok,
@@ -191,7 +200,7 @@ def _train_tokenizer(verb: TrainTokenizer, console: Console) -> tuple[dict, int]
                 yield text
 
     begin = time.perf_counter()
-    tokenizer = tokenizers.train(texts(), verb.vocab_size, verb.caseops, num_threads=os.cpu_count() or 1)
+    tokenizer = tokenizers.train(texts(), verb.vocab_size, verb.caseops)
     verb.out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(verb.out)
     seconds = time.perf_counter() - begin

@@ -49,6 +49,9 @@ def run(config: Demo, console: Console) -> tuple[dict, int]:
         raise UserError(f"folder: {config.folder} holds something else than an earlier demo; choose another")
     console.rule("a corpus from the Python standard library")
     corpus, _ = data.run(data.Data(data.Demo(config.folder / "data")), console)
+    certificate, wrong = data.run(data.Data(data.Verify(config.folder / "data")), console)
+    if wrong:
+        return {"doctor": health, "bench": figures, "data": corpus, "verify": certificate}, wrong
     console.rule("training of the recipe tiny")
     overrides = (f"train.data={config.folder / 'data'}", "train.run_id=tiny")
     trained, _ = train.run(train.Train(overrides, recipe="tiny", runs=config.folder / "runs"), console)
@@ -57,4 +60,4 @@ def run(config: Demo, console: Console) -> tuple[dict, int]:
     console.print(f"\ntraining loss, nats per token: {losses[0]:.2f} {curve(losses)} {losses[-1]:.2f}")
     console.print(f"validation of the averaged weights: {trained['val_bpb']:.4f} bits per byte")
     console.print(f"the run is in {trained['folder']}; everything took {time.perf_counter() - begin:.0f} s")
-    return {"doctor": health, "bench": figures, "data": corpus, "train": trained}, code
+    return {"doctor": health, "bench": figures, "data": corpus, "verify": certificate, "train": trained}, code
