@@ -13,28 +13,20 @@ from rich.console import Console
 
 from pgolf_fast.errors import UserError
 
-# verb -> (module in pgolf_fast.commands, class of its arguments); imported only when its help or itself is asked for
+# verb -> (module in pgolf_fast.commands, class of its arguments, what it does); a module is imported when its verb is used
 VERBS = {
-    "bench": ("bench", "Bench"),
-    "data": ("data", "Data"),
-    "demo": ("demo", "Demo"),
-    "doctor": ("doctor", "Doctor"),
-    "recipes": ("recipes", "Recipes"),
-    "train": ("train", "Train"),
+    "bench": ("bench", "Bench", "benchmark ops against their peers, in one process, after their tests"),
+    "data": ("data", "Data", "make, fetch and check data sets: build, get, verify, demo, train-tokenizer"),
+    "demo": ("demo", "Demo", "the main job on an embedded default: doctor, ops, corpus, training"),
+    "doctor": ("doctor", "Doctor", "check this machine: versions, devices, the path each op takes"),
+    "recipes": ("recipes", "Recipes", "list the recipes, or every value of one and where it comes from"),
+    "train": ("train", "Train", "train a recipe, on the CPU, one GPU or several"),
 }
-
-
-def _module(verb):
-    return importlib.import_module(f"pgolf_fast.commands.{VERBS[verb][0]}")
-
-
-def _summary(verb) -> str:
-    return getattr(_module(verb), VERBS[verb][1]).__doc__.splitlines()[0]
 
 
 def _usage() -> str:
     width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {_summary(verb)}" for verb in VERBS]
+    lines = [f"  {verb:<{width}}  {summary}" for verb, (_, _, summary) in VERBS.items()]
     return "\n".join(["usage: pgolf VERB [arguments]   (pgolf VERB --help)", "", *lines])
 
 
@@ -47,8 +39,9 @@ def main() -> None:
     if verb not in VERBS:
         print(f"pgolf: no verb named {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         raise SystemExit(2)
-    module = _module(verb)
-    config = tyro.cli(getattr(module, VERBS[verb][1]), prog=f"pgolf {verb}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
+    name, arguments_class, _ = VERBS[verb]
+    module = importlib.import_module(f"pgolf_fast.commands.{name}")
+    config = tyro.cli(getattr(module, arguments_class), prog=f"pgolf {verb}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
     # With --json, standard output holds the JSON and nothing else. Off a terminal, tables get room.
     console = Console(stderr=config.json, width=None if sys.stdout.isatty() else 140)
     try:
