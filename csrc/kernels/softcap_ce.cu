@@ -1,60 +1,23 @@
 // Three kernels: a tiny one counts the rows kept (the mean's gradient needs the count before the first row is
 // written) and checks the targets; then one of two kernels does all the rows:
 //
-//   rows in registers   32 to 256 threads per row, kVectors 16-byte vectors each; the next row's loads are in
-//                       flight while this row is reduced, scaled and stored
-//   long rows           256 threads per row, three passes
+//   rows in registers   32 to 256 threads per row, kVectors 16-byte vectors each; bulk copies bring the next kSlots rows
+//   long rows           256 threads per row, two or three passes; also unaligned rows and caps above kMaxUnshiftedCap
 #include "kernels/softcap_ce.h"
 
 #include "kernels/common/ptx.cuh"
-#include "kernels/common/reduce.cuh"
+#include "kernels/common/softcap.cuh"
 
 namespace pgolf {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCtasPerSm = 3;  // 80 registers per thread: a row of kVectors vectors as floats, and the next row as bf16
+constexpr int kCtasPerSm = 4;
 constexpr int kVectors = kSoftcapCEMaxRow / 8 / kThreads;
+constexpr int kSlots = 2;  // rows on their way or being read, per row being worked on: kSlots * 16 KB * kCtasPerSm of shared memory
 constexpr int kCountThreads = 1024;
-constexpr float kMaxConstantShiftCap = 40.f;
-constexpr float kLog2E = 1.4426950408889634f;
-
-// tanh on |u| <= 1 without the special-function unit, whose only slot goes to the exponential: u P(u^2) of degree 13,
-// minimax in relative error (5.0e-8; with fp32 rounding 1.6e-7 over all floats of the range).
-__device__ __forceinline__ float tanh_polynomial(float u) {
-    const float s = u * u;
-    float p = 1.041022595e-03f;
-    p = fmaf(p, s, -6.203379016e-03f);
-    p = fmaf(p, s, 2.028997988e-02f);
-    p = fmaf(p, s, -5.345702916e-02f);
-    p = fmaf(p, s, 1.332520396e-01f);
-    p = fmaf(p, s, -3.333283961e-01f);
-    p = fmaf(p, s, 9.999999404e-01f);
-    return u * p;
-}
-
-// tanh on all floats: 1 - 2 / (1 + e^(2|u|)) where the polynomial ends.
-__device__ __forceinline__ float tanh_any(float u) {
-    const float far = 1.f - __fdividef(2.f, 1.f + ptx::exp2_approx(2.f * kLog2E * fabsf(u)));
-    return fabsf(u) <= 1.f ? tanh_polynomial(u) : copysignf(far, u);
-}
-
-// What the elements of one row share.
-struct Softcap {
-    float inv_cap, cap_log2e;
-    float t_shift;  // exponentials are taken relative to z = cap t_shift
-
-    __device__ explicit Softcap(float cap) : inv_cap(1.f / cap), cap_log2e(cap * kLog2E), t_shift(1.f) {}
-
-    template <bool kAny>
-    __device__ __forceinline__ float tanh(float x) const {
-        return kAny ? tanh_any(x * inv_cap) : tanh_polynomial(x * inv_cap);
-    }
-    __device__ __forceinline__ float exponential(float t) const { return ptx::exp2_approx(fmaf(t, cap_log2e, -cap_log2e * t_shift)); }
-};
-
-__device__ __forceinline__ float slope(float t) { return fmaf(-t, t, 1.f); }
+constexpr float kMaxUnshiftedCap = 64.f;
 
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
@@ -62,9 +25,7 @@ __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_flo
 // A row's target in 32 bits: its column, or one of these.
 enum : int { kIgnored = -1, kOutOfRange = -2 };
 
-__device__ __forceinline__ int target_of(uint32_t row, const SoftcapCEParams& p) {
-    if (row >= p.n) return kIgnored;
-    const int64_t target = p.targets[row];
+__device__ __forceinline__ int target_of(int64_t target, const SoftcapCEParams& p) {
     return target == p.ignore_index ? kIgnored : target >= 0 && target < p.v ? int(target) : kOutOfRange;
 }
 
@@ -99,6 +60,8 @@ struct RowReduction {
 #pragma unroll
             for (int w = 1; w < kRowWarps; ++w) x = op(x, scratch[turn][group * kRowWarps + w]);
             turn ^= 1;
+        } else {
+            __syncwarp();
         }
         return x;
     }
@@ -118,6 +81,7 @@ __device__ __forceinline__ T cta_sum(T x) {
     return x;
 }
 
+// Every warp for itself.
 __device__ int64_t rows_kept(const SoftcapCEWorkspace& workspace) {
     static_assert(SoftcapCEWorkspace::kCountCtas == 32);
     int64_t kept = workspace.kept[threadIdx.x % 32];
@@ -126,8 +90,12 @@ __device__ int64_t rows_kept(const SoftcapCEWorkspace& workspace) {
     return kept;
 }
 
+__device__ float mean_weight(const SoftcapCEParams& p) {
+    return p.reduction == SoftcapCEReduction::kMean ? 1.f / float(rows_kept(*p.workspace)) : 1.f;
+}
+
 // Sum of every thread's `loss` over the grid, by the last CTA to arrive.
-__device__ void reduce_loss(const SoftcapCEParams& p, double loss, int64_t kept) {
+__device__ void reduce_loss(const SoftcapCEParams& p, double loss) {
     __shared__ bool s_last;
     SoftcapCEWorkspace& w = *p.workspace;
     loss = cta_sum(loss);
@@ -142,6 +110,7 @@ __device__ void reduce_loss(const SoftcapCEParams& p, double loss, int64_t kept)
     loss = 0;
     for (unsigned cta = threadIdx.x; cta < gridDim.x; cta += kThreads) loss += __ldcg(&w.loss[cta]);
     loss = cta_sum(loss);
+    const int64_t kept = rows_kept(w);
     if (threadIdx.x == 0) *p.loss = float(p.reduction == SoftcapCEReduction::kMean ? loss / double(kept) : loss);
 }
 
@@ -151,7 +120,7 @@ __global__ void __launch_bounds__(kCountThreads) softcap_ce_targets_kernel(const
     ptx::grid_dependency_launch();
     int64_t kept = 0;
     for (uint32_t row = blockIdx.x * kCountThreads + threadIdx.x; row < p.n; row += gridDim.x * kCountThreads) {
-        const int target = target_of(row, p);
+        const int target = target_of(p.targets[row], p);
         kept += target != kIgnored;
         if (target == kOutOfRange) {
             volatile int64_t* report = p.report;
@@ -168,32 +137,24 @@ __global__ void __launch_bounds__(kCountThreads) softcap_ce_targets_kernel(const
 
 // ---- rows in registers --------------------------------------------------------------------------------
 
-// Thread `rank` of a row holds the vectors rank, rank + kRowThreads, ... of 8 columns.
-template <int kRowThreads>
-__device__ __forceinline__ void load_row(uint4 (&x)[kVectors], const __nv_bfloat16* row, int rank, int num_vectors) {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-        const int vector = k * kRowThreads + rank;
-        x[k] = vector < num_vectors ? __ldcs(reinterpret_cast<const uint4*>(row) + vector) : uint4{0, 0, 0, 0};
-    }
-}
-
-// Largest |x| of two bf16 in each word.
-__device__ __forceinline__ float largest_magnitude(const uint4 (&x)[kVectors]) {
-    __nv_bfloat162 m{0.f, 0.f};
+// Whether every |x| is at most `limit`. A nan passes: it comes out of the polynomial as it went in.
+__device__ __forceinline__ bool all_within(const uint4 (&x)[kVectors], float limit) {
+    __nv_bfloat162 low{0.f, 0.f}, high{0.f, 0.f};
 #pragma unroll
     for (int k = 0; k < kVectors; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint32_t word = (&x[k].x)[i];
-            m = __hmax2(m, __habs2(reinterpret_cast<const __nv_bfloat162&>(word)));
+            low = __hmin2(low, reinterpret_cast<const __nv_bfloat162&>(word));
+            high = __hmax2(high, reinterpret_cast<const __nv_bfloat162&>(word));
         }
-    return fmaxf(__low2float(m), __high2float(m));
+    return fmaxf(__low2float(high), __high2float(high)) <= limit && -fminf(__low2float(low), __high2float(low)) <= limit;
 }
 
 // Sum of the exponentials; leaves exponential times slope in g.
-template <int kRowThreads, bool kWithGrad, bool kAny>
-__device__ __forceinline__ float exponentials(float (&g)[8 * kVectors], const uint4 (&x)[kVectors], const Softcap& cap, int rank, int num_vectors) {
+template <int kRowThreads, bool kWithGrad, bool kNear>
+__device__ __forceinline__ float exponentials(float (&g)[8 * kVectors], const uint4 (&x)[kVectors], const Softcap& softcap, int rank,
+                                              int num_vectors) {
     float sum = 0.f;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
@@ -201,88 +162,97 @@ __device__ __forceinline__ float exponentials(float (&g)[8 * kVectors], const ui
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             const uint32_t pair = (&x[k].x)[j / 2];
-            const float t = cap.tanh<kAny>(j % 2 ? high_bf16(pair) : low_bf16(pair));
-            const float e = cap.exponential(t);
+            const float value = j % 2 ? high_bf16(pair) : low_bf16(pair);
+            const float t = kNear ? softcap.tanh_near(value) : softcap.tanh(value);
+            const float e = softcap.exponential(t);
             sum += e;
-            if constexpr (kWithGrad) g[8 * k + j] = e * slope(t);
+            if constexpr (kWithGrad) g[8 * k + j] = e * softcap_slope(t);
         }
     }
     return sum;
 }
 
-template <int kRowThreads, bool kWithGrad, bool kRowShift>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_rows_kernel(const SoftcapCEParams p) {
+// kRowThreads threads per row; thread `rank` of them holds the vectors rank, rank + kRowThreads, ... of 8 columns.
+// Rows and their targets arrive by asynchronous copies, in a ring of slots per group of kRowThreads threads.
+template <int kRowThreads, bool kWithGrad>
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_rows_kernel(const SoftcapCEParams p, const Softcap softcap) {
     constexpr int kGroups = kThreads / kRowThreads;
+    constexpr int kSlotVectors = kVectors * kRowThreads;
+    extern __shared__ uint4 s_ring[];  // [kGroups][kSlots][kSlotVectors]
+    __shared__ int64_t s_target[kGroups][kSlots];
+    __shared__ uint64_t s_arrived[kGroups][kSlots];
     __shared__ float s_scratch[2][kWarps];
+    __shared__ double s_loss[kGroups];
+    __shared__ float s_weight;
     RowReduction<kRowThreads> reduce{s_scratch};
-    const int rank = threadIdx.x % kRowThreads;
-    const int num_vectors = p.v / 8;
+    const int group = threadIdx.x / kRowThreads, rank = threadIdx.x % kRowThreads;
+    const int num_vectors = uint32_t(p.v) / 8;
     const uint32_t step = gridDim.x * kGroups;
-    Softcap cap(p.cap);
+    uint32_t row = blockIdx.x * kGroups + group;
 
-    // One row ahead: the row, its target's logit. Two rows ahead: the target, which says where that logit is.
-    uint32_t row = blockIdx.x * kGroups + threadIdx.x / kRowThreads;
-    uint4 x[kVectors];
-    int target = target_of(row, p), next_target = target_of(row + step, p);
-    __nv_bfloat16 x_target{};
-    if (row < p.n) {
-        load_row<kRowThreads>(x, p.logits + int64_t(row) * p.row_stride, rank, num_vectors);
-        x_target = p.logits[int64_t(row) * p.row_stride + max(target, 0)];
+    const auto fetch = [&](uint32_t fetched, int slot) {
+        if (fetched >= p.n) return;
+        ptx::mbarrier_arrive_expect(&s_arrived[group][slot], 16 * num_vectors);
+        ptx::bulk_load(s_ring + (group * kSlots + slot) * kSlotVectors, p.logits + int64_t(fetched) * p.row_stride, 16 * num_vectors,
+                       &s_arrived[group][slot]);
+        ptx::copy_async_8(&s_target[group][slot], p.targets + fetched);
+        ptx::mbarrier_arrive_after_copies(&s_arrived[group][slot]);
+    };
+    if (rank == 0) {
+        for (int slot = 0; slot < kSlots; ++slot) ptx::mbarrier_init(&s_arrived[group][slot], 2);
+        ptx::fence_mbarrier_init();
+        for (int slot = 0; slot < kSlots; ++slot) fetch(row + slot * step, slot);
+        s_loss[group] = 0;
     }
-
     ptx::grid_dependency_wait();
-    const int64_t kept = rows_kept(*p.workspace);
-    const float weight = p.reduction == SoftcapCEReduction::kMean ? 1.f / float(kept) : 1.f;
-    double loss_sum = 0;
+    if (threadIdx.x < 32) s_weight = mean_weight(p);
+    __syncthreads();
 
+    int slot = 0;
+    uint32_t parity = 0;  // of the ring's rounds, and so of its barriers
     for (; row < p.n; row += step) {
-        if constexpr (kRowShift) {
-            float largest = -INFINITY;
+        const uint4* s_row = s_ring + (group * kSlots + slot) * kSlotVectors;
+        ptx::mbarrier_wait(&s_arrived[group][slot], parity);
+        uint4 x[kVectors];
 #pragma unroll
-            for (int k = 0; k < kVectors; ++k)
-                if (k * kRowThreads + rank < num_vectors)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fmaxf(low_bf16((&x[k].x)[i]), high_bf16((&x[k].x)[i])));
-            cap.t_shift = cap.tanh<true>(reduce(largest, Max{}));
-        }
+        for (int k = 0; k < kVectors; ++k) x[k] = k * kRowThreads + rank < num_vectors ? s_row[k * kRowThreads + rank] : uint4{0, 0, 0, 0};
+
         float g[8 * kVectors];
-        const bool within_polynomial = __all_sync(0xffffffffu, largest_magnitude(x) <= p.cap);
-        float sum = within_polynomial ? exponentials<kRowThreads, kWithGrad, false>(g, x, cap, rank, num_vectors)
-                                      : exponentials<kRowThreads, kWithGrad, true>(g, x, cap, rank, num_vectors);
-
-        const float t_target = cap.tanh<true>(__bfloat162float(x_target));
-        if (row + step < p.n) {
-            load_row<kRowThreads>(x, p.logits + int64_t(row + step) * p.row_stride, rank, num_vectors);
-            x_target = p.logits[int64_t(row + step) * p.row_stride + max(next_target, 0)];
-        }
-
+        float sum = __all_sync(0xffffffffu, all_within(x, softcap.near))
+                        ? exponentials<kRowThreads, kWithGrad, true>(g, x, softcap, rank, num_vectors)
+                        : exponentials<kRowThreads, kWithGrad, false>(g, x, softcap, rank, num_vectors);
+        const int target = target_of(*const_cast<volatile int64_t*>(&s_target[group][slot]), p);  // read only now: two registers less
+        const float x_target = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(s_row)[max(target, 0)]);
+        // NOTE: behind its barrier every thread has read the slot, so the slot can be filled again.
         sum = reduce(sum, Sum{});
-        if (rank == 0) {
-            const float loss = target == kIgnored ? 0.f : or_nan(fmaf(p.cap, cap.t_shift - t_target, logf(sum)), target);
-            if (p.reduction == SoftcapCEReduction::kNone) p.loss[row] = loss;
-            loss_sum += loss;
-        }
+        if (rank == 0) fetch(row + kSlots * step, slot);
+        if (++slot == kSlots) slot = 0, parity ^= 1;
+
+        const float row_weight = or_nan(s_weight, target);
+        __nv_bfloat16* grad = p.grad_logits + int64_t(row) * p.v;
         if constexpr (kWithGrad) {
-            const float row_weight = or_nan(weight, target), scale = row_weight / sum;
-            __nv_bfloat16* grad = p.grad_logits + int64_t(row) * p.v;
+            const float scale = __fdividef(row_weight, sum);
+            uint4* vectors = reinterpret_cast<uint4*>(grad) + rank;
 #pragma unroll
             for (int k = 0; k < kVectors; ++k) {
-                const int vector = k * kRowThreads + rank;
-                if (vector >= num_vectors) break;
-                uint4 d{0, 0, 0, 0};
-                if (target != kIgnored)
+                if (k * kRowThreads + rank >= num_vectors) break;
+                uint4 d;
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) (&d.x)[i] = ptx::pack_bf16(scale * g[8 * k + 2 * i], scale * g[8 * k + 2 * i + 1]);
-                __stcs(reinterpret_cast<uint4*>(grad) + vector, d);
+                for (int i = 0; i < 4; ++i) (&d.x)[i] = ptx::pack_bf16(scale * g[8 * k + 2 * i], scale * g[8 * k + 2 * i + 1]);
+                vectors[k * kRowThreads] = target == kIgnored ? uint4{0, 0, 0, 0} : d;
             }
-            // The thread that stored the target's column stores it again, now with the -1.
-            if (target >= 0 && rank == (target / 8) % kRowThreads)
-                grad[target] = __float2bfloat16_rn((cap.exponential(t_target) / sum - 1.f) * slope(t_target) * row_weight);
         }
-        target = next_target;
-        next_target = target_of(row + 2 * step, p);
+        // The thread of the target's column: the row's loss, and that column's gradient once more, now with the -1.
+        if (rank == max(target, 0) / 8 % kRowThreads) {
+            const float t = softcap.tanh(x_target);
+            const float loss = target == kIgnored ? 0.f : or_nan(logf(sum) - p.cap * t, target);
+            if (p.reduction == SoftcapCEReduction::kNone) p.loss[row] = loss;
+            s_loss[group] += loss;
+            if (kWithGrad && target >= 0) grad[target] = __float2bfloat16_rn((softcap.exponential(t) / sum - 1.f) * softcap_slope(t) * row_weight);
+        }
     }
-    if (p.reduction != SoftcapCEReduction::kNone) reduce_loss(p, loss_sum, kept);
+    __syncthreads();
+    if (p.reduction != SoftcapCEReduction::kNone) reduce_loss(p, threadIdx.x < kGroups ? s_loss[threadIdx.x] : 0);
 }
 
 // ---- long or unaligned rows -----------------------------------------------------------------------------
@@ -300,13 +270,11 @@ __device__ __forceinline__ void load8(float (&x)[8], const __nv_bfloat16* row, i
 }
 
 template <bool kAligned, bool kWithGrad>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_long_rows_kernel(const SoftcapCEParams p) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_long_rows_kernel(const SoftcapCEParams p, const Softcap softcap) {
     __shared__ float s_scratch[2][kWarps];
     RowReduction<kThreads> reduce{s_scratch};
-    Softcap cap(p.cap);
     ptx::grid_dependency_wait();
-    const int64_t kept = rows_kept(*p.workspace);
-    const float weight = p.reduction == SoftcapCEReduction::kMean ? 1.f / float(kept) : 1.f;
+    const float weight = mean_weight(p);
     double loss_sum = 0;
 
     for (uint32_t row = blockIdx.x; row < p.n; row += gridDim.x) {
@@ -319,26 +287,29 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_long_rows_ker
                 use(x, column, count);
             }
         };
-        float largest = -INFINITY;
-        for_each_chunk([&](const float (&x)[8], int, int count) {
+        float t_shift = 0.f;  // exponentials are taken relative to z = cap t_shift
+        if (p.cap > kMaxUnshiftedCap) {
+            float largest = -INFINITY;
+            for_each_chunk([&](const float (&x)[8], int, int count) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j)
-                if (j < count) largest = fmaxf(largest, x[j]);
-        });
-        cap.t_shift = cap.tanh<true>(reduce(largest, Max{}));
+                for (int j = 0; j < 8; ++j)
+                    if (j < count) largest = fmaxf(largest, x[j]);
+            });
+            t_shift = softcap.tanh(reduce(largest, Max{}));
+        }
 
         float sum = 0.f;
         for_each_chunk([&](const float (&x)[8], int, int count) {
 #pragma unroll
             for (int j = 0; j < 8; ++j)
-                if (j < count) sum += cap.exponential(cap.tanh<true>(x[j]));
+                if (j < count) sum += softcap.exponential(softcap.tanh(x[j]) - t_shift);
         });
         sum = reduce(sum, Sum{});
 
-        const int target = target_of(row, p);
+        const int target = target_of(p.targets[row], p);
         if (threadIdx.x == 0) {
-            const float t_target = cap.tanh<true>(__bfloat162float(logits[max(target, 0)]));
-            const float loss = target == kIgnored ? 0.f : or_nan(fmaf(p.cap, cap.t_shift - t_target, logf(sum)), target);
+            const float t_target = softcap.tanh(__bfloat162float(logits[max(target, 0)]));
+            const float loss = target == kIgnored ? 0.f : or_nan(logf(sum) - p.cap * (t_target - t_shift), target);
             if (p.reduction == SoftcapCEReduction::kNone) p.loss[row] = loss;
             loss_sum += loss;
         }
@@ -349,9 +320,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_long_rows_ker
                 float d[8];
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
-                    const float t = cap.tanh<true>(x[j]);
-                    const float softmax = cap.exponential(t) * inv_sum;
-                    d[j] = target == kIgnored ? 0.f : (softmax - float(column + j == target)) * slope(t) * row_weight;
+                    const float t = softcap.tanh(x[j]);
+                    const float softmax = softcap.exponential(t - t_shift) * inv_sum;
+                    d[j] = target == kIgnored ? 0.f : (softmax - float(column + j == target)) * softcap_slope(t) * row_weight;
                 }
                 if constexpr (kAligned) {
                     *reinterpret_cast<uint4*>(grad + column) = {ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]), ptx::pack_bf16(d[4], d[5]),
@@ -364,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_long_rows_ker
             });
         }
     }
-    if (p.reduction != SoftcapCEReduction::kNone) reduce_loss(p, loss_sum, kept);
+    if (p.reduction != SoftcapCEReduction::kNone) reduce_loss(p, loss_sum);
 }
 
 // ---- scaling ----------------------------------------------------------------------------------------------
@@ -398,10 +369,11 @@ cudaError_t multiprocessors(int& count) {
     return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
+using RowsKernel = void (*)(SoftcapCEParams, Softcap);
+
 template <int kRowThreads>
-auto rows_kernel(bool with_grad, bool row_shift) {
-    if (with_grad) return row_shift ? softcap_ce_rows_kernel<kRowThreads, true, true> : softcap_ce_rows_kernel<kRowThreads, true, false>;
-    return row_shift ? softcap_ce_rows_kernel<kRowThreads, false, true> : softcap_ce_rows_kernel<kRowThreads, false, false>;
+RowsKernel rows_kernel(bool with_grad) {
+    return with_grad ? softcap_ce_rows_kernel<kRowThreads, true> : softcap_ce_rows_kernel<kRowThreads, false>;
 }
 
 }  // namespace
@@ -409,23 +381,25 @@ auto rows_kernel(bool with_grad, bool row_shift) {
 cudaError_t softcap_ce_fwd(const SoftcapCEParams& p, cudaStream_t stream) {
     int num_sms = 0;
     if (cudaError_t status = multiprocessors(num_sms); status != cudaSuccess) return status;
-    const bool with_grad = p.grad_logits != nullptr, row_shift = p.cap > kMaxConstantShiftCap;
+    const bool with_grad = p.grad_logits != nullptr;
     const bool aligned = p.v % 8 == 0 && p.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 &&
                          reinterpret_cast<uintptr_t>(p.grad_logits) % 16 == 0;
 
-    void (*kernel)(SoftcapCEParams) = nullptr;
-    int rows_per_cta = 1;
-    if (aligned && p.v <= kSoftcapCEMaxRow) {
+    RowsKernel kernel = nullptr;
+    int rows_per_cta = 1, ring_bytes = 0;
+    if (aligned && p.v <= kSoftcapCEMaxRow && p.cap <= kMaxUnshiftedCap) {
         const int threads = (p.v + 8 * kVectors - 1) / (8 * kVectors);
-        if (threads <= 32) kernel = rows_kernel<32>(with_grad, row_shift), rows_per_cta = kThreads / 32;
-        else if (threads <= 64) kernel = rows_kernel<64>(with_grad, row_shift), rows_per_cta = kThreads / 64;
-        else if (threads <= 128) kernel = rows_kernel<128>(with_grad, row_shift), rows_per_cta = kThreads / 128;
-        else kernel = rows_kernel<256>(with_grad, row_shift);
+        const int row_threads = threads <= 32 ? 32 : threads <= 64 ? 64 : threads <= 128 ? 128 : 256;
+        kernel = row_threads == 32 ? rows_kernel<32>(with_grad) : row_threads == 64 ? rows_kernel<64>(with_grad)
+               : row_threads == 128 ? rows_kernel<128>(with_grad) : rows_kernel<256>(with_grad);
+        rows_per_cta = kThreads / row_threads;
+        ring_bytes = kSlots * kVectors * kThreads * int(sizeof(uint4));
     } else if (aligned) {
         kernel = with_grad ? softcap_ce_long_rows_kernel<true, true> : softcap_ce_long_rows_kernel<true, false>;
     } else {
         kernel = with_grad ? softcap_ce_long_rows_kernel<false, true> : softcap_ce_long_rows_kernel<false, false>;
     }
+    if (cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ring_bytes); status != cudaSuccess) return status;
 
     softcap_ce_targets_kernel<<<SoftcapCEWorkspace::kCountCtas, kCountThreads, 0, stream>>>(p);
     if (cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
@@ -439,10 +413,11 @@ cudaError_t softcap_ce_fwd(const SoftcapCEParams& p, cudaStream_t stream) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(ctas));
     config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = ring_bytes;
     config.stream = stream;
     config.attrs = &overlap;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, p);
+    return cudaLaunchKernelEx(&config, kernel, p, Softcap(p.cap));
 }
 
 cudaError_t softcap_ce_scale(const SoftcapCEScaleParams& p, cudaStream_t stream) {

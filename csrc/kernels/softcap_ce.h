@@ -3,10 +3,10 @@
 //
 // One read of x and one write of dx serve both directions: a row of up to kSoftcapCEMaxRow columns stays in
 // the registers of its threads between the sum of exponentials and the gradient. Longer rows, and rows that
-// are not 16-byte aligned, are read three times by a second kernel, from L2 but for the first time.
+// are not 16-byte aligned, are read again for each pass by a second kernel, from L2 but for the first time.
 //
-// No running maximum: z lies in [-cap, cap], so up to cap = 40 every exponential is taken relative to cap itself
-// and exp(-2 cap) is still a normal float. Above that the row's largest z is found first, in registers.
+// No running maximum: z lies in [-cap, cap], so up to cap = 64 every exp(z), and the sum of a row of them, is a
+// normal float. Larger caps go to the second kernel, which finds the row's largest z first.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>

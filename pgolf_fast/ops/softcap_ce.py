@@ -127,10 +127,11 @@ def _backward(ctx, grad_loss, _):
     (grad_logits,) = ctx.saved_tensors
     if grad_loss is None or grad_logits.dim() != 2:
         return (None,) * 6
-    if grad_logits.is_cuda and not torch.compiler.is_compiling():
-        # NOTE: in place, so a second backward through the same graph (retain_graph) is refused by
-        # autograd's version check instead of being scaled twice.
+    if grad_logits.is_cuda and type(grad_logits) is torch.Tensor:  # not while a compiler traces, with a subclass
+        # NOTE: in place, and autograd is told, so that its version check refuses a second backward through the same
+        # graph (retain_graph), which would scale twice.
         torch.ops.pgolf_fast.softcap_ce_scale_(grad_logits, grad_loss)
+        torch.autograd.graph.increment_version(grad_logits)
     else:
         scale = grad_loss if grad_loss.dim() == 0 else grad_loss[:, None]
         grad_logits = (grad_logits * scale).to(grad_logits.dtype)

@@ -30,6 +30,12 @@ def loss_and_grad(function, logits, targets, *arguments, grad_loss=None, **named
     return loss.detach(), torch.autograd.grad(loss, logits, grad_loss)[0]
 
 
+def assert_loss(loss, peer, truth, cap=30.0, *_):
+    """Twice plain torch's error, and the float32 noise of lse - z, which are as large as the cap."""
+    error, peer_error = ((x.double().cpu() - truth).abs().max().item() for x in (loss, peer))
+    assert error <= 2 * peer_error + cap * 2**-22 + 2**-22 * truth.abs().max(), f"loss off by {error:.3e}, torch by {peer_error:.3e}"
+
+
 def assert_agrees(logits, targets, *arguments, **named):
     """Loss and gradient within twice plain torch's error; each gradient element within its bf16 roundings and float32 noise.
 
@@ -44,8 +50,8 @@ def assert_agrees(logits, targets, *arguments, **named):
     truth_grad_loss = None if grad_loss is None else grad_loss.double()
     truth = loss_and_grad(softcap_cross_entropy_ref, on_cpu[0].double(), on_cpu[1], *arguments, grad_loss=truth_grad_loss, **named)
     assert loss.dtype == torch.float32 and grad.dtype == logits.dtype
-    assert_within(loss, peer[0], truth[0], "loss")
-    assert_within(grad, peer[1], truth[1], "grad", floor=1e-7 if roundings == 1 else roundings * 2**-9)
+    assert_loss(loss, peer[0], truth[0], *arguments)
+    assert_within(grad, peer[1], truth[1], "grad", floor=1e-7 if roundings == 1 else roundings * 2**-8)
     noise = 1e-6 * truth[1].abs().max() + 1e-37
     assert ((grad.double().cpu() - truth[1]).abs() <= roundings * 2**-8 * truth[1].abs() + noise).all()
 
@@ -113,9 +119,9 @@ def test_more_than_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize("v", [9, 1024, 4096, 8192, 10000])
-@pytest.mark.parametrize("cap,spread", [(1e-3, 1e-3), (0.5, 5.0), (15.0, 5.0), (30.0, 20.0), (40.0, 5.0), (41.0, 5.0), (1000.0, 5.0), (1e4, 300.0)])
+@pytest.mark.parametrize("cap,spread", [(1e-3, 1e-3), (0.5, 5.0), (15.0, 5.0), (30.0, 20.0), (64.0, 5.0), (65.0, 5.0), (64.0, 300.0), (1000.0, 5.0), (1e4, 300.0)])
 def test_caps(device, v, cap, spread):
-    """Either side of the constant shift's end; most logits beyond the cap, and all far below it."""
+    """Either side of the largest cap without a shift; most logits beyond the cap, and all far below it."""
     assert_agrees(*draw(21, v, device, spread), cap)
 
 
@@ -367,5 +373,5 @@ def test_triton_composite(dtype, v, cap, reduction):
     grad_loss = torch.ones(20 if reduction == "none" else (), dtype=torch.float64)
     peer = loss_and_grad(softcap_cross_entropy_ref, logits.cpu(), targets.cpu(), cap, reduction, grad_loss=grad_loss.float())
     truth = loss_and_grad(softcap_cross_entropy_ref, logits.cpu().double(), targets.cpu(), cap, reduction, grad_loss=grad_loss)
-    assert_within(loss, peer[0], truth[0], "loss", floor=1e-6)
+    assert_loss(loss, peer[0], truth[0], cap)
     assert_within(grad, peer[1], truth[1], "grad", floor=1e-6)
