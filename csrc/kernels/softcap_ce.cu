@@ -1,7 +1,7 @@
 // Three kernels: a tiny one counts the rows kept (the mean's gradient needs the count before the first row is
 // written) and checks the targets; then one of two kernels does all the rows:
 //
-//   rows in registers   32 to 256 threads per row, kVectors 16-byte vectors each; bulk copies bring the next kSlots rows
+//   rows in registers   32 to 128 threads per row, 32 or 64 columns each; bulk copies bring the rows after this one
 //   long rows           256 threads per row, two or three passes; also unaligned rows and caps above kMaxUnshiftedCap
 #include "kernels/softcap_ce.h"
 
@@ -11,11 +11,10 @@
 namespace pgolf {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kCtasPerSm = 4;
-constexpr int kVectors = kSoftcapCEMaxRow / 8 / kThreads;
-constexpr int kSlots = 2;  // rows on their way or being read, per row being worked on: kSlots * 16 KB * kCtasPerSm of shared memory
+constexpr int kThreads = 256;     // of long rows and scaling
+constexpr int kRowsThreads = 128;  // of rows in registers
+constexpr int kMaxWarps = 8;
+constexpr int kSlots = 3;         // rows on their way or being read, per row being worked on
 constexpr int kCountThreads = 1024;
 constexpr float kMaxUnshiftedCap = 64.f;
 
@@ -44,7 +43,7 @@ struct Max {
 // a row of scratch is written again only behind the next reduction's barrier, which waits for its readers.
 template <int kRowThreads>
 struct RowReduction {
-    float (*scratch)[kWarps];
+    float (*scratch)[kMaxWarps];
     int turn = 0;
 
     template <typename Op>
@@ -83,8 +82,8 @@ __device__ __forceinline__ T cta_sum(T x) {
 
 // Every warp for itself.
 __device__ int64_t rows_kept(const SoftcapCEWorkspace& workspace) {
-    static_assert(SoftcapCEWorkspace::kCountCtas == 32);
-    int64_t kept = workspace.kept[threadIdx.x % 32];
+    int64_t kept = 0;
+    for (int cta = threadIdx.x % 32; cta < SoftcapCEWorkspace::kCountCtas; cta += 32) kept += workspace.kept[cta];
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) kept += __shfl_xor_sync(0xffffffffu, kept, offset);
     return kept;
@@ -108,7 +107,7 @@ __device__ void reduce_loss(const SoftcapCEParams& p, double loss) {
     if (!s_last) return;
     __threadfence();
     loss = 0;
-    for (unsigned cta = threadIdx.x; cta < gridDim.x; cta += kThreads) loss += __ldcg(&w.loss[cta]);
+    for (unsigned cta = threadIdx.x; cta < gridDim.x; cta += blockDim.x) loss += __ldcg(&w.loss[cta]);
     loss = cta_sum(loss);
     const int64_t kept = rows_kept(w);
     if (threadIdx.x == 0) *p.loss = float(p.reduction == SoftcapCEReduction::kMean ? loss / double(kept) : loss);
@@ -138,6 +137,7 @@ __global__ void __launch_bounds__(kCountThreads) softcap_ce_targets_kernel(const
 // ---- rows in registers --------------------------------------------------------------------------------
 
 // Whether every |x| is at most `limit`. A nan passes: it comes out of the polynomial as it went in.
+template <int kVectors>
 __device__ __forceinline__ bool all_within(const uint4 (&x)[kVectors], float limit) {
     __nv_bfloat162 low{0.f, 0.f}, high{0.f, 0.f};
 #pragma unroll
@@ -152,7 +152,7 @@ __device__ __forceinline__ bool all_within(const uint4 (&x)[kVectors], float lim
 }
 
 // Sum of the exponentials; leaves exponential times slope in g.
-template <int kRowThreads, bool kWithGrad, bool kNear>
+template <int kRowThreads, int kVectors, bool kWithGrad, bool kNear>
 __device__ __forceinline__ float exponentials(float (&g)[8 * kVectors], const uint4 (&x)[kVectors], const Softcap& softcap, int rank,
                                               int num_vectors) {
     float sum = 0.f;
@@ -160,13 +160,25 @@ __device__ __forceinline__ float exponentials(float (&g)[8 * kVectors], const ui
     for (int k = 0; k < kVectors; ++k) {
         if (k * kRowThreads + rank >= num_vectors) break;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const uint32_t pair = (&x[k].x)[j / 2];
-            const float value = j % 2 ? high_bf16(pair) : low_bf16(pair);
-            const float t = kNear ? softcap.tanh_near(value) : softcap.tanh(value);
-            const float e = softcap.exponential(t);
-            sum += e;
-            if constexpr (kWithGrad) g[8 * k + j] = e * softcap_slope(t);
+        for (int half = 0; half < 2; ++half) {
+            float value[4], t[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const uint32_t pair = (&x[k].x)[2 * half + j / 2];
+                value[j] = j % 2 ? high_bf16(pair) : low_bf16(pair);
+            }
+            if constexpr (kNear) {
+                softcap.tanh_near(t, value);
+            } else {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) t[j] = softcap.tanh(value[j]);
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float e = softcap.exponential(t[j]);
+                sum += e;
+                if constexpr (kWithGrad) g[8 * k + 4 * half + j] = e * softcap_slope(t[j]);
+            }
         }
     }
     return sum;
@@ -174,14 +186,14 @@ __device__ __forceinline__ float exponentials(float (&g)[8 * kVectors], const ui
 
 // kRowThreads threads per row; thread `rank` of them holds the vectors rank, rank + kRowThreads, ... of 8 columns.
 // Rows and their targets arrive by asynchronous copies, in a ring of slots per group of kRowThreads threads.
-template <int kRowThreads, bool kWithGrad>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_rows_kernel(const SoftcapCEParams p, const Softcap softcap) {
-    constexpr int kGroups = kThreads / kRowThreads;
+template <int kRowThreads, int kVectors, bool kWithGrad>
+__global__ void __launch_bounds__(kRowsThreads, kVectors == 8 ? 4 : 6) softcap_ce_rows_kernel(const SoftcapCEParams p, const Softcap softcap) {
+    constexpr int kGroups = kRowsThreads / kRowThreads;
     constexpr int kSlotVectors = kVectors * kRowThreads;
     extern __shared__ uint4 s_ring[];  // [kGroups][kSlots][kSlotVectors]
     __shared__ int64_t s_target[kGroups][kSlots];
     __shared__ uint64_t s_arrived[kGroups][kSlots];
-    __shared__ float s_scratch[2][kWarps];
+    __shared__ float s_scratch[2][kMaxWarps];
     __shared__ double s_loss[kGroups];
     __shared__ float s_weight;
     RowReduction<kRowThreads> reduce{s_scratch};
@@ -219,8 +231,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_rows_kernel(c
 
         float g[8 * kVectors];
         float sum = __all_sync(0xffffffffu, all_within(x, softcap.near))
-                        ? exponentials<kRowThreads, kWithGrad, true>(g, x, softcap, rank, num_vectors)
-                        : exponentials<kRowThreads, kWithGrad, false>(g, x, softcap, rank, num_vectors);
+                        ? exponentials<kRowThreads, kVectors, kWithGrad, true>(g, x, softcap, rank, num_vectors)
+                        : exponentials<kRowThreads, kVectors, kWithGrad, false>(g, x, softcap, rank, num_vectors);
         const int target = target_of(*const_cast<volatile int64_t*>(&s_target[group][slot]), p);  // read only now: two registers less
         const float x_target = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(s_row)[max(target, 0)]);
         // NOTE: behind its barrier every thread has read the slot, so the slot can be filled again.
@@ -233,13 +245,17 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_rows_kernel(c
         if constexpr (kWithGrad) {
             const float scale = __fdividef(row_weight, sum);
             uint4* vectors = reinterpret_cast<uint4*>(grad) + rank;
+            if (target == kIgnored) {  // whatever the row holds, nan too
+                for (int vector = rank; vector < num_vectors; vector += kRowThreads) vectors[vector - rank] = uint4{0, 0, 0, 0};
+            } else {
 #pragma unroll
-            for (int k = 0; k < kVectors; ++k) {
-                if (k * kRowThreads + rank >= num_vectors) break;
-                uint4 d;
+                for (int k = 0; k < kVectors; ++k) {
+                    if (k * kRowThreads + rank >= num_vectors) break;
+                    uint4 d;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) (&d.x)[i] = ptx::pack_bf16(scale * g[8 * k + 2 * i], scale * g[8 * k + 2 * i + 1]);
-                vectors[k * kRowThreads] = target == kIgnored ? uint4{0, 0, 0, 0} : d;
+                    for (int i = 0; i < 4; ++i) (&d.x)[i] = ptx::pack_bf16(scale * g[8 * k + 2 * i], scale * g[8 * k + 2 * i + 1]);
+                    vectors[k * kRowThreads] = d;
+                }
             }
         }
         // The thread of the target's column: the row's loss, and that column's gradient once more, now with the -1.
@@ -248,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_rows_kernel(c
             const float loss = target == kIgnored ? 0.f : or_nan(logf(sum) - p.cap * t, target);
             if (p.reduction == SoftcapCEReduction::kNone) p.loss[row] = loss;
             s_loss[group] += loss;
-            if (kWithGrad && target >= 0) grad[target] = __float2bfloat16_rn((softcap.exponential(t) / sum - 1.f) * softcap_slope(t) * row_weight);
+            if (kWithGrad && target >= 0) grad[target] = __float2bfloat16_rn((softcap.exponential(t) - sum) / sum * softcap_slope(t) * row_weight);
         }
     }
     __syncthreads();
@@ -270,8 +286,8 @@ __device__ __forceinline__ void load8(float (&x)[8], const __nv_bfloat16* row, i
 }
 
 template <bool kAligned, bool kWithGrad>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_long_rows_kernel(const SoftcapCEParams p, const Softcap softcap) {
-    __shared__ float s_scratch[2][kWarps];
+__global__ void __launch_bounds__(kThreads) softcap_ce_long_rows_kernel(const SoftcapCEParams p, const Softcap softcap) {
+    __shared__ float s_scratch[2][kMaxWarps];
     RowReduction<kThreads> reduce{s_scratch};
     ptx::grid_dependency_wait();
     const float weight = mean_weight(p);
@@ -321,8 +337,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) softcap_ce_long_rows_ker
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
                     const float t = softcap.tanh(x[j]);
-                    const float softmax = softcap.exponential(t - t_shift) * inv_sum;
-                    d[j] = target == kIgnored ? 0.f : (softmax - float(column + j == target)) * softcap_slope(t) * row_weight;
+                    const float e = softcap.exponential(t - t_shift);
+                    d[j] = target == kIgnored ? 0.f : (column + j == target ? e - sum : e) * inv_sum * softcap_slope(t) * row_weight;
                 }
                 if constexpr (kAligned) {
                     *reinterpret_cast<uint4*>(grad + column) = {ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]), ptx::pack_bf16(d[4], d[5]),
@@ -369,55 +385,64 @@ cudaError_t multiprocessors(int& count) {
     return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
-using RowsKernel = void (*)(SoftcapCEParams, Softcap);
+struct RowsLaunch {
+    void (*kernel)(SoftcapCEParams, Softcap);
+    int threads, rows_per_cta, ring_bytes;
+};
 
-template <int kRowThreads>
-RowsKernel rows_kernel(bool with_grad) {
-    return with_grad ? softcap_ce_rows_kernel<kRowThreads, true> : softcap_ce_rows_kernel<kRowThreads, false>;
+template <int kRowThreads, int kVectors>
+RowsLaunch rows_in_registers(bool with_grad) {
+    return {with_grad ? softcap_ce_rows_kernel<kRowThreads, kVectors, true> : softcap_ce_rows_kernel<kRowThreads, kVectors, false>, kRowsThreads,
+            kRowsThreads / kRowThreads, kSlots * kVectors * kRowsThreads * int(sizeof(uint4))};
+}
+
+template <bool kAligned>
+RowsLaunch long_rows(bool with_grad) {
+    return {with_grad ? softcap_ce_long_rows_kernel<kAligned, true> : softcap_ce_long_rows_kernel<kAligned, false>, kThreads, 1, 0};
+}
+
+RowsLaunch choose(const SoftcapCEParams& p) {
+    const bool with_grad = p.grad_logits != nullptr;
+    const bool aligned = p.v % 8 == 0 && p.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 &&
+                         reinterpret_cast<uintptr_t>(p.grad_logits) % 16 == 0;
+    if (!aligned) return long_rows<false>(with_grad);
+    if (p.cap > kMaxUnshiftedCap || p.v > kSoftcapCEMaxRow) return long_rows<true>(with_grad);
+    if (p.v <= 1024) return rows_in_registers<32, 4>(with_grad);
+    if (p.v <= 2048) return rows_in_registers<32, 8>(with_grad);
+    if (p.v <= 4096) return rows_in_registers<64, 8>(with_grad);
+    return rows_in_registers<128, 8>(with_grad);
 }
 
 }  // namespace
 
 cudaError_t softcap_ce_fwd(const SoftcapCEParams& p, cudaStream_t stream) {
-    int num_sms = 0;
+    const RowsLaunch rows = choose(p);
+    int num_sms = 0, ctas_per_sm = 0;
     if (cudaError_t status = multiprocessors(num_sms); status != cudaSuccess) return status;
-    const bool with_grad = p.grad_logits != nullptr;
-    const bool aligned = p.v % 8 == 0 && p.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 &&
-                         reinterpret_cast<uintptr_t>(p.grad_logits) % 16 == 0;
-
-    RowsKernel kernel = nullptr;
-    int rows_per_cta = 1, ring_bytes = 0;
-    if (aligned && p.v <= kSoftcapCEMaxRow && p.cap <= kMaxUnshiftedCap) {
-        const int threads = (p.v + 8 * kVectors - 1) / (8 * kVectors);
-        const int row_threads = threads <= 32 ? 32 : threads <= 64 ? 64 : threads <= 128 ? 128 : 256;
-        kernel = row_threads == 32 ? rows_kernel<32>(with_grad) : row_threads == 64 ? rows_kernel<64>(with_grad)
-               : row_threads == 128 ? rows_kernel<128>(with_grad) : rows_kernel<256>(with_grad);
-        rows_per_cta = kThreads / row_threads;
-        ring_bytes = kSlots * kVectors * kThreads * int(sizeof(uint4));
-    } else if (aligned) {
-        kernel = with_grad ? softcap_ce_long_rows_kernel<true, true> : softcap_ce_long_rows_kernel<true, false>;
-    } else {
-        kernel = with_grad ? softcap_ce_long_rows_kernel<false, true> : softcap_ce_long_rows_kernel<false, false>;
-    }
-    if (cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ring_bytes); status != cudaSuccess) return status;
+    if (cudaError_t status = cudaFuncSetAttribute(rows.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, rows.ring_bytes);
+        status != cudaSuccess)
+        return status;
+    if (cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas_per_sm, rows.kernel, rows.threads, rows.ring_bytes);
+        status != cudaSuccess)
+        return status;
 
     softcap_ce_targets_kernel<<<SoftcapCEWorkspace::kCountCtas, kCountThreads, 0, stream>>>(p);
     if (cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
 
     // The rows kernel starts while the targets are counted, and waits for the count behind its first loads.
-    const int64_t wanted = (int64_t(p.n) + rows_per_cta - 1) / rows_per_cta;
-    const int64_t ctas = max(int64_t(1), min(wanted, int64_t(min(num_sms * kCtasPerSm, int(SoftcapCEWorkspace::kMaxCtas)))));
+    const int64_t wanted = (int64_t(p.n) + rows.rows_per_cta - 1) / rows.rows_per_cta;
+    const int64_t ctas = max(int64_t(1), min(wanted, int64_t(min(num_sms * ctas_per_sm, SoftcapCEWorkspace::kMaxCtas))));
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(ctas));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = ring_bytes;
+    config.blockDim = dim3(rows.threads);
+    config.dynamicSmemBytes = rows.ring_bytes;
     config.stream = stream;
     config.attrs = &overlap;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, p, Softcap(p.cap));
+    return cudaLaunchKernelEx(&config, rows.kernel, p, Softcap(p.cap));
 }
 
 cudaError_t softcap_ce_scale(const SoftcapCEScaleParams& p, cudaStream_t stream) {

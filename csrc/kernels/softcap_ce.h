@@ -21,8 +21,8 @@ constexpr int kSoftcapCEMaxRow = 8192;
 
 // Written and read within one call; needs no initial value.
 struct SoftcapCEWorkspace {
-    static constexpr int kMaxCtas = 1024;
-    static constexpr int kCountCtas = 32;
+    static constexpr int kMaxCtas = 2048;
+    static constexpr int kCountCtas = 96;
     double loss[kMaxCtas];     // per CTA, so that the total is summed in a fixed order
     int64_t kept[kCountCtas];  // per CTA of the counting kernel: targets that are not ignore_index
     unsigned arrived;          // CTAs whose loss is in `loss`

@@ -17,7 +17,7 @@ from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import accumulation_dtype, library, require, require_device, require_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
-WORKSPACE_BYTES = 8456  # sizeof(SoftcapCEWorkspace)
+WORKSPACE_BYTES = 17160  # sizeof(SoftcapCEWorkspace)
 
 
 def softcap_cross_entropy_ref(logits, targets, cap=30.0, reduction="mean", ignore_index=-100):

@@ -362,7 +362,7 @@ def test_second_backward_is_refused():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("v", [1, 9, 1000, 1024, 5000, 8192])
+@pytest.mark.parametrize("v", [2, 9, 1000, 1024, 5000, 8192])
 @pytest.mark.parametrize("cap,reduction", [(30.0, "mean"), (15.0, "sum"), (1000.0, "none")])
 def test_triton_composite(dtype, v, cap, reduction):
     from pgolf_fast.ops.softcap_ce_triton import softcap_ce_triton

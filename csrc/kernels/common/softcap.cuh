@@ -26,13 +26,20 @@ struct Softcap {
         for (int k = 0; k < kTanhTerms; ++k, scale /= double(cap) * cap) term[k] = float(tanh_term(k) * scale);
     }
 
-    // tanh(x / cap) for |x| <= near.
-    __device__ __forceinline__ float tanh_near(float x) const {
-        const float s = x * x;
-        float p = term[kTanhTerms - 1];
+    // tanh(x / cap) for |x| <= near, of kCount numbers in step: one chain of multiply-adds alone waits for itself.
+    template <int kCount>
+    __device__ __forceinline__ void tanh_near(float (&t)[kCount], const float (&x)[kCount]) const {
+        float s[kCount];
 #pragma unroll
-        for (int k = kTanhTerms - 2; k >= 0; --k) p = fmaf(p, s, term[k]);
-        return x * p;
+        for (int i = 0; i < kCount; ++i) s[i] = x[i] * x[i];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) t[i] = fmaf(term[kTanhTerms - 1], s[i], term[kTanhTerms - 2]);
+#pragma unroll
+        for (int k = kTanhTerms - 3; k >= 0; --k)
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) t[i] = fmaf(t[i], s[i], term[k]);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) t[i] *= x[i];
     }
 
     // tanh(x / cap) for every x: 1 - 2 / (1 + e^(2|u|)) where the polynomial ends.
