@@ -7,6 +7,7 @@
 
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/softcap.cuh"
+#include "kernels/softcap_ce.cuh"
 
 namespace pgolf {
 namespace {
@@ -14,21 +15,8 @@ namespace {
 constexpr int kThreads = 256;     // of long rows and scaling
 constexpr int kRowsThreads = 128;  // of rows in registers
 constexpr int kMaxWarps = 8;
-constexpr int kSlots = 3;         // rows on their way or being read, per row being worked on
 constexpr int kCountThreads = 1024;
 constexpr float kMaxUnshiftedCap = 64.f;
-
-__device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-
-// A row's target in 32 bits: its column, or one of these.
-enum : int { kIgnored = -1, kOutOfRange = -2 };
-
-__device__ __forceinline__ int target_of(int64_t target, const SoftcapCEParams& p) {
-    return target == p.ignore_index ? kIgnored : target >= 0 && target < p.v ? int(target) : kOutOfRange;
-}
-
-__device__ __forceinline__ float or_nan(float x, int target) { return target == kOutOfRange ? __int_as_float(0x7fffffff) : x; }
 
 // ---- reductions, each in a fixed order ------------------------------------------------------------
 
@@ -78,19 +66,6 @@ __device__ __forceinline__ T cta_sum(T x) {
 #pragma unroll 1
     for (int w = 0; w < int(blockDim.x / 32); ++w) x += s_warp[w];
     return x;
-}
-
-// Every warp for itself.
-__device__ int64_t rows_kept(const SoftcapCEWorkspace& workspace) {
-    int64_t kept = 0;
-    for (int cta = threadIdx.x % 32; cta < SoftcapCEWorkspace::kCountCtas; cta += 32) kept += workspace.kept[cta];
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) kept += __shfl_xor_sync(0xffffffffu, kept, offset);
-    return kept;
-}
-
-__device__ float mean_weight(const SoftcapCEParams& p) {
-    return p.reduction == SoftcapCEReduction::kMean ? 1.f / float(rows_kept(*p.workspace)) : 1.f;
 }
 
 // Sum of every thread's `loss` over the grid, by the last CTA to arrive.
@@ -184,11 +159,16 @@ __device__ __forceinline__ float exponentials(float (&g)[8 * kVectors], const ui
     return sum;
 }
 
+// Rows on their way or being read, per row being worked on. Measured: a third one hides more latency at 1024 columns
+// and costs DRAM efficiency at 8192.
+__host__ __device__ constexpr int num_slots(int vectors) { return vectors == 8 ? 2 : 3; }
+
 // kRowThreads threads per row; thread `rank` of them holds the vectors rank, rank + kRowThreads, ... of 8 columns.
 // Rows and their targets arrive by asynchronous copies, in a ring of slots per group of kRowThreads threads.
 template <int kRowThreads, int kVectors, bool kWithGrad>
 __global__ void __launch_bounds__(kRowsThreads, kVectors == 8 ? 4 : 6) softcap_ce_rows_kernel(const SoftcapCEParams p, const Softcap softcap) {
     constexpr int kGroups = kRowsThreads / kRowThreads;
+    constexpr int kSlots = num_slots(kVectors);
     constexpr int kSlotVectors = kVectors * kRowThreads;
     extern __shared__ uint4 s_ring[];  // [kGroups][kSlots][kSlotVectors]
     __shared__ int64_t s_target[kGroups][kSlots];
@@ -393,7 +373,7 @@ struct RowsLaunch {
 template <int kRowThreads, int kVectors>
 RowsLaunch rows_in_registers(bool with_grad) {
     return {with_grad ? softcap_ce_rows_kernel<kRowThreads, kVectors, true> : softcap_ce_rows_kernel<kRowThreads, kVectors, false>, kRowsThreads,
-            kRowsThreads / kRowThreads, kSlots * kVectors * kRowsThreads * int(sizeof(uint4))};
+            kRowsThreads / kRowThreads, num_slots(kVectors) * kVectors * kRowsThreads * int(sizeof(uint4))};
 }
 
 template <bool kAligned>
@@ -415,6 +395,11 @@ RowsLaunch choose(const SoftcapCEParams& p) {
 
 }  // namespace
 
+cudaError_t softcap_ce_count_targets(const SoftcapCEParams& p, cudaStream_t stream) {
+    softcap_ce_targets_kernel<<<SoftcapCEWorkspace::kCountCtas, kCountThreads, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
 cudaError_t softcap_ce_fwd(const SoftcapCEParams& p, cudaStream_t stream) {
     const RowsLaunch rows = choose(p);
     int num_sms = 0, ctas_per_sm = 0;
@@ -426,8 +411,7 @@ cudaError_t softcap_ce_fwd(const SoftcapCEParams& p, cudaStream_t stream) {
         status != cudaSuccess)
         return status;
 
-    softcap_ce_targets_kernel<<<SoftcapCEWorkspace::kCountCtas, kCountThreads, 0, stream>>>(p);
-    if (cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+    if (cudaError_t status = softcap_ce_count_targets(p, stream); status != cudaSuccess) return status;
 
     // The rows kernel starts while the targets are counted, and waits for the count behind its first loads.
     const int64_t wanted = (int64_t(p.n) + rows.rows_per_cta - 1) / rows.rows_per_cta;

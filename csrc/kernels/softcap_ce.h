@@ -42,6 +42,10 @@ struct SoftcapCEParams {
     SoftcapCEReduction reduction;
 };
 
+// First half of every call: counts the rows kept, reports targets out of range, readies the workspace. Uses targets,
+// workspace, report, n, v and ignore_index alone.
+cudaError_t softcap_ce_count_targets(const SoftcapCEParams& p, cudaStream_t stream);
+
 cudaError_t softcap_ce_fwd(const SoftcapCEParams& p, cudaStream_t stream);
 
 struct SoftcapCEScaleParams {
