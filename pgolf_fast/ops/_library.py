@@ -74,6 +74,27 @@ def uses_kernel(name: str, device: torch.device) -> bool:
     return True
 
 
+# A kernel cannot raise. Where it meets an index out of range it leaves (row + 1, index, bound) in pinned host
+# memory, nobody waits for it, and the next call of an op on a GPU raises.
+_reports: dict[str, torch.Tensor] = {}
+
+
+def device_report(argument: str) -> torch.Tensor:
+    """The int64 [3], host memory that kernels can write, where they report a bad index in `argument`."""
+    if argument not in _reports:
+        _reports[argument] = torch.zeros(3, dtype=torch.int64, pin_memory=True)
+    return _reports[argument]
+
+
+def check_device_errors() -> None:
+    """Raises what kernels have reported so far; after `torch.cuda.synchronize()`, all that they had to report."""
+    for argument, report in _reports.items():
+        row, index, bound = report.tolist()
+        if row:
+            report.zero_()
+            raise IndexError(f"{argument}: row {row - 1} of an earlier call held {index}, outside [0, {bound})")
+
+
 def require(condition: bool, argument: str, message: str) -> None:
     """Input check of the public functions; the error names the argument."""
     if not condition:

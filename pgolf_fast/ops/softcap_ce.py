@@ -8,12 +8,16 @@ write of [N, V] serve both directions. The backward multiplies it by the
 incoming gradient, and skips that pass where the incoming gradient is 1.
 """
 
+import importlib.util
+import math
+
 import torch
 
 from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import accumulation_dtype, library, require, require_device, require_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
+WORKSPACE_BYTES = 17160  # sizeof(SoftcapCEWorkspace)
 
 
 def softcap_cross_entropy_ref(logits, targets, cap=30.0, reduction="mean", ignore_index=-100):
@@ -51,7 +55,7 @@ def _forward_formula(logits, targets, cap, reduction, ignore_index, with_grad):
     if with_grad:
         p = torch.exp(z - lse[:, None])
         p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
-        grad = torch.where(kept[:, None], p * (1 - t * t) * weight[:, None], 0.0).to(logits.dtype)
+        grad = torch.where(kept[:, None], p * (1 - t * t) * weight[:, None], 0.0).to(logits.dtype).contiguous()
     else:
         grad = logits.new_empty(0)
     if REDUCTIONS[reduction] == "mean":
@@ -73,15 +77,31 @@ def _fwd_cpu(logits, targets, cap, reduction, ignore_index, with_grad):
 @torch.library.impl(library, "softcap_ce_fwd", "CUDA")
 def _fwd_cuda(logits, targets, cap, reduction, ignore_index, with_grad):
     if not _library.uses_kernel("softcap_ce_fwd", logits.device):
-        return _forward_formula(logits, targets, cap, reduction, ignore_index, with_grad)
-    raise NotImplementedError
+        if logits.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+            return _forward_formula(logits, targets, cap, reduction, ignore_index, with_grad)
+        from pgolf_fast.ops.softcap_ce_triton import softcap_ce_triton
+
+        return softcap_ce_triton(logits, targets, cap, REDUCTIONS[reduction], ignore_index, with_grad)
+    if logits.dtype != torch.bfloat16:
+        raise TypeError(f"logits: the kernel takes bfloat16, got {logits.dtype}; pass logits.bfloat16()")
+    _library.check_device_errors()
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    loss = logits.new_empty(logits.shape[:1] if REDUCTIONS[reduction] == "none" else (), dtype=torch.float32)
+    grad = logits.new_empty(logits.shape if with_grad else 0)
+    workspace = logits.new_empty(WORKSPACE_BYTES, dtype=torch.uint8)
+    report = _library.device_report("targets")
+    torch.ops.pgolf_fast_sm90.softcap_ce_fwd(
+        logits, targets.contiguous(), loss, grad, workspace, report, cap, reduction, ignore_index
+    )
+    return loss, grad
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::softcap_ce_fwd")
 def _fwd_fake(logits, targets, cap, reduction, ignore_index, with_grad):
     shape = (logits.shape[0],) if REDUCTIONS[reduction] == "none" else ()
     loss = logits.new_empty(shape, dtype=accumulation_dtype(logits.dtype))
-    return loss, torch.empty_like(logits) if with_grad else logits.new_empty(0)
+    return loss, logits.new_empty(logits.shape if with_grad else 0)
 
 
 @torch.library.impl(library, "softcap_ce_scale_", "CPU")
@@ -105,12 +125,13 @@ def _save_gradient(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, _):
     (grad_logits,) = ctx.saved_tensors
-    if grad_loss is None or grad_logits.numel() == 0:
+    if grad_loss is None or grad_logits.dim() != 2:
         return (None,) * 6
-    if grad_logits.is_cuda and not torch.compiler.is_compiling():
-        # NOTE: in place, so a second backward through the same graph (retain_graph) is refused by
-        # autograd's version check instead of being scaled twice.
+    if grad_logits.is_cuda and type(grad_logits) is torch.Tensor:  # not while a compiler traces, with a subclass
+        # NOTE: in place, and autograd is told, so that its version check refuses a second backward through the same
+        # graph (retain_graph), which would scale twice.
         torch.ops.pgolf_fast.softcap_ce_scale_(grad_logits, grad_loss)
+        torch.autograd.graph.increment_version(grad_logits)
     else:
         scale = grad_loss if grad_loss.dim() == 0 else grad_loss[:, None]
         grad_logits = (grad_logits * scale).to(grad_logits.dtype)
@@ -128,6 +149,9 @@ def softcap_cross_entropy(logits, targets, cap=30.0, reduction="mean", ignore_in
     cap      softcap, > 0
     Returns float32 (float64 for float64 logits): a scalar for "mean" and "sum", [N] for "none", where
     ignored rows are 0. The mean over no rows is nan, as in torch.
+
+    A target out of range raises IndexError: at once on the CPU; on a GPU, which cannot raise, the row's loss and
+    gradient become nan and the next call raises (or `_library.check_device_errors()`, after a synchronisation).
     """
     require(logits.dim() == 2, "logits", f"expected [N, V], got shape {list(logits.shape)}")
     require(logits.shape[1] > 0, "logits", "the vocabulary is empty")
@@ -135,7 +159,7 @@ def softcap_cross_entropy(logits, targets, cap=30.0, reduction="mean", ignore_in
     require(targets.shape == logits.shape[:1], "targets", f"expected shape [{logits.shape[0]}], got {list(targets.shape)}")
     require_dtype(targets, "targets", (torch.int64,))
     require_device(targets, "targets", logits.device)
-    require(cap > 0, "cap", f"expected > 0, got {cap}")
+    require(0 < cap < math.inf, "cap", f"expected > 0 and finite, got {cap}")
     require(reduction in REDUCTIONS, "reduction", f"expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     loss, _ = torch.ops.pgolf_fast.softcap_ce_fwd(logits, targets, cap, REDUCTIONS.index(reduction), ignore_index, with_grad)

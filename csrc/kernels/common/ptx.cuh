@@ -55,6 +55,14 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
     }
 }
 
+// 8 bytes, asynchronously, by this thread; `bar` then counts an arrival of its own once this thread's copies are done.
+__device__ __forceinline__ void copy_async_8(void* dst, const void* src) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(smem_u32(dst)), "l"(src) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_u32(bar)) : "memory");
+}
+
 // ---- TMA -------------------------------------------------------------------------------------
 // Coordinates run from the innermost dimension outwards. Out-of-range elements read as zero and are not written.
 
