@@ -95,9 +95,12 @@ struct Eight {
 };
 
 template <typename T>
-__device__ float magnitude_of_warp(uint32_t lane_maxima) {
-    if constexpr (sizeof(T) == 2) lane_maxima = max(lane_maxima & 0xffffu, lane_maxima >> 16);
-    const uint32_t bits = __reduce_max_sync(0xffffffffu, lane_maxima);
+__device__ uint32_t max_of_warp(uint32_t lane_maxima) {
+    return __reduce_max_sync(0xffffffffu, sizeof(T) == 4 ? lane_maxima : max(lane_maxima & 0xffffu, lane_maxima >> 16));
+}
+
+template <typename T>
+__device__ float magnitude_of_bits(uint32_t bits) {
     if constexpr (sizeof(T) == 4) return __uint_as_float(bits);
     else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __uint_as_float(bits << 16);
     else return __half2float(__ushort_as_half(uint16_t(bits)));
@@ -168,7 +171,7 @@ bool fits_in_vectors(const Int6PackMatrix& m) {
 template <typename T, bool kVectors>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM) int6_pack_kernel(const __grid_constant__ Launch<Int6PackMatrix> launch) {
     __shared__ alignas(16) uint8_t s_bytes[kWarps][kSpanBytes];
-    __shared__ float s_magnitude[kWarps];
+    __shared__ uint32_t s_maximum[kWarps];
     const int index = matrix_of_block(launch);
     const Int6PackMatrix& matrix = launch.matrices[index];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -185,17 +188,15 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM) int6_pack_kernel(co
 #pragma unroll
         for (int c = 0; c < kHeld; ++c) lane_maxima = held[c].max_magnitude(lane_maxima);
     }
-    float magnitude = magnitude_of_warp<T>(lane_maxima);
+    uint32_t maximum = max_of_warp<T>(lane_maxima);
     if (team > 1) {
-        if (lane == 0) s_magnitude[warp] = magnitude;
+        if (lane == 0) s_maximum[warp] = maximum;
         __syncthreads();
-        for (int i = 0; i < team; ++i) {
-            const float other = s_magnitude[warp - part + i];
-            if (!(other <= magnitude)) magnitude = other;  // a nan wins
-        }
+        for (int i = 0; i < team; ++i) maximum = max(maximum, s_maximum[warp - part + i]);
     }
     if (row >= matrix.rows) return;
 
+    const float magnitude = magnitude_of_bits<T>(maximum);
     __half scale = __float2half_rn(__fdiv_rn(magnitude, 31.0f));
     if (matrix.given_scales != nullptr) scale = __ushort_as_half(matrix.given_scales[row]);
     if (!(magnitude < INFINITY)) scale = __ushort_as_half(0x7c00);
