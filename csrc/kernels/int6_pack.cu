@@ -18,11 +18,9 @@ constexpr int kPerLane = 8;                      // weights: 16 bytes of bf16, 6
 constexpr int kLaneBytes = 6;
 constexpr int kChunk = 32 * kPerLane;            // weights of one warp-wide access
 constexpr int kChunkBytes = 32 * kLaneBytes;
-constexpr int kHeld = 2;                         // pack: chunks a warp holds in registers
-constexpr int kSpan = kHeld * kChunk;            // weights, and
-constexpr int kSpanBytes = kHeld * kChunkBytes;  // bytes of code, that a warp handles at a time
-constexpr int kBlocksPerSM = 5;                  // pack: registers are held down to that
-constexpr int kInFlight = 4;                     // unpack: chunks a warp loads before it decodes
+constexpr int kInFlight = 4;                     // chunks that a warp loads before it works on the first
+template <typename T>
+constexpr int kBlocksPerSM = sizeof(T) == 2 ? 5 : 4;  // pack: registers are held down to that
 
 // The kernel parameter: which blocks serve which matrix.
 template <typename Matrix>
@@ -42,13 +40,6 @@ __device__ int matrix_of_block(const Launch<Matrix>& launch) {
         else low = middle + 1;
     }
     return low;
-}
-
-// log2 of the warps that share a row: enough to hold it, as far as a block goes. Longer rows are read twice.
-__host__ __device__ int team_log2(int columns) {
-    int log2 = 0;
-    while (1 << log2 < kWarps && kSpan << log2 < columns) ++log2;
-    return log2;
 }
 
 __host__ __device__ bool aligned_16(const void* base, int64_t row_bytes) { return (reinterpret_cast<uintptr_t>(base) | row_bytes) % 16 == 0; }
@@ -85,6 +76,21 @@ struct Eight {
         else return __half2float(__ushort_as_half(uint16_t(i % 2 ? word >> 16 : word)));
     }
 
+    // A 16-bit bound is within 1/16 of a code of the exact one, so it has the same code.
+    __device__ void clamp(float lowest, float highest) {
+        const T low = T(lowest), high = T(highest);
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            if constexpr (sizeof(T) == 4) {
+                words[i] = __float_as_uint(fminf(fmaxf(__uint_as_float(words[i]), low), high));
+            } else {
+                using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+                Pair& pair = reinterpret_cast<Pair&>(words[i]);
+                pair = __hmin2(__hmax2(pair, Pair(low, low)), Pair(high, high));
+            }
+        }
+    }
+
     // Magnitudes compare as the integers that their bits are, with inf and then nan above every number.
     // 16-bit types: two running maxima in one word.
     __device__ uint32_t max_magnitude(uint32_t so_far) const {
@@ -111,29 +117,40 @@ __device__ float magnitude_of_bits(uint32_t bits) {
 constexpr float kTwo23 = 8388608.0f;             // from here to 2^24 a float's low mantissa bits are its integer
 constexpr uint32_t kTwo23Bits = 0x4B000000u;
 
+template <typename T>
 struct Quantizer {
     float scale, inverse, lowest, highest;
+    bool must_clamp;
 
-    __device__ explicit Quantizer(float row_scale) {
+    // `fitted`: the scale is the row's own largest magnitude over 31.
+    __device__ Quantizer(float row_scale, bool fitted) {
         const bool usable = row_scale > 0 && row_scale < INFINITY;
         scale = usable ? row_scale : 1.0f;
         inverse = __frcp_rn(scale);
         lowest = usable ? -32 * scale : 0.0f;
         highest = usable ? 31 * scale : 0.0f;
+        const bool normal = usable && row_scale >= 0x1p-14f;  // then fp16 rounded it by less than 2^-11
+        must_clamp = !(fitted && normal);
     }
 
-    // rint(w / scale) without a division, to the bit.
-    //   `quotient` is w / scale to within 2 ulp, `residual` = w - quotient * scale is exact (scale has 11 significant
-    //   bits), so before it is rounded the corrected quotient is off by less than 2^-22 ulp.
-    //   A tie, h = k + 1/2 times the scale, has at most 18 significant bits, so it is a float. If w is that float,
-    //   the corrected quotient rounds to h and the sum to even. Any other w is at least one float away from it, and then
-    //   w / scale is more than (1/2 + 2^-19) ulp away from h: the corrected quotient stays on its side.
-    // The clamp comes first: it commutes with rounding because its bounds are whole codes.
+    // rint(w / scale) without a division, to the bit, for |w| <= 32 scale; in the low bits of a float: kTwo23Bits + u.
     __device__ uint32_t code_bits(float w) const {
-        w = fminf(fmaxf(w, lowest), highest);
-        const float quotient = __fmul_rn(w, inverse);
-        const float residual = __fmaf_rn(-quotient, scale, w);
-        return __float_as_uint(__fadd_rn(__fmaf_rn(residual, inverse, quotient), kTwo23 + kInt6Bias));  // kTwo23Bits + u
+        if constexpr (sizeof(T) == 2) {
+            // w * inverse is w / scale to within 2^-19. Ties lie on multiples of 1/2; a w of at most 11 significant bits that
+            // is no tie lies at least 2^-12 from one. So first round to a multiple of 2^-12, which puts ties where they belong
+            // and the others no nearer; and that to a whole number, half to even.
+            constexpr float kThree10 = 3072.0f;  // between 2^11 and 2^12, where floats are multiples of 2^-12
+            return __float_as_uint(__fadd_rn(__fmaf_rn(w, inverse, kThree10), kTwo23 + kInt6Bias - kThree10));
+        } else {
+            // `quotient` is w / scale to within 2 ulp, `residual` = w - quotient * scale is exact (scale has 11 significant
+            // bits), so before it is rounded the corrected quotient is off by less than 2^-22 ulp.
+            // A tie, h = k + 1/2 times the scale, has at most 18 significant bits, so it is a float. If w is that float,
+            // the corrected quotient rounds to h and the sum to even. Any other w is at least one float away from it, and
+            // then w / scale is more than (1/2 + 2^-19) ulp away from h: the corrected quotient stays on its side.
+            const float quotient = __fmul_rn(w, inverse);
+            const float residual = __fmaf_rn(-quotient, scale, w);
+            return __float_as_uint(__fadd_rn(__fmaf_rn(residual, inverse, quotient), kTwo23 + kInt6Bias));
+        }
     }
 
     // Four codes in the low 24 bits; what lies above is not zero.
@@ -152,13 +169,127 @@ __device__ __forceinline__ float dequantize(uint32_t group, int i, float scale) 
 
 // ---- pack -------------------------------------------------------------------------------------------
 
-template <typename T, bool kVectors>
-__device__ __forceinline__ void load_span(Eight<T> (&held)[kHeld], const T* row, int start, int columns) {
-    const int column = start + threadIdx.x % 32 * kPerLane;
+// How a block's warps share the rows of a matrix.
+struct Shares {
+    int rows;  // that a warp has in flight
+    int span;  // weights of a row that a warp holds: rows * span = kInFlight * kChunk
+    int team;  // log2 of the warps that share a row: enough to hold it, as far as a block goes; longer rows are read twice
+
+    __host__ __device__ explicit Shares(int columns) {
+        rows = columns <= kInFlight / 2 * kChunk ? 2 : 1;
+        span = kInFlight / rows * kChunk;
+        team = 0;
+        while (1 << team < kWarps && span << team < columns) ++team;
+    }
+    __host__ __device__ int rows_per_block() const { return (kWarps >> team) * rows; }
+};
+
+template <typename T, bool kVectors, int kChunks>
+__device__ __forceinline__ void load(Eight<T> (&held)[kChunks], const Int6PackMatrix& matrix, int64_t row, int start) {
+    const T* weights = static_cast<const T*>(matrix.weights) + row * matrix.row_stride;
+    const int column = start + threadIdx.x % 32 * kPerLane, columns = row < matrix.rows ? matrix.columns : 0;
 #pragma unroll
-    for (int c = 0; c < kHeld; ++c) {
-        if constexpr (kVectors) held[c].load_vector(row, column + c * kChunk, columns);
-        else held[c].load_single(row, column + c * kChunk, columns);
+    for (int c = 0; c < kChunks; ++c) {
+        if constexpr (kVectors) held[c].load_vector(weights, column + c * kChunk, columns);
+        else held[c].load_single(weights, column + c * kChunk, columns);
+    }
+}
+
+template <typename T, int kChunks>
+__device__ __forceinline__ uint32_t max_magnitude(const Eight<T> (&held)[kChunks], uint32_t so_far) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) so_far = held[c].max_magnitude(so_far);
+    return so_far;
+}
+
+// Quantises what a warp holds of a row, from column `start` on, and stores its bytes.
+template <typename T, int kChunks>
+__device__ __forceinline__ void store(Eight<T> (&held)[kChunks], const Quantizer<T>& quantizer, uint8_t* packed_row, bool aligned, int start,
+                                      int columns, uint8_t* s_bytes) {
+    const int lane = threadIdx.x % 32;
+    if (quantizer.must_clamp) {
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) held[c].clamp(quantizer.lowest, quantizer.highest);
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+        if (start + c * kChunk >= columns) break;
+        const Eight<T>& w = held[c];
+        uint32_t low = quantizer.group(w[0], w[1], w[2], w[3]), high = quantizer.group(w[4], w[5], w[6], w[7]);
+        const int count = columns - (start + c * kChunk + lane * kPerLane);
+        if (count < kPerLane) {  // past the end of the row lie no codes of zero weights but zero bits
+            const uint64_t kept = (uint64_t(1) << 6 * max(count, 0)) - 1;
+            low &= uint32_t(kept & 0xffffffu), high &= uint32_t(kept >> 24);
+        }
+        uint16_t* bytes = reinterpret_cast<uint16_t*>(s_bytes + c * kChunkBytes + lane * kLaneBytes);
+        bytes[0] = uint16_t(low);
+        bytes[1] = uint16_t(__byte_perm(low, high, 0x0042));
+        bytes[2] = uint16_t(high >> 8);
+    }
+    __syncwarp();
+    const int64_t offset = int64_t(start) / 4 * 3;
+    const int bytes = int(min(int64_t(kChunks * kChunkBytes), int6_row_bytes(columns) - offset));
+    uint8_t* packed = packed_row + offset;
+    if (aligned) {
+#pragma unroll
+        for (int i = 0; i < kChunks * kChunkBytes; i += 32 * 16)
+            if (i + lane * 16 < bytes) *reinterpret_cast<uint4*>(packed + i + lane * 16) = *reinterpret_cast<const uint4*>(s_bytes + i + lane * 16);
+    } else {
+#pragma unroll 1
+        for (int i = lane; i < bytes; i += 32) packed[i] = s_bytes[i];
+    }
+    __syncwarp();
+}
+
+// The rows of one block, `kRows` of them per team of warps.
+template <typename T, bool kVectors, int kRows>
+__device__ __forceinline__ void pack_rows(const Int6PackMatrix& matrix, uint32_t block, const Shares& shares) {
+    constexpr int kChunks = kInFlight / kRows;  // of a row that a warp holds
+    __shared__ alignas(16) uint8_t s_bytes[kWarps][kChunks * kChunkBytes];
+    __shared__ uint32_t s_maximum[kRows][kWarps];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int team = 1 << shares.team, part = warp & (team - 1);
+    const uint32_t first_row = block * shares.rows_per_block() + (warp >> shares.team) * kRows;
+    const int columns = matrix.columns, first = part * shares.span, step = team * shares.span;
+
+    Eight<T> held[kRows][kChunks];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) load<T, kVectors>(held[r], matrix, first_row + r, first);
+    uint32_t maximum[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        maximum[r] = max_magnitude(held[r], 0);
+        for (int start = first + step; start < columns; start += step) {
+            load<T, kVectors>(held[r], matrix, first_row + r, start);
+            maximum[r] = max_magnitude(held[r], maximum[r]);
+        }
+        maximum[r] = max_of_warp<T>(maximum[r]);
+    }
+    if (team > 1) {
+        if (lane == 0) {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) s_maximum[r][warp] = maximum[r];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) maximum[r] = __reduce_max_sync(0xffffffffu, s_maximum[r][warp - part + lane % team]);
+    }
+
+    const bool aligned = aligned_16(matrix.packed, int6_row_bytes(columns));
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        const int64_t row = first_row + r;
+        if (row >= matrix.rows) break;
+        const float magnitude = magnitude_of_bits<T>(maximum[r]);
+        __half scale = __float2half_rn(__fdiv_rn(magnitude, 31.0f));
+        if (matrix.given_scales != nullptr) scale = __ushort_as_half(matrix.given_scales[row]);
+        if (!(magnitude < INFINITY)) scale = __ushort_as_half(0x7c00);
+        if (lane == 0 && part == 0) matrix.scales[row] = __half_as_ushort(scale);
+        const Quantizer<T> quantizer(__half2float(scale), matrix.given_scales == nullptr);
+        for (int start = first; start < columns; start += step) {
+            if (columns > step) load<T, kVectors>(held[r], matrix, row, start);
+            store(held[r], quantizer, matrix.packed + row * int6_row_bytes(columns), aligned, start, columns, s_bytes[warp]);
+        }
     }
 }
 
@@ -169,78 +300,18 @@ bool fits_in_vectors(const Int6PackMatrix& m) {
 }
 
 template <typename T, bool kVectors>
-__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM) int6_pack_kernel(const __grid_constant__ Launch<Int6PackMatrix> launch) {
-    __shared__ alignas(16) uint8_t s_bytes[kWarps][kSpanBytes];
-    __shared__ uint32_t s_maximum[kWarps];
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSM<T>) int6_pack_kernel(const __grid_constant__ Launch<Int6PackMatrix> launch) {
     const int index = matrix_of_block(launch);
     const Int6PackMatrix& matrix = launch.matrices[index];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int log2 = team_log2(matrix.columns), team = 1 << log2, part = warp & (team - 1);
-    const int64_t row = int64_t(blockIdx.x - (index ? launch.end_block[index - 1] : 0)) * (kWarps >> log2) + (warp >> log2);
-    const int columns = row < matrix.rows ? matrix.columns : 0;
-
-    const T* weights = static_cast<const T*>(matrix.weights) + row * matrix.row_stride;
-    const bool reread = columns > team * kSpan;
-    Eight<T> held[kHeld];
-    uint32_t lane_maxima = 0;
-    for (int start = part * kSpan; start < columns; start += team * kSpan) {
-        load_span<T, kVectors>(held, weights, start, columns);
-#pragma unroll
-        for (int c = 0; c < kHeld; ++c) lane_maxima = held[c].max_magnitude(lane_maxima);
-    }
-    uint32_t maximum = max_of_warp<T>(lane_maxima);
-    if (team > 1) {
-        if (lane == 0) s_maximum[warp] = maximum;
-        __syncthreads();
-        for (int i = 0; i < team; ++i) maximum = max(maximum, s_maximum[warp - part + i]);
-    }
-    if (row >= matrix.rows) return;
-
-    const float magnitude = magnitude_of_bits<T>(maximum);
-    __half scale = __float2half_rn(__fdiv_rn(magnitude, 31.0f));
-    if (matrix.given_scales != nullptr) scale = __ushort_as_half(matrix.given_scales[row]);
-    if (!(magnitude < INFINITY)) scale = __ushort_as_half(0x7c00);
-    if (lane == 0 && part == 0) matrix.scales[row] = __half_as_ushort(scale);
-    const Quantizer quantizer(__half2float(scale));
-
-    const int64_t row_bytes = int6_row_bytes(columns);
-    uint8_t* const packed = matrix.packed + row * row_bytes;
-    const bool aligned_out = aligned_16(matrix.packed, row_bytes);
-    for (int start = part * kSpan; start < columns; start += team * kSpan) {
-        if (reread) load_span<T, kVectors>(held, weights, start, columns);
-#pragma unroll
-        for (int c = 0; c < kHeld; ++c) {
-            const int column = start + c * kChunk + lane * kPerLane;
-            if (start + c * kChunk >= columns) break;
-            const Eight<T>& w = held[c];
-            uint32_t low = quantizer.group(w[0], w[1], w[2], w[3]), high = quantizer.group(w[4], w[5], w[6], w[7]);
-            if (columns - column < kPerLane) {  // codes past the end are not stored as zero weights but as zero bits
-                const int bits = 6 * max(columns - column, 0);
-                const uint64_t kept = (uint64_t(high & 0xffffffu) << 24 | (low & 0xffffffu)) & ((uint64_t(1) << bits) - 1);
-                low = uint32_t(kept) & 0xffffffu, high = uint32_t(kept >> 24);
-            }
-            uint16_t* bytes = reinterpret_cast<uint16_t*>(&s_bytes[warp][c * kChunkBytes + lane * kLaneBytes]);
-            bytes[0] = uint16_t(low);
-            bytes[1] = uint16_t(__byte_perm(low, high, 0x0042));
-            bytes[2] = uint16_t(high >> 8);
-        }
-        __syncwarp();
-        const int64_t offset = int64_t(start) / 4 * 3;
-        const int bytes = int(min(int64_t(kSpanBytes), row_bytes - offset));
-        if (aligned_out) {
-#pragma unroll 1
-            for (int i = lane * 16; i < bytes; i += 32 * 16) *reinterpret_cast<uint4*>(packed + offset + i) = *reinterpret_cast<const uint4*>(&s_bytes[warp][i]);
-        } else {
-#pragma unroll 1
-            for (int i = lane; i < bytes; i += 32) packed[offset + i] = s_bytes[warp][i];
-        }
-        __syncwarp();
-    }
+    const uint32_t block = blockIdx.x - (index ? launch.end_block[index - 1] : 0);
+    const Shares shares(matrix.columns);
+    if (shares.rows == 2) pack_rows<T, kVectors, 2>(matrix, block, shares);
+    else pack_rows<T, kVectors, 1>(matrix, block, shares);
 }
 
 int64_t blocks_for(const Int6PackMatrix& m) {
-    const int rows_per_block = kWarps >> team_log2(m.columns);
-    return (int64_t(m.rows) + rows_per_block - 1) / rows_per_block;
+    const int rows = Shares(m.columns).rows_per_block();
+    return (int64_t(m.rows) + rows - 1) / rows;
 }
 
 // ---- unpack -----------------------------------------------------------------------------------------
@@ -248,6 +319,7 @@ int64_t blocks_for(const Int6PackMatrix& m) {
 int64_t chunks_per_row(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
 
 // Whether a lane's eight weights are all inside the row, its 6 bytes are even and its stores aligned.
+template <typename T>
 bool fits_in_vectors(const Int6UnpackMatrix& m) {
     return m.columns % kPerLane == 0 && reinterpret_cast<uintptr_t>(m.packed) % 2 == 0 && aligned_16(m.weights, 0);
 }
@@ -315,18 +387,17 @@ int64_t blocks_for(const Int6UnpackMatrix& m) {
 
 // ---- launch -----------------------------------------------------------------------------------------
 
-// The matrices for which `fits` says `wanted`; the others are left to the other kernel.
-template <typename Matrix>
-cudaError_t launch_list(void (*kernel)(Launch<Matrix>), bool (*fits)(const Matrix&), bool wanted, const Matrix* matrices, int64_t count,
-                        cudaStream_t stream) {
+// The matrices that the kernel serves; the others are left to the other kernel.
+template <typename T, bool kVectors, typename Matrix>
+cudaError_t launch_those(void (*kernel)(Launch<Matrix>), const Matrix* matrices, int64_t count, cudaStream_t stream) {
     for (int64_t done = 0; done < count;) {
         Launch<Matrix> launch;
         launch.count = 0;
         int64_t blocks = 0;
         for (; done < count && launch.count < kInt6MatricesPerLaunch; ++done) {
             const int64_t more = blocks_for(matrices[done]);
-            if (more == 0 || fits(matrices[done]) != wanted) continue;
-            if (more > INT_MAX / (kWarps * kInFlight)) return cudaErrorInvalidValue;  // chunks and blocks are counted in 32 bits
+            if (more == 0 || fits_in_vectors<T>(matrices[done]) != kVectors) continue;
+            if (more > INT_MAX / (kWarps * kInFlight)) return cudaErrorInvalidValue;  // rows and chunks are counted in 32 bits
             if (blocks + more > INT_MAX) break;
             blocks += more;
             launch.matrices[launch.count] = matrices[done];
@@ -342,14 +413,14 @@ cudaError_t launch_list(void (*kernel)(Launch<Matrix>), bool (*fits)(const Matri
 
 template <typename T>
 cudaError_t pack(const Int6PackMatrix* matrices, int64_t count, cudaStream_t stream) {
-    const cudaError_t status = launch_list(int6_pack_kernel<T, true>, fits_in_vectors<T>, true, matrices, count, stream);
-    return status != cudaSuccess ? status : launch_list(int6_pack_kernel<T, false>, fits_in_vectors<T>, false, matrices, count, stream);
+    const cudaError_t status = launch_those<T, true>(int6_pack_kernel<T, true>, matrices, count, stream);
+    return status != cudaSuccess ? status : launch_those<T, false>(int6_pack_kernel<T, false>, matrices, count, stream);
 }
 
 template <typename T>
 cudaError_t unpack(const Int6UnpackMatrix* matrices, int64_t count, cudaStream_t stream) {
-    const cudaError_t status = launch_list(int6_unpack_kernel<T, true>, fits_in_vectors, true, matrices, count, stream);
-    return status != cudaSuccess ? status : launch_list(int6_unpack_kernel<T, false>, fits_in_vectors, false, matrices, count, stream);
+    const cudaError_t status = launch_those<T, true>(int6_unpack_kernel<T, true>, matrices, count, stream);
+    return status != cudaSuccess ? status : launch_those<T, false>(int6_unpack_kernel<T, false>, matrices, count, stream);
 }
 
 }  // namespace

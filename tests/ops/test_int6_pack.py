@@ -61,8 +61,8 @@ def test_definition():
 
 # ---- agreement, seams and switches -----------------------------------------------------------------------
 
-# Around a lane's 8 weights, a warp's 256, the 512 and 1024 that a warp may hold; teams of 2, 4 and 8 warps; and rows too long for a
-# block's registers. Multiples of 64 are stored in 16-byte pieces, other multiples of 8 read but not stored so.
+# Around a lane's 8 weights, a warp's 256, the 512 and 1024 that a warp holds; teams of 2, 4 and 8 warps; and rows too long for a
+# block's registers (8192). Multiples of 64 are stored in 16-byte pieces, other multiples of 8 read but not stored so.
 COLUMNS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 31, 32, 33, 64, 72, 255, 256, 257, 511, 512, 513, 520, 1023, 1024, 1025, 1536, 2048, 4096, 4097, 8192, 8200, 9001]
 
 
@@ -111,26 +111,24 @@ def test_whole_model_in_one_call(device):
         assert ((w - r).abs() <= 0.6 * s[:, None]).all()  # half a step, the scale's rounding and bf16's
 
 
-def test_every_bf16_value_at_many_scales(device):
-    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_every_16_bit_value_at_many_scales(device, dtype):
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     values = values[values.isfinite()].to(device)
     scales = torch.cat([2.0 ** torch.arange(-24, 16, 3), torch.rand(20) * 2.0 ** torch.randint(-12, 4, (20,)), torch.arange(1, 5) * 2.0**-24])
     assert_packs(values.expand(len(scales), -1), scales.to(device))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("exponent", [-24, -14, -3, 9])
-def test_ties_and_their_neighbours_at_every_scale_mantissa(device, exponent):
-    # Every fp16 scale of one binade, and every fp32 weight within two of a tie between codes.
+def test_ties_and_their_neighbours_at_every_scale_mantissa(device, dtype, exponent):
+    # Every fp16 scale of one binade, and every weight within two floats of a tie between codes.
     mantissas = 1 + torch.arange(1024) / 1024 if exponent >= -14 else torch.arange(1, 1024).float()
     scales = mantissas * 2.0**exponent
-    ties = ((torch.arange(-34, 34) + 0.5).double() * scales.double()[:, None]).float()
-    around = [ties]
-    for towards in (torch.inf, -torch.inf):
-        step = ties
-        for _ in range(2):
-            step = step.nextafter(torch.tensor(towards))
-            around.append(step)
-    assert_packs(torch.cat(around, dim=1).to(device), scales.to(device))
+    ties = ((torch.arange(-34, 34) + 0.5).double() * scales.double()[:, None]).to(dtype)
+    bits = ties.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    around = torch.cat([bits + step for step in range(-2, 3)], dim=1).view(dtype)
+    assert_packs(around.to(device), scales.to(device))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
