@@ -1,16 +1,23 @@
 """Newton-Schulz orthogonalisation: the matrices of a Muon update to (nearly) orthogonal ones.
 
-    X = M / (|M|_F + 1e-7), transposed if it has more rows than columns
+    X = M / |M|_F, transposed if it has more rows than columns
     per step, with its (a, b, c):   A = X X^T,   X <- a X + (b A + c A A) X
 
 Arithmetic is bfloat16, which the recipes' published runs use; float64 input is
-iterated in float64, as the truth that tests compare with.
+iterated in float64, as the truth that tests compare with. The published runs
+divide by |M|_F + 1e-7; here a matrix of any magnitude is orthogonalised alike,
+and a zero matrix stays zero.
+
+The kernel serves matrices whose rows and columns are multiples of 8, all of
+them in one persistent launch; other shapes take the composite, batched by shape.
 """
 
 import torch
 
 from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import library, require, require_device, require_dtype
+
+MAX_STEPS = 16  # of the kernel
 
 # Per step (a, b, c); a shorter table repeats its last row.
 COEFFICIENTS = {
@@ -25,7 +32,16 @@ COEFFICIENTS = {
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
-EPSILON = 1e-7
+
+
+
+def _normalized(x):
+    """x / |x|_F over the last two dimensions; divided by the largest magnitude first, whose square may leave the range."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    for size in (lambda w: w.abs().amax(dim=(-2, -1), keepdim=True), lambda w: w.norm(dim=(-2, -1), keepdim=True)):
+        divisor = size(wide)
+        wide = wide / torch.where(divisor == 0, 1.0, divisor)
+    return wide.to(x.dtype)
 
 
 def orthogonalize_ref(matrix, steps):
@@ -34,9 +50,7 @@ def orthogonalize_ref(matrix, steps):
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    # The norm in float32: squares of values under 1e-19 vanish in it, and with them the update of an all but zero gradient.
-    norm = x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=(-2, -1), keepdim=True)
-    x = x / (norm + EPSILON).to(x.dtype)
+    x = _normalized(x)
     for a, b, c in steps:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
@@ -51,23 +65,71 @@ def _steps(coefficients):
     return [coefficients[i : i + 3] for i in range(0, len(coefficients), 3)]
 
 
-def _each(matrices, coefficients):
-    return [orthogonalize_ref(m, _steps(coefficients)).contiguous() for m in matrices]
+@torch.library.impl(library, "orthogonalize", "CPU")
+def _cpu(matrices, coefficients):
+    return [orthogonalize_ref(m, _steps(coefficients)).contiguous() if m.numel() else _empty_like(m) for m in matrices]
 
 
-library.impl("orthogonalize", _each, "CPU")
+def _empty_like(matrix):
+    return matrix.new_empty(matrix.shape, dtype=torch.float64 if matrix.dtype == torch.float64 else torch.bfloat16)
+
+
+def _composite(batch, steps):
+    """orthogonalize_ref on [count, m, n], with the sums folded into the batched products."""
+    x = batch.to(torch.float64 if batch.dtype == torch.float64 else torch.bfloat16)
+    tall = x.shape[-2] > x.shape[-1]
+    x = _normalized(x.mT if tall else x)
+    for a, b, c in steps:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).contiguous()
+
+
+def _kernel(groups, coefficients):
+    """`groups`: lists of equally shaped matrices. Returns [count, rows, columns] for each."""
+    first = groups[0][0]
+    # NOTE: the kernel divides b by c.
+    coefficients = [v if i % 3 < 2 or abs(v) > 1e-20 else 1e-20 for i, v in enumerate(coefficients)]
+    new = lambda g, rows, columns: torch.empty(len(g), rows, columns, dtype=torch.bfloat16, device=first.device)  # noqa: E731
+    outputs, x0, x1 = ([new(g, *g[0].shape) for g in groups] for _ in range(3))
+    gram, poly = ([new(g, min(g[0].shape), min(g[0].shape)) for g in groups] for _ in range(2))
+    matrices = [m for g in groups for m in g]
+    counters = torch.empty(len(matrices) + len(groups), dtype=torch.int32, device=first.device)
+    sums = sum(torch.ops.pgolf_fast_sm90.orthogonalize_partial_sums(m.numel()) for m in matrices)
+    partial_sums = torch.empty(sums, dtype=torch.float64, device=first.device)
+    torch.ops.pgolf_fast_sm90.orthogonalize(matrices, coefficients, outputs, x0, x1, gram, poly, counters, partial_sums)
+    return outputs
 
 
 @torch.library.impl(library, "orthogonalize", "CUDA")
 def _cuda(matrices, coefficients):
-    if not _library.uses_kernel("orthogonalize", matrices[0].device):
-        return _each(matrices, coefficients)
-    raise NotImplementedError
+    # Every matrix of every batch on its own, then grouped by shape and dtype.
+    flat = [single for m in matrices for single in (m.reshape(-1, *m.shape[-2:]).unbind() if m.numel() else ())]
+    groups = {}
+    for i, m in enumerate(flat):
+        groups.setdefault((m.shape, m.dtype), []).append(i)
+    results = [None] * len(flat)
+    for dtype in (torch.bfloat16, torch.float32):
+        served = [k for k in groups if k[1] == dtype and k[0][0] % 8 == 0 and k[0][1] % 8 == 0]
+        if served and len(coefficients) <= 3 * MAX_STEPS and _library.uses_kernel("orthogonalize", flat[0].device):
+            aligned = lambda m: m if m.is_contiguous() and m.data_ptr() % 16 == 0 else m.clone(memory_format=torch.contiguous_format)  # noqa: E731
+            for key, batch in zip(served, _kernel([[aligned(flat[i]) for i in groups[k]] for k in served], coefficients)):
+                for i, result in zip(groups.pop(key), batch.unbind()):
+                    results[i] = result
+    for indices in groups.values():
+        for i, result in zip(indices, _composite(torch.stack([flat[i] for i in indices]), _steps(coefficients)).unbind()):
+            results[i] = result
+    left = iter(results)
+    outputs = []
+    for m in matrices:
+        singles = [next(left) for _ in range(m.shape[:-2].numel())] if m.numel() else []
+        outputs.append(_empty_like(m) if not singles else singles[0] if m.dim() == 2 else torch.stack(singles).view(m.shape))
+    return outputs
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::orthogonalize")
 def _fake(matrices, coefficients):
-    return [m.new_empty(m.shape, dtype=torch.float64 if m.dtype == torch.float64 else torch.bfloat16) for m in matrices]
+    return [_empty_like(m) for m in matrices]
 
 
 def orthogonalize(matrices, coefficients="polar_express", steps=5):
