@@ -12,7 +12,7 @@ static __nv_bfloat16* bf16_data(const Tensor& t) { return static_cast<__nv_bfloa
 
 static int64_t orthogonalize_partial_sums_op(int64_t elements) { return orthogonalize_partial_sums(elements); }
 
-// Matrices in the order of the groups; group g has the shape of outputs[g], [count, rows, columns].
+// Matrices, [b, rows, columns] each, in the order of the groups; those of group g fill outputs[g], [count, rows, columns].
 static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> coefficients, std::vector<Tensor> outputs, std::vector<Tensor> x0,
                              std::vector<Tensor> x1, std::vector<Tensor> gram, std::vector<Tensor> poly, Tensor counters, Tensor partial_sums) {
     STD_TORCH_CHECK(!matrices.empty(), "matrices: the list is empty");
@@ -26,7 +26,9 @@ static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> c
 
     std::vector<OrthogonalizeGroup> groups(num_groups);
     std::vector<OrthogonalizeInput> inputs;
+    const int64_t element_bytes = dtype == ScalarType::Float ? 4 : 2;
     int64_t sums = 0;
+    size_t next = 0;  // of `matrices`
     for (size_t g = 0; g < num_groups; ++g) {
         const int64_t count = outputs[g].size(0), rows = outputs[g].size(1), columns = outputs[g].size(2), m = rows < columns ? rows : columns;
         STD_TORCH_CHECK(rows % 8 == 0 && columns % 8 == 0 && rows * columns > 0 && rows <= INT_MAX && columns <= INT_MAX && count <= INT_MAX,
@@ -36,19 +38,23 @@ static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> c
         for (const Tensor& t : {outputs[g], x0[g], x1[g], gram[g], poly[g]}) check_contiguous(t, "workspaces"), check_aligned(t, "workspaces");
         groups[g] = {{bf16_data(x0[g]), bf16_data(x1[g])}, bf16_data(gram[g]), bf16_data(poly[g]), bf16_data(outputs[g]),
                      int32_t(count), int32_t(rows), int32_t(columns)};
-        for (int64_t i = 0; i < count; ++i) {
-            STD_TORCH_CHECK(inputs.size() < matrices.size(), "matrices: fewer than the outputs have room for");
-            const Tensor& matrix = matrices[inputs.size()];
-            check(matrix, "matrices", dtype, {rows, columns});
-            check_contiguous(matrix, "matrices");
-            check_aligned(matrix, "matrices");
-            STD_TORCH_CHECK(matrix.get_device_index() == outputs[g].get_device_index(), "matrices: on another device than the output");
-            inputs.push_back({matrix.const_data_ptr(), groups[g].x[0] + i * rows * columns, rows * columns});
-            sums += orthogonalize_partial_sums(rows * columns);
+        for (int64_t taken = 0; taken < count; ++next) {
+            STD_TORCH_CHECK(next < matrices.size(), "matrices: fewer than the outputs have room for");
+            const Tensor& batch = matrices[next];
+            check(batch, "matrices", dtype, {-1, rows, columns});
+            check_contiguous(batch, "matrices");
+            check_aligned(batch, "matrices");
+            STD_TORCH_CHECK(batch.get_device_index() == outputs[g].get_device_index(), "matrices: on another device than the output");
+            STD_TORCH_CHECK(batch.size(0) <= count - taken, "matrices: more than the outputs have room for");
+            const auto* data = static_cast<const uint8_t*>(batch.const_data_ptr());
+            for (int64_t i = 0; i < batch.size(0); ++i, ++taken) {
+                inputs.push_back({data + i * rows * columns * element_bytes, groups[g].x[0] + taken * rows * columns, rows * columns});
+                sums += orthogonalize_partial_sums(rows * columns);
+            }
         }
     }
-    STD_TORCH_CHECK(inputs.size() == matrices.size(), "matrices: more than the outputs have room for");
-    check(counters, "counters", ScalarType::Int, {int64_t(matrices.size() + num_groups * kOrthogonalizeCounters)});
+    STD_TORCH_CHECK(next == matrices.size(), "matrices: more than the outputs have room for");
+    check(counters, "counters", ScalarType::Int, {int64_t(inputs.size() + num_groups * kOrthogonalizeCounters)});
     check(partial_sums, "partial_sums", ScalarType::Double, {sums});
 
     OnDeviceOf on(outputs[0]);

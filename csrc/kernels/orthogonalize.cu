@@ -88,16 +88,28 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constan
 }
 
 // ---- the iteration ----------------------------------------------------------------------------------
+//
+// A task is one or two tiles of one product that share an operand; each is multiplied by a warpgroup of its own.
+// What limits a 128 x 128 tile is the L2's bandwidth, so two tiles that share are half a third cheaper than two that do
+// not. Few matrices leave multiprocessors idle: then every task is one tile, and the two warpgroups take turns.
+//
+//     product    tile          A                    B
+//     gram       [own, shared] X rows own           X rows shared           (tall: columns)
+//     poly       [own, shared] gram rows own        gram rows shared
+//     update     [shared, own] poly rows shared     X columns own
+//      (tall)    [own, shared] X rows own           poly rows shared
+//
+// The tile of gram or X that is added to the product is part of the own operand, at the k blocks of the shared tile's
+// index: they are read first, and the accumulators start from them.
 
 constexpr int kTile = 128;                   // edge of an output tile
 constexpr int kBox = 64;                     // edge of what one TMA instruction moves
 constexpr int kBoxBytes = kBox * kBox * 2;
 constexpr int kTileBytes = kTile * kTile * 2;
-constexpr int kOperandBytes = kTile * kBox * 2;
-constexpr int kStageBytes = 2 * kOperandBytes;
-constexpr int kStages = 4;
-constexpr int kTeams = 2;  // warpgroups, each with a tile of its own: one multiplies while the other stores
-constexpr int kThreads = kTeams * 128 + 32;
+constexpr int kSlotBytes = kTile * kBox * 2;  // one operand of one k block
+constexpr int kSlots = 10;
+constexpr int kTeams = 2;  // warpgroups that multiply
+constexpr int kThreads = kTeams * 128 + 32 + kTeams * 32;  // and one warp that loads, and one per team that stores
 
 enum Product : int { kGram, kPoly, kUpdate, kNoMore };
 
@@ -106,34 +118,51 @@ struct GroupMaps {
     int32_t count, rows, columns, first_matrix;
 
     __host__ __device__ bool tall() const { return rows > columns; }
-    __host__ __device__ int tiles(int edge) const { return (edge + kTile - 1) / kTile; }
-    __host__ __device__ int narrow() const { return tall() ? columns : rows; }
-    __host__ __device__ int wide() const { return tall() ? rows : columns; }
-    __host__ __device__ int symmetric_tiles() const { return tiles(narrow()) * (tiles(narrow()) + 1) / 2; }
-    __host__ __device__ int update_tiles() const { return tiles(rows) * tiles(columns); }
-    __host__ __device__ int tiles_of(int product) const { return product == kUpdate ? update_tiles() : symmetric_tiles(); }
+    __host__ __device__ int narrow_tiles() const { return ((tall() ? columns : rows) + kTile - 1) / kTile; }
+    __host__ __device__ int wide_tiles() const { return ((tall() ? rows : columns) + kTile - 1) / kTile; }
+    __host__ __device__ int symmetric_tiles() const { return narrow_tiles() * (narrow_tiles() + 1) / 2; }
+    __host__ __device__ int update_tiles() const { return narrow_tiles() * wide_tiles(); }
+    // Tasks of one matrix, of at most `width` tiles each.
+    __host__ __device__ int tasks(int product, int width) const {
+        if (product == kUpdate) return narrow_tiles() * ((wide_tiles() + width - 1) / width);
+        int sum = 0;
+        for (int left = narrow_tiles(); left > 0; --left) sum += (left + width - 1) / width;
+        return sum;
+    }
 };
 
 struct Iteration {
     GroupMaps groups[kOrthogonalizeMaxGroups];
     float coefficients[kOrthogonalizeMaxSteps][3];
-    int32_t num_groups, num_steps, tasks_per_step;
+    int32_t num_groups, num_steps, tasks_per_step, width;
     uint32_t* next_task;
     uint32_t* done;  // per matrix: tiles finished, over all products and steps
 };
 
 struct Task {
     int product, step, group, matrix;
-    int row, column;     // of the tile, in tiles
-    int first_k, num_k;  // the k blocks of 64, in the order first_k, first_k + 1, ..., num_k - 1, 0, ...
-    uint32_t position;   // in the ring of stages, of the task's first k block
+    int shared, own, num_tiles;  // tile indices; of the first tile, if there are two
+    int num_k;                   // k blocks of 64; poly and update begin at block 2 shared
+};
+
+// A task as a team sees it.
+struct TeamTask : Task {
+    uint32_t position, stride;  // of the shared operand's first k block in the ring of slots, and from one k block to the next
+    int own_offset;             // from the shared operand's slot to the own operand's; 0 where they are the same
+};
+
+struct StoreTask {
+    const CUtensorMap* map;
+    uint32_t* done;  // counted up once stored, or null
+    int row, column, matrix;
 };
 
 struct Shared {
-    alignas(1024) uint8_t stages[kStages][kStageBytes];
+    alignas(1024) uint8_t slots[kSlots][kSlotBytes];
     alignas(1024) uint8_t staging[kTeams][kTileBytes];
-    Task task[kTeams];
-    uint64_t full[kStages], empty[kStages], task_full[kTeams], task_empty[kTeams];
+    TeamTask task[kTeams];
+    StoreTask store[kTeams];
+    uint64_t full[kSlots], empty[kSlots], task_full[kTeams], task_empty[kTeams], store_full[kTeams], store_empty[kTeams];
 };
 
 __device__ uint32_t load_acquire(const uint32_t* p) {
@@ -145,36 +174,36 @@ __device__ void add_release(uint32_t* p, uint32_t v) { asm volatile("red.release
 // Between the copy engine's accesses to global memory and this thread's counter.
 __device__ void fence_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// The `index`-th task: by step, product, group, matrix, tile.
+// The `index`-th task: by step, product, group, matrix, shared tile.
 __device__ Task decode(const Iteration& it, uint32_t index) {
     Task task;
-    if (index >= uint32_t(it.num_steps) * it.tasks_per_step) {
-        task.product = kNoMore;
-        return task;
-    }
+    task.product = kNoMore;
+    if (index >= uint32_t(it.num_steps) * it.tasks_per_step) return task;
     task.step = index / it.tasks_per_step;
     index %= it.tasks_per_step;
-    int tiles;
+    int tasks;
     for (task.product = kGram, task.group = 0;;) {
-        tiles = it.groups[task.group].tiles_of(task.product);
-        const uint32_t tasks = uint32_t(tiles) * it.groups[task.group].count;
-        if (index < tasks) break;
-        index -= tasks;
+        tasks = it.groups[task.group].tasks(task.product, it.width);
+        const uint32_t all = uint32_t(tasks) * it.groups[task.group].count;
+        if (index < all) break;
+        index -= all;
         if (++task.group == it.num_groups) task.group = 0, ++task.product;
     }
     const GroupMaps& group = it.groups[task.group];
-    task.matrix = index / tiles;
-    int tile = index % tiles;
-    if (task.product == kUpdate) {
-        task.row = tile / group.tiles(group.columns), task.column = tile % group.tiles(group.columns);
-    } else {
-        const int edge = group.tiles(group.narrow());
-        for (task.row = 0; tile >= edge - task.row; ++task.row) tile -= edge - task.row;
-        task.column = task.row + tile;
+    task.matrix = index / tasks;
+    int left = index % tasks;
+    for (task.shared = 0;; ++task.shared) {
+        const int first = task.product == kUpdate ? 0 : task.shared, last = task.product == kUpdate ? group.wide_tiles() : group.narrow_tiles();
+        const int here = (last - first + it.width - 1) / it.width;
+        if (left < here) {
+            task.own = first + left * it.width;
+            task.num_tiles = min(it.width, last - task.own);
+            break;
+        }
+        left -= here;
     }
-    // Where the tile of gram or X that is added to the product is read as an operand anyway, it is read first.
-    if (task.product == kGram) task.first_k = 0, task.num_k = (group.wide() + kBox - 1) / kBox;
-    else task.first_k = 2 * (task.product == kUpdate && !group.tall() ? task.row : task.column), task.num_k = 2 * group.tiles(group.narrow());
+    const int wide = group.tall() ? group.rows : group.columns;
+    task.num_k = task.product == kGram ? (wide + kBox - 1) / kBox : 2 * group.narrow_tiles();
     return task;
 }
 
@@ -184,62 +213,58 @@ __device__ uint32_t prerequisite(const GroupMaps& group, const Task& task) {
     return task.step * (2 * symmetric + group.update_tiles()) + task.product * symmetric;
 }
 
-// An operand of 128 rows (k-major) or columns (mn-major) of one 64-wide k block.
-__device__ void load_operand(uint8_t* dst, const CUtensorMap& map, uint64_t* bar, bool k_major, int block, int k, int matrix) {
+// 128 rows (k-major) or columns (mn-major) of one k block, into the next slot.
+__device__ void load_operand(Shared& s, uint32_t& position, const CUtensorMap& map, bool k_major, int tile, int k, int matrix) {
+    const uint32_t slot = position % kSlots;
+    mbarrier_wait(&s.empty[slot], ((position / kSlots) & 1) ^ 1);
+    mbarrier_arrive_expect(&s.full[slot], kSlotBytes);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int across = block * kTile + half * kBox;
-        tma_load_3d(dst + half * kBoxBytes, &map, bar, k_major ? k * kBox : across, k_major ? across : k * kBox, matrix);
+        const int across = tile * kTile + half * kBox;
+        tma_load_3d(s.slots[slot] + half * kBoxBytes, &map, &s.full[slot], k_major ? k * kBox : across, k_major ? across : k * kBox, matrix);
     }
+    ++position;
 }
 
 __device__ void produce(const Iteration& it, Shared& s) {
-    uint32_t position = 0, next = atomicAdd(it.next_task, 1);
-    for (int n = 0;; ++n) {
-        Task task = decode(it, next);
-        const int team = n % kTeams, round = n / kTeams;
-        task.position = position;
-        mbarrier_wait(&s.task_empty[team], (round & 1) ^ 1);
+    uint32_t position = 0, rounds[kTeams] = {}, next = atomicAdd(it.next_task, 1);
+    const auto hand_over = [&](int team, const TeamTask& task) {
+        mbarrier_wait(&s.task_empty[team], (rounds[team]++ & 1) ^ 1);
         s.task[team] = task;
         mbarrier_arrive(&s.task_full[team]);
+    };
+    for (int turn = 0;; turn ^= 1) {
+        TeamTask task;
+        static_cast<Task&>(task) = decode(it, next);
         if (task.product == kNoMore) {
-            // The other team hears it too.
-            const int other = (n + 1) % kTeams, other_round = (n + 1) / kTeams;
-            mbarrier_wait(&s.task_empty[other], (other_round & 1) ^ 1);
-            s.task[other] = task;
-            mbarrier_arrive(&s.task_full[other]);
+            for (int team = 0; team < kTeams; ++team) hand_over(team, task);
             return;
         }
         next = atomicAdd(it.next_task, 1);
+        const bool same = task.product != kUpdate && task.own == task.shared;  // on the diagonal, of the first tile
+        task.position = position;
+        task.stride = 1 + task.num_tiles - same;
+        for (int i = 0; i < task.num_tiles; ++i) {
+            TeamTask mine = task;
+            mine.own += i;
+            mine.own_offset = 1 + i - same;
+            hand_over(task.num_tiles == 2 ? i : turn, mine);
+        }
+
         const GroupMaps& group = it.groups[task.group];
         const uint32_t need = prerequisite(group, task);
         while (load_acquire(&it.done[group.first_matrix + task.matrix]) < need) __nanosleep(20);
         fence_async_all();
-
         const CUtensorMap& x = group.x[task.step % 2];
-        const bool tall = group.tall();
-        for (int i = 0; i < task.num_k; ++i, ++position) {
-            const int stage = position % kStages;
-            int k = task.first_k + i;
-            if (k >= task.num_k) k -= task.num_k;
-            mbarrier_wait(&s.empty[stage], ((position / kStages) & 1) ^ 1);
-            mbarrier_arrive_expect(&s.full[stage], kStageBytes);
-            uint8_t* a = s.stages[stage];
-            uint8_t* b = a + kOperandBytes;
-            uint64_t* bar = &s.full[stage];
-            if (task.product == kGram) {
-                load_operand(a, x, bar, !tall, task.row, k, task.matrix);
-                load_operand(b, x, bar, !tall, task.column, k, task.matrix);
-            } else if (task.product == kPoly) {
-                load_operand(a, group.gram, bar, true, task.row, k, task.matrix);
-                load_operand(b, group.gram, bar, true, task.column, k, task.matrix);
-            } else if (!tall) {
-                load_operand(a, group.poly, bar, true, task.row, k, task.matrix);
-                load_operand(b, x, bar, false, task.column, k, task.matrix);
-            } else {
-                load_operand(a, x, bar, true, task.row, k, task.matrix);
-                load_operand(b, group.poly, bar, true, task.column, k, task.matrix);
-            }
+        const CUtensorMap& shared = task.product == kGram ? x : task.product == kPoly ? group.gram : group.poly;
+        const CUtensorMap& own = task.product == kPoly ? group.gram : x;
+        const bool shared_k_major = task.product != kGram || !group.tall();
+        const bool own_k_major = task.product == kPoly || (task.product == kGram) != group.tall();
+        int k = task.product == kGram ? 0 : 2 * task.shared;
+        for (int i = 0; i < task.num_k; ++i) {
+            load_operand(s, position, shared, shared_k_major, task.shared, k, task.matrix);
+            for (int tile = same; tile < task.num_tiles; ++tile) load_operand(s, position, own, own_k_major, task.own + tile, k, task.matrix);
+            if (++k == task.num_k) k = 0;
         }
     }
 }
@@ -270,17 +295,30 @@ __device__ __forceinline__ void start_from(Tile& tile, float factor, const Box& 
         }
 }
 
+__device__ __forceinline__ uint8_t* wait_for_slot(Shared& s, uint32_t position) {
+    mbarrier_wait(&s.full[position % kSlots], (position / kSlots) & 1);
+    return s.slots[position % kSlots];
+}
+
+// Every slot hears from 8 warps: once from each of two teams that share it, twice from each warp of a team alone.
+__device__ __forceinline__ void release_slot(Shared& s, uint32_t position, int times) {
+    if (threadIdx.x % 32 == 0)
+        for (int i = 0; i < times; ++i) mbarrier_arrive(&s.empty[position % kSlots]);
+}
+
 template <int kMajorA, int kMajorB>
-__device__ __forceinline__ void multiply(Tile& tile, Shared& s, uint32_t position, int num_k) {
+__device__ __forceinline__ void multiply(Tile& tile, Shared& s, const TeamTask& task, bool own_is_a) {
     constexpr int kStepA = kMajorA == wgmma::kMajorK ? 32 : 2048, kStepB = kMajorB == wgmma::kMajorK ? 32 : 2048;  // bytes of 16 k
-    const auto release = [&](uint32_t p) {
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(&s.empty[p % kStages]);
+    const auto release = [&](uint32_t position) {
+        release_slot(s, position, 3 - task.num_tiles);
+        if (task.own_offset > 0) release_slot(s, position + task.own_offset, 2);
     };
-    for (int i = 0; i < num_k; ++i, ++position) {
-        const int stage = position % kStages;
-        mbarrier_wait(&s.full[stage], (position / kStages) & 1);
-        const uint8_t* a = s.stages[stage];
-        const uint8_t* b = a + kOperandBytes;
+    uint32_t position = task.position;
+    for (int i = 0; i < task.num_k; ++i, position += task.stride) {
+        const uint8_t* shared = wait_for_slot(s, position);
+        const uint8_t* own = task.own_offset > 0 ? wait_for_slot(s, position + task.own_offset) : shared;
+        const uint8_t* a = own_is_a ? own : shared;
+        const uint8_t* b = own_is_a ? shared : own;
         const uint64_t b_descriptor = kMajorB == wgmma::kMajorK ? wgmma::descriptor(b) : wgmma::descriptor_mn_major(b, kBoxBytes);
         wgmma::fence();
 #pragma unroll
@@ -293,12 +331,12 @@ __device__ __forceinline__ void multiply(Tile& tile, Shared& s, uint32_t positio
         }
         wgmma::commit();
         wgmma::wait<1>();
-        if (i > 0) release(position - 1);
+        if (i > 0) release(position - task.stride);
     }
     wgmma::wait<0>();
     wgmma::pin(tile[0]);
     wgmma::pin(tile[1]);
-    release(position - 1);
+    release(position - task.stride);
 }
 
 // The tile in bf16, times `factor`, as four swizzled boxes [half of rows][half of columns]; or its transpose.
@@ -325,24 +363,25 @@ __device__ __forceinline__ void stage_tile(const Tile& tile, float factor, uint8
         }
 }
 
-__device__ __forceinline__ void store_staging(const CUtensorMap& map, const uint8_t* staging, int row, int column, int matrix) {
-#pragma unroll
-    for (int box = 0; box < 4; ++box)
-        tma_store_3d(&map, staging + box * kBoxBytes, column * kTile + box % 2 * kBox, row * kTile + box / 2 * kBox, matrix);
-    bulk_commit();
-}
-
 __device__ void consume(const Iteration& it, Shared& s, int team) {
-    const bool leader = threadIdx.x % 128 == 0;
-    const auto sync = [&] { named_sync(1 + team, 128); };
-    uint8_t* staging = s.staging[team];
+    uint32_t stores = 0;
+    const auto store = [&](const CUtensorMap* map, uint32_t* done, int row, int column, int matrix, const auto& stage) {
+        mbarrier_wait(&s.store_empty[team], (stores++ & 1) ^ 1);
+        stage(s.staging[team]);
+        fence_async_shared();
+        if (threadIdx.x % 128 == 0) s.store[team] = {map, done, row, column, matrix};
+        mbarrier_arrive(&s.store_full[team]);
+    };
     for (int round = 0;; ++round) {
         mbarrier_wait(&s.task_full[team], round & 1);
-        const Task task = s.task[team];
+        const TeamTask task = s.task[team];
         mbarrier_arrive(&s.task_empty[team]);
-        if (task.product == kNoMore) return;
+        if (task.product == kNoMore) {
+            store(nullptr, nullptr, 0, 0, 0, [](uint8_t*) {});
+            return;
+        }
         const GroupMaps& group = it.groups[task.group];
-        const bool tall = group.tall();
+        const bool tall = group.tall(), wide_update = task.product == kUpdate && !tall;
         const float a = it.coefficients[task.step][0], b = it.coefficients[task.step][1], c = it.coefficients[task.step][2];
 
         Tile tile;
@@ -350,48 +389,50 @@ __device__ void consume(const Iteration& it, Shared& s, int team) {
         if (task.product == kGram) {
 #pragma unroll
             for (int i = 0; i < 64; ++i) tile[0][i] = tile[1][i] = 0;
-            if (tall) multiply<wgmma::kMajorMN, wgmma::kMajorMN>(tile, s, task.position, task.num_k);
-            else multiply<wgmma::kMajorK, wgmma::kMajorK>(tile, s, task.position, task.num_k);
+            if (tall) multiply<wgmma::kMajorMN, wgmma::kMajorMN>(tile, s, task, true);
+            else multiply<wgmma::kMajorK, wgmma::kMajorK>(tile, s, task, true);
         } else {
-            // The first two k blocks hold the tile of gram or X that is added.
-            uint8_t* blocks[2];
-            for (int i = 0; i < 2; ++i) {
-                const uint32_t position = task.position + i;
-                mbarrier_wait(&s.full[position % kStages], (position / kStages) & 1);
-                blocks[i] = s.stages[position % kStages];
-            }
-            if (task.product == kUpdate && !tall) {  // a block is a half of rows, of operand B
-                start_from(tile, a, [&](int half, int column_half) { return blocks[half] + kOperandBytes + column_half * kBoxBytes; });
-                multiply<wgmma::kMajorK, wgmma::kMajorMN>(tile, s, task.position, task.num_k);
-            } else {  // a block is a half of columns, of operand A
-                factor = task.product == kPoly ? c : 1;
-                start_from(tile, task.product == kPoly ? b / c : a, [&](int half, int column_half) { return blocks[column_half] + half * kBoxBytes; });
-                multiply<wgmma::kMajorK, wgmma::kMajorK>(tile, s, task.position, task.num_k);
+            const uint8_t* block[2];
+            for (int i = 0; i < 2; ++i) block[i] = wait_for_slot(s, task.position + i * task.stride + task.own_offset);
+            if (wide_update) {  // a k block is a half of the tile's rows
+                start_from(tile, a, [&](int half, int column_half) { return block[half] + column_half * kBoxBytes; });
+                multiply<wgmma::kMajorK, wgmma::kMajorMN>(tile, s, task, false);
+            } else {  // a k block is a half of the tile's columns
+                if (task.product == kPoly) factor = c;
+                start_from(tile, task.product == kPoly ? b / c : a, [&](int half, int column_half) { return block[column_half] + half * kBoxBytes; });
+                multiply<wgmma::kMajorK, wgmma::kMajorK>(tile, s, task, true);
             }
         }
 
-        const CUtensorMap& out = task.product == kGram        ? group.gram
-                                 : task.product == kPoly      ? group.poly
-                                 : task.step + 1 < it.num_steps ? group.x[(task.step + 1) % 2]
-                                                                : group.out;
-        stage_tile<false>(tile, factor, staging);
-        fence_async_shared();
-        sync();
-        if (leader) store_staging(out, staging, task.row, task.column, task.matrix);
-        if (task.product != kUpdate && task.row != task.column) {
-            if (leader) bulk_wait_read<0>();
-            sync();
-            stage_tile<true>(tile, factor, staging);
-            fence_async_shared();
-            sync();
-            if (leader) store_staging(out, staging, task.column, task.row, task.matrix);
-        }
-        if (leader) {
+        const CUtensorMap* out = task.product == kGram         ? &group.gram
+                                 : task.product == kPoly       ? &group.poly
+                                 : task.step + 1 < it.num_steps ? &group.x[(task.step + 1) % 2]
+                                                                : &group.out;
+        uint32_t* done = &it.done[group.first_matrix + task.matrix];
+        const int row = wide_update ? task.shared : task.own, column = wide_update ? task.own : task.shared;
+        const bool mirror = task.product != kUpdate && row != column;
+        store(out, mirror ? nullptr : done, row, column, task.matrix, [&](uint8_t* staging) { stage_tile<false>(tile, factor, staging); });
+        if (mirror) store(out, done, column, row, task.matrix, [&](uint8_t* staging) { stage_tile<true>(tile, factor, staging); });
+    }
+}
+
+// Stores what a team has staged, and reports a tile as done once it and its mirror image are in memory.
+__device__ void store_tiles(Shared& s, int team) {
+    for (int round = 0;; ++round) {
+        mbarrier_wait(&s.store_full[team], round & 1);
+        const StoreTask task = s.store[team];
+        if (task.map == nullptr) return;
+#pragma unroll
+        for (int box = 0; box < 4; ++box)
+            tma_store_3d(task.map, s.staging[team] + box * kBoxBytes, task.column * kTile + box % 2 * kBox, task.row * kTile + box / 2 * kBox, task.matrix);
+        bulk_commit();
+        bulk_wait_read<0>();
+        mbarrier_arrive(&s.store_empty[team]);
+        if (task.done != nullptr) {
             bulk_wait<0>();
             fence_async_all();
-            add_release(&it.done[group.first_matrix + task.matrix], 1);
+            add_release(task.done, 1);
         }
-        sync();  // the staging is free
     }
 }
 
@@ -399,14 +440,19 @@ __global__ void __launch_bounds__(kThreads, 1) orthogonalize_kernel(const __grid
     extern __shared__ uint8_t dynamic[];
     Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) / 1024 * 1024);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; ++i) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], 4);
-        for (int i = 0; i < kTeams; ++i) mbarrier_init(&s.task_full[i], 1), mbarrier_init(&s.task_empty[i], 128);
+        for (int i = 0; i < kSlots; ++i) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], 8);
+        for (int i = 0; i < kTeams; ++i) {
+            mbarrier_init(&s.task_full[i], 1), mbarrier_init(&s.task_empty[i], 128);
+            mbarrier_init(&s.store_full[i], 128), mbarrier_init(&s.store_empty[i], 1);
+        }
         fence_mbarrier_init();
     }
     __syncthreads();
     const int warp = threadIdx.x / 32;
     if (warp < kTeams * 4) consume(it, s, warp / 4);
-    else if (threadIdx.x % 32 == 0) produce(it, s);
+    else if (threadIdx.x % 32 != 0) return;
+    else if (warp == kTeams * 4) produce(it, s);
+    else store_tiles(s, warp - kTeams * 4 - 1);
 }
 
 // ---- launch -----------------------------------------------------------------------------------------
@@ -471,19 +517,23 @@ cudaError_t orthogonalize(const OrthogonalizeParams& p, cudaStream_t stream) {
         it.next_task = counters;
         it.done = counters + kOrthogonalizeCounters;
         int32_t matrices = 0;
+        int64_t tiles_per_product = 0;
         for (int g = 0; g < it.num_groups && status == cudaSuccess; ++g) {
             const OrthogonalizeGroup& from = groups[first + g];
             GroupMaps& to = it.groups[g];
             to.count = from.count, to.rows = from.rows, to.columns = from.columns, to.first_matrix = matrices;
             matrices += from.count;
-            it.tasks_per_step += from.count * (2 * to.symmetric_tiles() + to.update_tiles());
-            const int m = to.narrow();
+            tiles_per_product += from.count * to.symmetric_tiles();
+            const int m = std::min(from.rows, from.columns);
             for (int i = 0; i < 2 && status == cudaSuccess; ++i) status = map_of(&to.x[i], from.x[i], from.rows, from.columns, from.count);
             if (status == cudaSuccess) status = map_of(&to.gram, from.gram, m, m, from.count);
             if (status == cudaSuccess) status = map_of(&to.poly, from.poly, m, m, from.count);
             if (status == cudaSuccess) status = map_of(&to.out, from.out, from.rows, from.columns, from.count);
         }
         if (status != cudaSuccess) return status;
+        it.width = tiles_per_product >= 2 * num_multiprocessors() ? 2 : 1;
+        for (int g = 0; g < it.num_groups; ++g)
+            for (int product : {kGram, kPoly, kUpdate}) it.tasks_per_step += it.groups[g].count * it.groups[g].tasks(product, it.width);
         status = cudaMemsetAsync(counters, 0, sizeof(uint32_t) * (kOrthogonalizeCounters + matrices), stream);
         if (status != cudaSuccess) return status;
         orthogonalize_kernel<<<num_multiprocessors(), kThreads, kSharedBytes, stream>>>(it);

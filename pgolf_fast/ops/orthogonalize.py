@@ -57,24 +57,47 @@ def orthogonalize_ref(matrix, steps):
     return x.mT if tall else x
 
 
-# `coefficients` holds a, b, c of each step, one after the other.
+# matrices [b, m, n]; `coefficients` holds a, b, c of each step, one after the other. One result per shape and dtype
+# that occurs, in the order of their first occurrence: all matrices of that kind, one behind the other.
 library.define("orthogonalize(Tensor[] matrices, float[] coefficients) -> Tensor[]")
+
+
+def _groups(matrices):
+    """Indices of the matrices of each kind."""
+    kinds, groups = [], []
+    for i, m in enumerate(matrices):
+        kind = (*m.shape[1:], m.dtype)
+        if kind not in kinds:  # compared, not hashed: a symbolic size of torch.compile has no hash
+            kinds.append(kind)
+            groups.append([])
+        groups[kinds.index(kind)].append(i)
+    return groups
 
 
 def _steps(coefficients):
     return [coefficients[i : i + 3] for i in range(0, len(coefficients), 3)]
 
 
+def _new_result(members):
+    first = members[0]
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.bfloat16
+    return first.new_empty((sum(m.shape[0] for m in members), *first.shape[1:]), dtype=dtype)
+
+
 @torch.library.impl(library, "orthogonalize", "CPU")
 def _cpu(matrices, coefficients):
-    return [orthogonalize_ref(m, _steps(coefficients)).contiguous() if m.numel() else _empty_like(m) for m in matrices]
+    return _composite([[matrices[i] for i in group] for group in _groups(matrices)], coefficients, orthogonalize_ref)
 
 
-def _empty_like(matrix):
-    return matrix.new_empty(matrix.shape, dtype=torch.float64 if matrix.dtype == torch.float64 else torch.bfloat16)
+def _composite(groups, coefficients, iterate):
+    results = []
+    for members in groups:
+        batch = torch.cat(members)
+        results.append(iterate(batch, _steps(coefficients)).contiguous() if batch.numel() else _new_result(members))
+    return results
 
 
-def _composite(batch, steps):
+def _iterate_batched(batch, steps):
     """orthogonalize_ref on [count, m, n], with the sums folded into the batched products."""
     x = batch.to(torch.float64 if batch.dtype == torch.float64 else torch.bfloat16)
     tall = x.shape[-2] > x.shape[-1]
@@ -82,54 +105,49 @@ def _composite(batch, steps):
     for a, b, c in steps:
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).contiguous()
+    return x.mT if tall else x
+
+
+def _kernel_serves(members, coefficients):
+    first = members[0]
+    fits = first.shape[1] % 8 == 0 and first.shape[2] % 8 == 0 and sum(m.numel() for m in members) > 0
+    return fits and first.dtype != torch.float64 and len(coefficients) <= 3 * MAX_STEPS and _library.uses_kernel("orthogonalize", first.device)
 
 
 def _kernel(groups, coefficients):
-    """`groups`: lists of equally shaped matrices. Returns [count, rows, columns] for each."""
-    first = groups[0][0]
+    """All matrices of one dtype: `groups` of equal shapes."""
+    outputs, x0, x1 = ([_new_result(members) for members in groups] for _ in range(3))
+    gram, poly = ([o.new_empty(o.shape[0], min(o.shape[1:]), min(o.shape[1:])) for o in outputs] for _ in range(2))
+    aligned = lambda m: m if m.is_contiguous() and m.data_ptr() % 16 == 0 else m.clone(memory_format=torch.contiguous_format)  # noqa: E731
+    matrices = [aligned(m) for members in groups for m in members if m.shape[0] > 0]
+    counters = outputs[0].new_empty(sum(m.shape[0] for m in matrices) + len(groups), dtype=torch.int32)
+    sums = sum(m.shape[0] * torch.ops.pgolf_fast_sm90.orthogonalize_partial_sums(m.shape[1] * m.shape[2]) for m in matrices)
+    partial_sums = outputs[0].new_empty(sums, dtype=torch.float64)
     # NOTE: the kernel divides b by c.
     coefficients = [v if i % 3 < 2 or abs(v) > 1e-20 else 1e-20 for i, v in enumerate(coefficients)]
-    new = lambda g, rows, columns: torch.empty(len(g), rows, columns, dtype=torch.bfloat16, device=first.device)  # noqa: E731
-    outputs, x0, x1 = ([new(g, *g[0].shape) for g in groups] for _ in range(3))
-    gram, poly = ([new(g, min(g[0].shape), min(g[0].shape)) for g in groups] for _ in range(2))
-    matrices = [m for g in groups for m in g]
-    counters = torch.empty(len(matrices) + len(groups), dtype=torch.int32, device=first.device)
-    sums = sum(torch.ops.pgolf_fast_sm90.orthogonalize_partial_sums(m.numel()) for m in matrices)
-    partial_sums = torch.empty(sums, dtype=torch.float64, device=first.device)
     torch.ops.pgolf_fast_sm90.orthogonalize(matrices, coefficients, outputs, x0, x1, gram, poly, counters, partial_sums)
     return outputs
 
 
 @torch.library.impl(library, "orthogonalize", "CUDA")
 def _cuda(matrices, coefficients):
-    # Every matrix of every batch on its own, then grouped by shape and dtype.
-    flat = [single for m in matrices for single in (m.reshape(-1, *m.shape[-2:]).unbind() if m.numel() else ())]
-    groups = {}
-    for i, m in enumerate(flat):
-        groups.setdefault((m.shape, m.dtype), []).append(i)
-    results = [None] * len(flat)
+    groups = [[matrices[i] for i in group] for group in _groups(matrices)]
+    results = [None] * len(groups)
+    served = [_kernel_serves(members, coefficients) for members in groups]
     for dtype in (torch.bfloat16, torch.float32):
-        served = [k for k in groups if k[1] == dtype and k[0][0] % 8 == 0 and k[0][1] % 8 == 0]
-        if served and len(coefficients) <= 3 * MAX_STEPS and _library.uses_kernel("orthogonalize", flat[0].device):
-            aligned = lambda m: m if m.is_contiguous() and m.data_ptr() % 16 == 0 else m.clone(memory_format=torch.contiguous_format)  # noqa: E731
-            for key, batch in zip(served, _kernel([[aligned(flat[i]) for i in groups[k]] for k in served], coefficients)):
-                for i, result in zip(groups.pop(key), batch.unbind()):
-                    results[i] = result
-    for indices in groups.values():
-        for i, result in zip(indices, _composite(torch.stack([flat[i] for i in indices]), _steps(coefficients)).unbind()):
-            results[i] = result
-    left = iter(results)
-    outputs = []
-    for m in matrices:
-        singles = [next(left) for _ in range(m.shape[:-2].numel())] if m.numel() else []
-        outputs.append(_empty_like(m) if not singles else singles[0] if m.dim() == 2 else torch.stack(singles).view(m.shape))
-    return outputs
+        own = [g for g, members in enumerate(groups) if served[g] and members[0].dtype == dtype]
+        if own:
+            for g, result in zip(own, _kernel([groups[g] for g in own], coefficients)):
+                results[g] = result
+    others = [g for g in range(len(groups)) if not served[g]]
+    for g, result in zip(others, _composite([groups[g] for g in others], coefficients, _iterate_batched)):
+        results[g] = result
+    return results
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::orthogonalize")
 def _fake(matrices, coefficients):
-    return [_empty_like(m) for m in matrices]
+    return [_new_result([matrices[i] for i in group]) for group in _groups(matrices)]
 
 
 def orthogonalize(matrices, coefficients="polar_express", steps=5):
@@ -151,4 +169,9 @@ def orthogonalize(matrices, coefficients="polar_express", steps=5):
     if not matrices:
         return []
     flat = [float(v) for i in range(steps) for v in table[min(i, len(table) - 1)]]
-    return torch.ops.pgolf_fast.orthogonalize([m.detach() for m in matrices], flat)
+    flat_batches = [m.detach().reshape(m.shape[:-2].numel(), *m.shape[-2:]) for m in matrices]
+    results = [None] * len(matrices)
+    for group, batch in zip(_groups(flat_batches), torch.ops.pgolf_fast.orthogonalize(flat_batches, flat)):
+        for i, part in zip(group, batch.split([flat_batches[i].shape[0] for i in group])):
+            results[i] = part.view(matrices[i].shape)
+    return results

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgolf_fast import orthogonalize
-from pgolf_fast.ops.orthogonalize import COEFFICIENTS, _composite, orthogonalize_ref
+from pgolf_fast.ops.orthogonalize import COEFFICIENTS, _iterate_batched, orthogonalize_ref
 from tests.compare import assert_within, relative_error
 
 # One layer of the 36M model, and seams: one box of 64 and one tile of 128, a multiple of 8 around each; several tiles; one row of tiles.
@@ -48,7 +48,7 @@ def test_definition_in_float64(shape, coefficients):
 def test_composite_is_the_definition():
     batch = torch.randn(3, 10, 6, dtype=torch.float64)
     steps = COEFFICIENTS["polar_express"]
-    torch.testing.assert_close(_composite(batch, steps), orthogonalize_ref(batch, steps))
+    torch.testing.assert_close(_iterate_batched(batch, steps), orthogonalize_ref(batch, steps))
 
 
 # ---- agreement, seams, switches -------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_singular_values_in_the_promised_band(device):
 
 
 def test_opcheck(device):
-    matrices = [torch.randn(8, 16, device=device), torch.randn(3, 5, device=device)]
+    matrices = [torch.randn(1, 8, 16, device=device), torch.randn(2, 3, 5, device=device), torch.randn(3, 8, 16, device=device)]
     torch.library.opcheck(torch.ops.pgolf_fast.orthogonalize, (matrices, [3.0, -3.0, 1.0]))
 
 
