@@ -30,6 +30,7 @@ def cases(device):
         rotations = rotations_for(bytes_once)
         # The peers get their matrices stacked by shape beforehand, ours takes the list.
         batches = [[torch.randn(shapes.count(s), *s, device=device).bfloat16() for s in sorted(set(shapes))] for _ in range(rotations)]
+        torch.compiler.reset()  # else the shapes of all cases together pass torch.compile's limit of variants
         compiled = torch.compile(_iterate_batched, dynamic=False)
         contestants = {
             "ours": lambda i: orthogonalize([m for batch in batches[i] for m in batch]),
