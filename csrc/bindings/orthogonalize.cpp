@@ -13,8 +13,9 @@ static __nv_bfloat16* bf16_data(const Tensor& t) { return static_cast<__nv_bfloa
 static int64_t orthogonalize_partial_sums_op(int64_t elements) { return orthogonalize_partial_sums(elements); }
 
 // Matrices, [b, rows, columns] each, in the order of the groups; those of group g fill outputs[g], [count, rows, columns].
-static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> coefficients, std::vector<Tensor> outputs, std::vector<Tensor> x0,
-                             std::vector<Tensor> x1, std::vector<Tensor> gram, std::vector<Tensor> poly, Tensor counters, Tensor partial_sums) {
+static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> coefficients, std::vector<Tensor> outputs,
+                             std::vector<Tensor> x0, std::vector<Tensor> x1, std::vector<Tensor> gram, std::vector<Tensor> poly,
+                             Tensor counters, Tensor partial_sums) {
     STD_TORCH_CHECK(!matrices.empty(), "matrices: the list is empty");
     STD_TORCH_CHECK(!coefficients.empty() && coefficients.size() % 3 == 0 && coefficients.size() / 3 <= kOrthogonalizeMaxSteps,
                     "coefficients: expected a, b, c for 1 to ", kOrthogonalizeMaxSteps, " steps");
@@ -30,12 +31,16 @@ static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> c
     int64_t sums = 0;
     size_t next = 0;  // of `matrices`
     for (size_t g = 0; g < num_groups; ++g) {
-        const int64_t count = outputs[g].size(0), rows = outputs[g].size(1), columns = outputs[g].size(2), m = rows < columns ? rows : columns;
-        STD_TORCH_CHECK(rows % 8 == 0 && columns % 8 == 0 && rows * columns > 0 && rows <= INT_MAX && columns <= INT_MAX && count <= INT_MAX,
-                        "matrices: expected rows and columns that are multiples of 8");
+        const int64_t count = outputs[g].size(0), rows = outputs[g].size(1), columns = outputs[g].size(2);
+        const int64_t m = rows < columns ? rows : columns;
+        STD_TORCH_CHECK(rows % 8 == 0 && columns % 8 == 0 && rows * columns > 0, "matrices: expected rows and columns that are multiples of 8");
+        STD_TORCH_CHECK(rows <= INT_MAX && columns <= INT_MAX && count <= INT_MAX, "matrices: more than 2^31 - 1 of something");
         for (const Tensor& t : {outputs[g], x0[g], x1[g]}) check(t, "workspaces", ScalarType::BFloat16, {count, rows, columns});
         for (const Tensor& t : {gram[g], poly[g]}) check(t, "workspaces", ScalarType::BFloat16, {count, m, m});
-        for (const Tensor& t : {outputs[g], x0[g], x1[g], gram[g], poly[g]}) check_contiguous(t, "workspaces"), check_aligned(t, "workspaces");
+        for (const Tensor& t : {outputs[g], x0[g], x1[g], gram[g], poly[g]}) {
+            check_contiguous(t, "workspaces");
+            check_aligned(t, "workspaces");
+        }
         groups[g] = {{bf16_data(x0[g]), bf16_data(x1[g])}, bf16_data(gram[g]), bf16_data(poly[g]), bf16_data(outputs[g]),
                      int32_t(count), int32_t(rows), int32_t(columns)};
         for (int64_t taken = 0; taken < count; ++next) {

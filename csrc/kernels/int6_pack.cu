@@ -42,7 +42,9 @@ __device__ int matrix_of_block(const Launch<Matrix>& launch) {
     return low;
 }
 
-__host__ __device__ bool aligned_16(const void* base, int64_t row_bytes) { return (reinterpret_cast<uintptr_t>(base) | row_bytes) % 16 == 0; }
+__host__ __device__ bool aligned_16(const void* base, int64_t row_bytes) {
+    return (reinterpret_cast<uintptr_t>(base) | row_bytes) % 16 == 0;
+}
 
 // ---- eight weights as they lie in memory ----------------------------------------------------------
 
@@ -66,7 +68,10 @@ struct Eight {
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) element[i] = column + i < columns ? __ldg(bits + column + i) : 0;
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) words[i] = sizeof(T) == 4 ? element[i] : element[2 * i % kPerLane] | element[(2 * i + 1) % kPerLane] << 16;
+        for (int i = 0; i < kWords; ++i) {
+            if constexpr (sizeof(T) == 4) words[i] = element[i];
+            else words[i] = element[2 * i] | element[2 * i + 1] << 16;
+        }
     }
 
     __device__ float operator[](int i) const {
@@ -95,7 +100,10 @@ struct Eight {
     // 16-bit types: two running maxima in one word.
     __device__ uint32_t max_magnitude(uint32_t so_far) const {
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) so_far = sizeof(T) == 4 ? max(so_far, words[i] & 0x7fffffffu) : __vmaxu2(so_far, words[i] & 0x7fff7fffu);
+        for (int i = 0; i < kWords; ++i) {
+            if constexpr (sizeof(T) == 4) so_far = max(so_far, words[i] & 0x7fffffffu);
+            else so_far = __vmaxu2(so_far, words[i] & 0x7fff7fffu);
+        }
         return so_far;
     }
 };
@@ -204,8 +212,8 @@ __device__ __forceinline__ uint32_t max_magnitude(const Eight<T> (&held)[kChunks
 
 // Quantises what a warp holds of a row, from column `start` on, and stores its bytes.
 template <typename T, int kChunks>
-__device__ __forceinline__ void store(Eight<T> (&held)[kChunks], const Quantizer<T>& quantizer, uint8_t* packed_row, bool aligned, int start,
-                                      int columns, uint8_t* s_bytes) {
+__device__ __forceinline__ void store(Eight<T> (&held)[kChunks], const Quantizer<T>& quantizer, uint8_t* packed_row, bool aligned,
+                                      int start, int columns, uint8_t* s_bytes) {
     const int lane = threadIdx.x % 32;
     if (quantizer.must_clamp) {
 #pragma unroll
@@ -232,8 +240,10 @@ __device__ __forceinline__ void store(Eight<T> (&held)[kChunks], const Quantizer
     uint8_t* packed = packed_row + offset;
     if (aligned) {
 #pragma unroll
-        for (int i = 0; i < kChunks * kChunkBytes; i += 32 * 16)
-            if (i + lane * 16 < bytes) *reinterpret_cast<uint4*>(packed + i + lane * 16) = *reinterpret_cast<const uint4*>(s_bytes + i + lane * 16);
+        for (int first = 0; first < kChunks * kChunkBytes; first += 32 * 16) {
+            const int i = first + lane * 16;
+            if (i < bytes) *reinterpret_cast<uint4*>(packed + i) = *reinterpret_cast<const uint4*>(s_bytes + i);
+        }
     } else {
 #pragma unroll 1
         for (int i = lane; i < bytes; i += 32) packed[i] = s_bytes[i];
@@ -370,7 +380,8 @@ __global__ void __launch_bounds__(kWarps * 32) int6_unpack_kernel(const __grid_c
         if constexpr (kVectors) {
             if (lane_columns[u] < columns) {
 #pragma unroll
-                for (int i = 0; i < int(sizeof(weights) / 16); ++i) reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(weights)[i];
+                for (int i = 0; i < int(sizeof(weights) / 16); ++i)
+                    reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(weights)[i];
             }
         } else {
 #pragma unroll

@@ -170,7 +170,9 @@ __device__ uint32_t load_acquire(const uint32_t* p) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
 }
-__device__ void add_release(uint32_t* p, uint32_t v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+__device__ void add_release(uint32_t* p, uint32_t v) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
 // Between the copy engine's accesses to global memory and this thread's counter.
 __device__ void fence_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
@@ -193,7 +195,8 @@ __device__ Task decode(const Iteration& it, uint32_t index) {
     task.matrix = index / tasks;
     int left = index % tasks;
     for (task.shared = 0;; ++task.shared) {
-        const int first = task.product == kUpdate ? 0 : task.shared, last = task.product == kUpdate ? group.wide_tiles() : group.narrow_tiles();
+        const int first = task.product == kUpdate ? 0 : task.shared;
+        const int last = task.product == kUpdate ? group.wide_tiles() : group.narrow_tiles();
         const int here = (last - first + it.width - 1) / it.width;
         if (left < here) {
             task.own = first + left * it.width;
@@ -221,7 +224,8 @@ __device__ void load_operand(Shared& s, uint32_t& position, const CUtensorMap& m
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int across = tile * kTile + half * kBox;
-        tma_load_3d(s.slots[slot] + half * kBoxBytes, &map, &s.full[slot], k_major ? k * kBox : across, k_major ? across : k * kBox, matrix);
+        const int column = k_major ? k * kBox : across, row = k_major ? across : k * kBox;
+        tma_load_3d(s.slots[slot] + half * kBoxBytes, &map, &s.full[slot], column, row, matrix);
     }
     ++position;
 }
@@ -263,7 +267,8 @@ __device__ void produce(const Iteration& it, Shared& s) {
         int k = task.product == kGram ? 0 : 2 * task.shared;
         for (int i = 0; i < task.num_k; ++i) {
             load_operand(s, position, shared, shared_k_major, task.shared, k, task.matrix);
-            for (int tile = same; tile < task.num_tiles; ++tile) load_operand(s, position, own, own_k_major, task.own + tile, k, task.matrix);
+            for (int tile = same; tile < task.num_tiles; ++tile)
+                load_operand(s, position, own, own_k_major, task.own + tile, k, task.matrix);
             if (++k == task.num_k) k = 0;
         }
     }
@@ -288,7 +293,8 @@ __device__ __forceinline__ void start_from(Tile& tile, float factor, const Box& 
             for (int j = 0; j < 8; ++j)
 #pragma unroll
                 for (int eight = 0; eight < 2; ++eight) {
-                    const uint32_t pair = *reinterpret_cast<const uint32_t*>(p + swizzled(16 * warp + 8 * eight + lane / 4, j) + lane % 4 * 4);
+                    const uint32_t byte = swizzled(16 * warp + 8 * eight + lane / 4, j) + lane % 4 * 4;
+                    const uint32_t pair = *reinterpret_cast<const uint32_t*>(p + byte);
                     float* d = &tile[half][4 * (8 * column_half + j) + 2 * eight];
                     d[0] = factor * low_bf16(pair), d[1] = factor * high_bf16(pair);
                 }
@@ -327,7 +333,8 @@ __device__ __forceinline__ void multiply(Tile& tile, Shared& s, const TeamTask& 
             const uint64_t a_descriptor = kMajorA == wgmma::kMajorK ? wgmma::descriptor(box) : wgmma::descriptor_mn_major(box, kBoxBytes);
 #pragma unroll
             for (int k = 0; k < kBox / 16; ++k)
-                wgmma::mma<kMajorA, kMajorB>(tile[half], wgmma::advance(a_descriptor, k * kStepA), wgmma::advance(b_descriptor, k * kStepB), true);
+                wgmma::mma<kMajorA, kMajorB>(tile[half], wgmma::advance(a_descriptor, k * kStepA), wgmma::advance(b_descriptor, k * kStepB),
+                                             true);
         }
         wgmma::commit();
         wgmma::wait<1>();
@@ -398,8 +405,9 @@ __device__ void consume(const Iteration& it, Shared& s, int team) {
                 start_from(tile, a, [&](int half, int column_half) { return block[half] + column_half * kBoxBytes; });
                 multiply<wgmma::kMajorK, wgmma::kMajorMN>(tile, s, task, false);
             } else {  // a k block is a half of the tile's columns
-                if (task.product == kPoly) factor = c;
-                start_from(tile, task.product == kPoly ? b / c : a, [&](int half, int column_half) { return block[column_half] + half * kBoxBytes; });
+                factor = task.product == kPoly ? c : 1;
+                const float weight = task.product == kPoly ? b / c : a;
+                start_from(tile, weight, [&](int half, int column_half) { return block[column_half] + half * kBoxBytes; });
                 multiply<wgmma::kMajorK, wgmma::kMajorK>(tile, s, task, true);
             }
         }
@@ -423,8 +431,10 @@ __device__ void store_tiles(Shared& s, int team) {
         const StoreTask task = s.store[team];
         if (task.map == nullptr) return;
 #pragma unroll
-        for (int box = 0; box < 4; ++box)
-            tma_store_3d(task.map, s.staging[team] + box * kBoxBytes, task.column * kTile + box % 2 * kBox, task.row * kTile + box / 2 * kBox, task.matrix);
+        for (int box = 0; box < 4; ++box) {
+            const int column = task.column * kTile + box % 2 * kBox, row = task.row * kTile + box / 2 * kBox;
+            tma_store_3d(task.map, s.staging[team] + box * kBoxBytes, column, row, task.matrix);
+        }
         bulk_commit();
         bulk_wait_read<0>();
         mbarrier_arrive(&s.store_empty[team]);
@@ -505,7 +515,8 @@ cudaError_t orthogonalize(const OrthogonalizeParams& p, cudaStream_t stream) {
     if (status != cudaSuccess) return status;
     // Long chains first: their last products decide when all is done.
     std::vector<OrthogonalizeGroup> groups(p.groups, p.groups + p.num_groups);
-    std::sort(groups.begin(), groups.end(), [](const auto& x, const auto& y) { return int64_t(x.rows) * x.columns > int64_t(y.rows) * y.columns; });
+    const auto size = [](const OrthogonalizeGroup& g) { return int64_t(g.rows) * g.columns; };
+    std::sort(groups.begin(), groups.end(), [&](const auto& x, const auto& y) { return size(x) > size(y); });
     constexpr int kSharedBytes = sizeof(Shared) + 1024;  // room to align
     status = cudaFuncSetAttribute(orthogonalize_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     uint32_t* counters = p.counters;

@@ -110,8 +110,8 @@ def _iterate_batched(batch, steps):
 
 def _kernel_serves(members, coefficients):
     first = members[0]
-    fits = first.shape[1] % 8 == 0 and first.shape[2] % 8 == 0 and sum(m.numel() for m in members) > 0
-    return fits and first.dtype != torch.float64 and len(coefficients) <= 3 * MAX_STEPS and _library.uses_kernel("orthogonalize", first.device)
+    fits = first.shape[1] % 8 == 0 and first.shape[2] % 8 == 0 and first.dtype != torch.float64 and len(coefficients) <= 3 * MAX_STEPS
+    return fits and sum(m.numel() for m in members) > 0 and _library.uses_kernel("orthogonalize", first.device)
 
 
 def _kernel(groups, coefficients):

@@ -63,7 +63,7 @@ def test_definition():
 
 # Around a lane's 8 weights, a warp's 256, the 512 and 1024 that a warp holds; teams of 2, 4 and 8 warps; and rows too long for a
 # block's registers (8192). Multiples of 64 are stored in 16-byte pieces, other multiples of 8 read but not stored so.
-COLUMNS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 31, 32, 33, 64, 72, 255, 256, 257, 511, 512, 513, 520, 1023, 1024, 1025, 1536, 2048, 4096, 4097, 8192, 8200, 9001]
+COLUMNS = [*range(10), 31, 32, 33, 64, 72, 255, 256, 257, 511, 512, 513, 520, 1023, 1024, 1025, 1536, 2048, 4096, 4097, 8192, 8200, 9001]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -115,7 +115,8 @@ def test_whole_model_in_one_call(device):
 def test_every_16_bit_value_at_many_scales(device, dtype):
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     values = values[values.isfinite()].to(device)
-    scales = torch.cat([2.0 ** torch.arange(-24, 16, 3), torch.rand(20) * 2.0 ** torch.randint(-12, 4, (20,)), torch.arange(1, 5) * 2.0**-24])
+    powers, subnormal = 2.0 ** torch.arange(-24, 16, 3), torch.arange(1, 5) * 2.0**-24
+    scales = torch.cat([powers, subnormal, torch.rand(20) * 2.0 ** torch.randint(-12, 4, (20,))])
     assert_packs(values.expand(len(scales), -1), scales.to(device))
 
 
