@@ -1,5 +1,5 @@
-// int6 codes to and from packed bytes; the layout is drawn in kernels/int6_pack.h.
-#include "kernels/int6_pack.h"
+// int6 codes to and from packed bytes; the layout is drawn in kernels/int6_layout.h.
+#include "kernels/int6_layout.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

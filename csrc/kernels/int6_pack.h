@@ -1,25 +1,36 @@
-// int6: signed 6-bit codes q in [-32, 31] with one fp16 scale per row; a weight is q * scale.
-//
-// Bit layout, the only drawing of it. A code is stored as u = q + 32 in 6 bits, rows apart, four codes to
-// three bytes, little-endian: code c of a group starts at bit 6 c of the group's 24 bits.
-//
-//     byte 0            byte 1            byte 2
-//     7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0   7 6 5 4 3 2 1 0
-//     u1|-----u0-----   ---u2--|---u1--   -----u3-----|u2
-//
-// Tail: a row of n codes takes ceil(6 n / 8) bytes; the last group keeps only the bytes that hold code
-// bits (1, 2 or 3 codes: 1, 2 or 3 bytes) and its unused high bits are 0. Rows follow each other without padding.
-//
-// Quantisation: scale = fp16(amax / 31), or the fp16 scale that is given; q = clamp(rint(w / scale), -32, 31)
-// in fp32 with round-half-even and IEEE division, 0 where the scale is 0. A row with an inf or nan gets a
-// non-finite scale, so that it cannot pass unseen.
+// Quantise and pack, unpack and dequantise, a list of matrices in one launch. The format is defined in int6_layout.h.
 #pragma once
-#include <cstdint>
+#include <cuda_runtime_api.h>
+
+#include "kernels/int6_layout.h"
 
 namespace pgolf {
 
-constexpr int kInt6Bias = 32;
+enum class Int6Float { kBFloat16, kFloat16, kFloat32 };
 
-constexpr int64_t int6_row_bytes(int64_t columns) { return (6 * columns + 7) / 8; }
+// Any address and any row stride is served, rows and columns below 2^31. The fast path reads rows that start at
+// multiples of 16 bytes and hold a multiple of 8 columns, and writes packed rows of a multiple of 64 columns in
+// 16-byte pieces. Rows beyond 8192 columns are read twice.
+struct Int6PackMatrix {
+    const void* weights;           // [rows, columns], rows `row_stride` elements apart
+    const uint16_t* given_scales;  // fp16 [rows], or null: amax / 31
+    uint8_t* packed;               // [rows, int6_row_bytes(columns)]
+    uint16_t* scales;              // fp16 [rows]
+    int64_t row_stride;
+    int32_t rows, columns;
+};
+
+struct Int6UnpackMatrix {
+    const uint8_t* packed;   // [rows, int6_row_bytes(columns)]
+    const uint16_t* scales;  // fp16 [rows]
+    void* weights;           // [rows, columns]
+    int32_t rows, columns;
+};
+
+// All matrices of a list, of one float type: one launch per kInt6MatricesPerLaunch of them, and one more where some
+// matrices fit the fast path and others do not.
+constexpr int kInt6MatricesPerLaunch = 72;  // their descriptors travel as a kernel parameter of at most 4 KB
+cudaError_t int6_pack(const Int6PackMatrix* matrices, int64_t count, Int6Float type, cudaStream_t stream);
+cudaError_t int6_unpack(const Int6UnpackMatrix* matrices, int64_t count, Int6Float type, cudaStream_t stream);
 
 }  // namespace pgolf

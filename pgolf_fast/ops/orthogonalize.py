@@ -1,16 +1,23 @@
 """Newton-Schulz orthogonalisation: the matrices of a Muon update to (nearly) orthogonal ones.
 
-    X = M / (|M|_F + 1e-7), transposed if it has more rows than columns
+    X = M / |M|_F, transposed if it has more rows than columns
     per step, with its (a, b, c):   A = X X^T,   X <- a X + (b A + c A A) X
 
 Arithmetic is bfloat16, which the recipes' published runs use; float64 input is
-iterated in float64, as the truth that tests compare with.
+iterated in float64, as the truth that tests compare with. The published runs
+divide by |M|_F + 1e-7; here a matrix of any magnitude is orthogonalised alike,
+and a zero matrix stays zero.
+
+The kernel serves matrices whose rows and columns are multiples of 8, all of
+them in one persistent launch; other shapes take the composite, batched by shape.
 """
 
 import torch
 
 from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import library, require, require_device, require_dtype
+
+MAX_STEPS = 16  # of the kernel
 
 # Per step (a, b, c); a shorter table repeats its last row.
 COEFFICIENTS = {
@@ -25,7 +32,16 @@ COEFFICIENTS = {
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
-EPSILON = 1e-7
+
+
+
+def _normalized(x):
+    """x / |x|_F over the last two dimensions; divided by the largest magnitude first, whose square may leave the range."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    for size in (lambda w: w.abs().amax(dim=(-2, -1), keepdim=True), lambda w: w.norm(dim=(-2, -1), keepdim=True)):
+        divisor = size(wide)
+        wide = wide / torch.where(divisor == 0, 1.0, divisor)
+    return wide.to(x.dtype)
 
 
 def orthogonalize_ref(matrix, steps):
@@ -34,40 +50,104 @@ def orthogonalize_ref(matrix, steps):
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    # The norm in float32: squares of values under 1e-19 vanish in it, and with them the update of an all but zero gradient.
-    norm = x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=(-2, -1), keepdim=True)
-    x = x / (norm + EPSILON).to(x.dtype)
+    x = _normalized(x)
     for a, b, c in steps:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
 
-# `coefficients` holds a, b, c of each step, one after the other.
+# matrices [b, m, n]; `coefficients` holds a, b, c of each step, one after the other. One result per shape and dtype
+# that occurs, in the order of their first occurrence: all matrices of that kind, one behind the other.
 library.define("orthogonalize(Tensor[] matrices, float[] coefficients) -> Tensor[]")
+
+
+def _groups(matrices):
+    """Indices of the matrices of each kind."""
+    kinds, groups = [], []
+    for i, m in enumerate(matrices):
+        kind = (*m.shape[1:], m.dtype)
+        if kind not in kinds:  # compared, not hashed: a symbolic size of torch.compile has no hash
+            kinds.append(kind)
+            groups.append([])
+        groups[kinds.index(kind)].append(i)
+    return groups
 
 
 def _steps(coefficients):
     return [coefficients[i : i + 3] for i in range(0, len(coefficients), 3)]
 
 
-def _each(matrices, coefficients):
-    return [orthogonalize_ref(m, _steps(coefficients)).contiguous() for m in matrices]
+def _new_result(members):
+    first = members[0]
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.bfloat16
+    return first.new_empty((sum(m.shape[0] for m in members), *first.shape[1:]), dtype=dtype)
 
 
-library.impl("orthogonalize", _each, "CPU")
+@torch.library.impl(library, "orthogonalize", "CPU")
+def _cpu(matrices, coefficients):
+    return _composite([[matrices[i] for i in group] for group in _groups(matrices)], coefficients, orthogonalize_ref)
+
+
+def _composite(groups, coefficients, iterate):
+    results = []
+    for members in groups:
+        batch = torch.cat(members)
+        results.append(iterate(batch, _steps(coefficients)).contiguous() if batch.numel() else _new_result(members))
+    return results
+
+
+def _iterate_batched(batch, steps):
+    """orthogonalize_ref on [count, m, n], with the sums folded into the batched products."""
+    x = batch.to(torch.float64 if batch.dtype == torch.float64 else torch.bfloat16)
+    tall = x.shape[-2] > x.shape[-1]
+    x = _normalized(x.mT if tall else x)
+    for a, b, c in steps:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _kernel_serves(members, coefficients):
+    first = members[0]
+    fits = first.shape[1] % 8 == 0 and first.shape[2] % 8 == 0 and first.dtype != torch.float64 and len(coefficients) <= 3 * MAX_STEPS
+    return fits and sum(m.numel() for m in members) > 0 and _library.uses_kernel("orthogonalize", first.device)
+
+
+def _kernel(groups, coefficients):
+    """All matrices of one dtype: `groups` of equal shapes."""
+    outputs, x0, x1 = ([_new_result(members) for members in groups] for _ in range(3))
+    gram, poly = ([o.new_empty(o.shape[0], min(o.shape[1:]), min(o.shape[1:])) for o in outputs] for _ in range(2))
+    aligned = lambda m: m if m.is_contiguous() and m.data_ptr() % 16 == 0 else m.clone(memory_format=torch.contiguous_format)  # noqa: E731
+    matrices = [aligned(m) for members in groups for m in members if m.shape[0] > 0]
+    counters = outputs[0].new_empty(sum(m.shape[0] for m in matrices) + len(groups), dtype=torch.int32)
+    sums = sum(m.shape[0] * torch.ops.pgolf_fast_sm90.orthogonalize_partial_sums(m.shape[1] * m.shape[2]) for m in matrices)
+    partial_sums = outputs[0].new_empty(sums, dtype=torch.float64)
+    # NOTE: the kernel divides b by c.
+    coefficients = [v if i % 3 < 2 or abs(v) > 1e-20 else 1e-20 for i, v in enumerate(coefficients)]
+    torch.ops.pgolf_fast_sm90.orthogonalize(matrices, coefficients, outputs, x0, x1, gram, poly, counters, partial_sums)
+    return outputs
 
 
 @torch.library.impl(library, "orthogonalize", "CUDA")
 def _cuda(matrices, coefficients):
-    if not _library.uses_kernel("orthogonalize", matrices[0].device):
-        return _each(matrices, coefficients)
-    raise NotImplementedError
+    groups = [[matrices[i] for i in group] for group in _groups(matrices)]
+    results = [None] * len(groups)
+    served = [_kernel_serves(members, coefficients) for members in groups]
+    for dtype in (torch.bfloat16, torch.float32):
+        own = [g for g, members in enumerate(groups) if served[g] and members[0].dtype == dtype]
+        if own:
+            for g, result in zip(own, _kernel([groups[g] for g in own], coefficients)):
+                results[g] = result
+    others = [g for g in range(len(groups)) if not served[g]]
+    for g, result in zip(others, _composite([groups[g] for g in others], coefficients, _iterate_batched)):
+        results[g] = result
+    return results
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::orthogonalize")
 def _fake(matrices, coefficients):
-    return [m.new_empty(m.shape, dtype=torch.float64 if m.dtype == torch.float64 else torch.bfloat16) for m in matrices]
+    return [_new_result([matrices[i] for i in group]) for group in _groups(matrices)]
 
 
 def orthogonalize(matrices, coefficients="polar_express", steps=5):
@@ -89,4 +169,9 @@ def orthogonalize(matrices, coefficients="polar_express", steps=5):
     if not matrices:
         return []
     flat = [float(v) for i in range(steps) for v in table[min(i, len(table) - 1)]]
-    return torch.ops.pgolf_fast.orthogonalize([m.detach() for m in matrices], flat)
+    flat_batches = [m.detach().reshape(m.shape[:-2].numel(), *m.shape[-2:]) for m in matrices]
+    results = [None] * len(matrices)
+    for group, batch in zip(_groups(flat_batches), torch.ops.pgolf_fast.orthogonalize(flat_batches, flat)):
+        for i, part in zip(group, batch.split([flat_batches[i].shape[0] for i in group])):
+            results[i] = part.view(matrices[i].shape)
+    return results
