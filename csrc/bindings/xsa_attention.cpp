@@ -1,5 +1,7 @@
 #include "kernels/xsa_attention.h"
 
+#include <algorithm>
+
 #include "bindings/checks.h"
 
 namespace pgolf {
@@ -7,16 +9,19 @@ namespace {
 
 using std::optional;
 
-// Strides of dimensions of one element mean nothing and may be anything: replaced by the head width.
+// The stride of a dimension of one element means nothing and may be anything: replaced by one that spans all other dimensions.
 HeadRows head_rows(const Tensor& t, const char* argument, int64_t batch, int64_t tokens, int64_t heads) {
     check(t, argument, ScalarType::BFloat16, {batch, tokens, heads, kXsaHeadDim});
     check_aligned(t, argument);
     STD_TORCH_CHECK(t.stride(3) == 1, argument, ": the last dimension must be contiguous");
-    int64_t stride[3];
+    int64_t span = kXsaHeadDim;
     for (int d = 0; d < 3; ++d) {
-        stride[d] = t.size(d) > 1 ? t.stride(d) : kXsaHeadDim;
-        STD_TORCH_CHECK(stride[d] > 0 && stride[d] % 8 == 0, argument, ": expected strides that are multiples of 8 elements, got ", t.stride(d));
+        if (t.size(d) == 1) continue;
+        STD_TORCH_CHECK(t.stride(d) > 0 && t.stride(d) % 8 == 0, argument, ": expected strides that are multiples of 8 elements, got ", t.stride(d));
+        span = std::max(span, t.size(d) * t.stride(d));
     }
+    int64_t stride[3];
+    for (int d = 0; d < 3; ++d) stride[d] = t.size(d) > 1 ? t.stride(d) : span;
     return {static_cast<__nv_bfloat16*>(t.data_ptr()), stride[0], stride[1], stride[2]};
 }
 

@@ -61,6 +61,13 @@ __device__ inline float load_gate(const GateRows& gate, int batch, int token, in
 // Byte offset of 16-byte chunk `chunk` of row `row` in a swizzled tile.
 __device__ inline uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
+// Before a product that reads registers which ordinary instructions wrote. NOTE: lanes that left a divergent branch or a
+// barrier's wait at different times must be together again, or the product is an illegal instruction.
+__device__ inline void begin_products() {
+    __syncwarp();
+    wgmma::fence();
+}
+
 // d = A B^T, both tiles [64 rows, 64] as they lie in memory.
 __device__ inline void product_abt(float (&d)[32], uint64_t a, uint64_t b) {
 #pragma unroll

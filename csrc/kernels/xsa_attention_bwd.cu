@@ -164,7 +164,7 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
                 // Rows are keys, columns are queries.
                 float s[32], dp[32];
                 uint32_t operand[16];
-                wgmma::fence();
+                begin_products();
                 product_abt(s, keys, wgmma::advance(queries, offset));
                 wgmma::commit();
                 product_abt(dp, values, wgmma::advance(queries, offset + kTileBytes));
@@ -194,14 +194,14 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
                 wgmma::wait<0>();
                 wgmma::pin(dp);
                 pack(operand, s);
-                wgmma::fence();
+                begin_products();
                 product_ab(dv, operand, wgmma::advance(queries_mn, offset + kTileBytes));
                 wgmma::commit();
 #pragma unroll
                 for (int e = 0; e < 32; ++e) s[e] *= dp[e] - delta[2 * (e / 4) + e % 2];
                 uint32_t ds[16];
                 pack(ds, s);
-                wgmma::fence();
+                begin_products();
                 product_ab(dk, ds, wgmma::advance(queries_mn, offset));
                 wgmma::commit();
                 wgmma::wait<0>();
@@ -307,7 +307,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
         float s[32], dp[32];
         uint32_t ds[16];
         ptx::mbarrier_wait(&barriers.full[stage], j / kStages & 1);
-        wgmma::fence();
+        begin_products();
         product_abt(s, q, wgmma::advance(keys, offset));
         wgmma::commit();
         product_abt(dp, dy, wgmma::advance(keys, offset + kTileBytes));
@@ -328,7 +328,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
 #pragma unroll
         for (int e = 0; e < 32; ++e) s[e] *= dp[e] - stat[e / 2 % 2].y;
         pack(ds, s);
-        wgmma::fence();
+        begin_products();
         product_ab(dq, ds, wgmma::advance(keys_mn, offset));
         wgmma::commit();
         wgmma::wait<0>();

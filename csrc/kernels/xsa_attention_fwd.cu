@@ -113,7 +113,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     ptx::mbarrier_wait(&barriers.rows, 0);
     load_operand(q, s_q + warpgroup * kTileBytes, warp, lane);
     ptx::mbarrier_wait(&barriers.full[0], 0);
-    wgmma::fence();
+    begin_products();
     product_abt(s, q, keys);
     wgmma::commit();
     wgmma::wait<0>();
@@ -126,10 +126,10 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
             load_keys(j - 2 + kStages);
         }
         softmax_tile<false>(probabilities, s, o, state, scale_log2, row, lane);
-        wgmma::fence();
+        begin_products();
         product_ab(o, probabilities, wgmma::advance(values, stage * 2 * kTileBytes));
         ptx::mbarrier_wait(&barriers.full[next], (j + 1) / kStages & 1);
-        wgmma::fence();
+        begin_products();
         product_abt(s, q, wgmma::advance(keys, next * 2 * kTileBytes));
         wgmma::commit();
         wgmma::wait<0>();
@@ -138,7 +138,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
         if (lane == 0) ptx::mbarrier_arrive(&barriers.empty[stage]);
     }
     softmax_tile<true>(probabilities, s, o, state, scale_log2, row, lane);
-    wgmma::fence();
+    begin_products();
     product_ab(o, probabilities, wgmma::advance(values, last % kStages * 2 * kTileBytes));
     wgmma::commit();
     wgmma::wait<0>();
