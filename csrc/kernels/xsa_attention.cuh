@@ -23,6 +23,9 @@ inline cudaError_t tile_map(CUtensorMap* map, const HeadRows& x, int heads, int 
     return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, x.data, dims);
 }
 
+// The same value in every lane of a warp, told to the compiler, which then keeps it and addresses made of it in uniform registers.
+__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // ---- which tokens ----------------------------------------------------------------------------------
 
 struct Sequence {
@@ -69,20 +72,19 @@ __device__ inline void begin_products() {
 }
 
 // d = A B^T, both tiles [64 rows, 64] as they lie in memory.
+// NOTE: into fresh registers. The old contents of d, though overwritten, would otherwise count as an input that ordinary
+// instructions wrote while earlier products were in flight, and ptxas would run all products one at a time (warning C7515).
 __device__ inline void product_abt(float (&d)[32], uint64_t a, uint64_t b) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma::mma(d, wgmma::advance(a, 32 * k), wgmma::advance(b, 32 * k), k > 0);
 }
-// The same with A in registers.
-__device__ inline void product_abt(float (&d)[32], const uint32_t (&a)[16], uint64_t b) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma::mma(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], wgmma::advance(b, 32 * k), k > 0);
-}
-// d += A B, A in registers, the rows of B being the contracted dimension.
-__device__ inline void product_ab(float (&d)[32], const uint32_t (&a)[16], uint64_t b) {
+// d = A B, or d += A B, A in registers, the rows of B being the contracted dimension.
+// NOTE: a first product that overwrites d, not one that adds to zeros: ptxas moves zeroing into the flight of earlier products
+// and then runs all products of the kernel one at a time (warning C7515).
+__device__ inline void product_ab(float (&d)[32], const uint32_t (&a)[16], uint64_t b, bool accumulate) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-        wgmma::mma<wgmma::kMajorMN>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], wgmma::advance(b, 2048 * k), true);
+        wgmma::mma<wgmma::kMajorMN>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], wgmma::advance(b, 2048 * k), k > 0 || accumulate);
 }
 
 // Rows 16 warp .. 16 warp + 15 of a tile as the A operand.

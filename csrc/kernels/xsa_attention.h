@@ -19,7 +19,7 @@ namespace pgolf {
 
 constexpr int kXsaHeadDim = 64;
 constexpr int kXsaTile = 64;         // tokens
-constexpr int kXsaKeysPerBlock = 192; // of the dk, dv kernel: one tile for each of three warpgroups
+constexpr int kXsaKeysPerBlock = 192; // of the dk, dv kernel: one tile for each of its warpgroups
 
 // [B, T, H, 64], the last dimension contiguous; strides in elements, multiples of 8; 16-byte aligned.
 struct HeadRows {
@@ -69,7 +69,8 @@ struct XsaAttentionBwdParams {
     HeadRows dq, dk, dv;
     GateRows dgate;
     HeadRows dy;               // scratch, [B, T, Hq, 64]
-    float* stats;              // scratch, [B Hq, T rounded up to even, 2]: lse in base 2, delta
+    float* stats;              // scratch, [B Hq, 2, stats_width]: lse in base 2, delta
+    int64_t stats_width;       // T rounded up to a multiple of 4
 };
 cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t stream);
 

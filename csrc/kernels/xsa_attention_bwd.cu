@@ -41,7 +41,7 @@ __device__ inline int end_of_documents(const XsaAttentionParams& f) { return f.c
 // through the probabilities, which is left in dv. Tokens after the last document get zeros everywhere.
 __global__ __launch_bounds__(kPrepareThreads) void xsa_attention_prepare_kernel(const __grid_constant__ XsaAttentionBwdParams p) {
     const XsaAttentionParams& f = p.fwd;
-    const int padded_tokens = f.tokens + f.tokens % 2, group = f.q_heads / f.kv_heads, chunk = threadIdx.x % kRowLanes;
+    const int padded_tokens = p.stats_width, group = f.q_heads / f.kv_heads, chunk = threadIdx.x % kRowLanes;
     // NOTE: rows past the end run along on row 0, because the sums need every lane of the warp.
     const int64_t row = (int64_t(blockIdx.x) * kPrepareThreads + threadIdx.x) / kRowLanes;
     const bool exists = row < int64_t(f.batch) * padded_tokens * f.kv_heads;
@@ -72,7 +72,8 @@ __global__ __launch_bounds__(kPrepareThreads) void xsa_attention_prepare_kernel(
         if (inside && !live) *row_chunk(p.dq, batch, token, head, chunk) = zeros;
         if (exists && chunk == 0) {
             const float lse_log2 = live ? f.lse[stat * f.tokens + token] * kLog2e : 0.0f;
-            reinterpret_cast<float2*>(p.stats)[stat * padded_tokens + token] = make_float2(lse_log2, delta);
+            p.stats[2 * stat * padded_tokens + token] = lse_log2;
+            p.stats[(2 * stat + 1) * padded_tokens + token] = delta;
             if (p.dgate.data != nullptr && inside) {
                 const int64_t at = batch * p.dgate.batch_stride + token * p.dgate.token_stride + head * p.dgate.head_stride;
                 const float dgate = live ? delta / gate : 0.0f;
@@ -103,7 +104,7 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
     __shared__ uint64_t s_full[kQueryStages], s_empty[kQueryStages], s_keys_full;
     uint8_t* s_keys = align_tiles(dynamic_shared);                         // [kKeyGroups] tiles of k, then of v
     uint8_t* s_queries = s_keys + 2 * kKeyGroups * kTileBytes;             // [kQueryStages] of a q and a dy tile
-    uint8_t* s_stats = s_queries + 2 * kQueryStages * kTileBytes;          // [kQueryStages] of 64 (lse, delta)
+    uint8_t* s_stats = s_queries + 2 * kQueryStages * kTileBytes;          // [kQueryStages] of 64 lse, 64 delta
 
     const XsaAttentionParams& f = p.fwd;
     const Sequence seq = find_sequence(p.keys, f.tokens, false);
@@ -120,7 +121,7 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
         ptx::fence_mbarrier_init();
     }
     __syncthreads();
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+    const int warpgroup = uniform(threadIdx.x / 128);
 
     if (warpgroup == kKeyGroups) {
         ptx::registers_decrease<32>();
@@ -139,7 +140,7 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
                 ptx::mbarrier_arrive_expect(&s_full[stage], 2 * kTileBytes + kStatBytes);
                 ptx::tma_load_4d(queries, &map_q, &s_full[stage], 0, head, token, seq.batch);
                 ptx::tma_load_4d(queries + kTileBytes, &map_dy, &s_full[stage], 0, head, token, seq.batch);
-                ptx::tma_load_2d(s_stats + stage * kStatBytes, &map_stats, &s_full[stage], 2 * token, seq.batch * f.q_heads + head);
+                ptx::tma_load_2d(s_stats + stage * kStatBytes, &map_stats, &s_full[stage], token, 2 * (seq.batch * f.q_heads + head));
             }
         }
     } else {
@@ -156,60 +157,73 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
         const uint64_t queries = wgmma::descriptor(s_queries), queries_mn = wgmma::descriptor_mn_major(s_queries, 0);
 
         ptx::mbarrier_wait(&s_keys_full, 0);
-        int tile = first;
-        for (int i = 0; i < steps; ++i) {
-            const int stage = i % kQueryStages, offset = stage * 2 * kTileBytes;
-            ptx::mbarrier_wait(&s_full[stage], i / kQueryStages & 1);
-            if (tile >= mine) {
-                // Rows are keys, columns are queries.
-                float s[32], dp[32];
-                uint32_t operand[16];
-                begin_products();
-                product_abt(s, keys, wgmma::advance(queries, offset));
-                wgmma::commit();
-                product_abt(dp, values, wgmma::advance(queries, offset + kTileBytes));
-                wgmma::commit();
-                wgmma::wait<1>();
-                wgmma::pin(s);
-                if (tile == mine || tile == tiles - 1) {
-                    const int end = seq.length - tile * kTile, diagonal = tile == mine ? 0 : -kTile;
-#pragma unroll
-                    for (int e = 0; e < 32; ++e) {
-                        const int column = 8 * (e / 4) + 2 * (lane % 4) + e % 2;
-                        if (column < row + 8 * (e / 2 % 2) + diagonal || column >= end) s[e] = -INFINITY;
-                    }
-                }
-                const float4* stats = reinterpret_cast<const float4*>(s_stats + stage * kStatBytes) + lane % 4;  // of two columns
-                float delta[16];
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    const float4 two = stats[4 * j];
-                    delta[2 * j] = two.y;
-                    delta[2 * j + 1] = two.w;
-                    s[4 * j] = ptx::exp2_approx(fmaf(s[4 * j], scale_log2, -two.x));
-                    s[4 * j + 1] = ptx::exp2_approx(fmaf(s[4 * j + 1], scale_log2, -two.z));
-                    s[4 * j + 2] = ptx::exp2_approx(fmaf(s[4 * j + 2], scale_log2, -two.x));
-                    s[4 * j + 3] = ptx::exp2_approx(fmaf(s[4 * j + 3], scale_log2, -two.z));
-                }
-                wgmma::wait<0>();
-                wgmma::pin(dp);
-                pack(operand, s);
-                begin_products();
-                product_ab(dv, operand, wgmma::advance(queries_mn, offset + kTileBytes));
-                wgmma::commit();
-#pragma unroll
-                for (int e = 0; e < 32; ++e) s[e] *= dp[e] - delta[2 * (e / 4) + e % 2];
-                uint32_t ds[16];
-                pack(ds, s);
-                begin_products();
-                product_ab(dk, ds, wgmma::advance(queries_mn, offset));
-                wgmma::commit();
-                wgmma::wait<0>();
-                wgmma::pin(dk);
-                wgmma::pin(dv);
-            }
-            if (lane == 0) ptx::mbarrier_arrive(&s_empty[stage]);
+        int step = 0, tile = first;
+        auto next_step = [&] {
+            ++step;
             tile = tile + 1 < tiles ? tile + 1 : first;
+        };
+        auto release = [&](int passed) {
+            if (lane == 0) ptx::mbarrier_arrive(&s_empty[passed % kQueryStages]);
+        };
+        for (; step < steps; next_step()) {
+            ptx::mbarrier_wait(&s_full[step % kQueryStages], step / kQueryStages & 1);
+            if (tile < mine) {  // queries that see none of this warpgroup's keys
+                release(step);
+                continue;
+            }
+            // Rows are keys, columns are queries.
+            const int stage = step % kQueryStages;
+            const uint64_t q = wgmma::advance(queries_mn, stage * 2 * kTileBytes);
+            float s[32], dp[32];
+            uint32_t operand[16];
+            begin_products();
+            product_abt(s, keys, wgmma::advance(queries, stage * 2 * kTileBytes));
+            wgmma::commit();
+            product_abt(dp, values, wgmma::advance(queries, (stage * 2 + 1) * kTileBytes));
+            wgmma::commit();
+            wgmma::wait<1>();
+            wgmma::pin(s);
+            if (tile == mine || tile == tiles - 1) {
+                const int end = seq.length - tile * kTile, diagonal = tile == mine ? 0 : -kTile;
+#pragma unroll
+                for (int e = 0; e < 32; ++e) {
+                    const int column = 8 * (e / 4) + 2 * (lane % 4) + e % 2;
+                    if (column < row + 8 * (e / 2 % 2) + diagonal || column >= end) s[e] = -INFINITY;
+                }
+            }
+            const float2* lse = reinterpret_cast<const float2*>(s_stats + stage * kStatBytes) + lane % 4;  // of two columns
+            const float2* delta = lse + kTile / 2;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const float2 two = lse[4 * j];
+                s[4 * j] = ptx::exp2_approx(fmaf(s[4 * j], scale_log2, -two.x));
+                s[4 * j + 1] = ptx::exp2_approx(fmaf(s[4 * j + 1], scale_log2, -two.y));
+                s[4 * j + 2] = ptx::exp2_approx(fmaf(s[4 * j + 2], scale_log2, -two.x));
+                s[4 * j + 3] = ptx::exp2_approx(fmaf(s[4 * j + 3], scale_log2, -two.y));
+            }
+            pack(operand, s);
+            wgmma::wait<0>();
+            wgmma::pin(dp);
+            begin_products();
+            product_ab(dv, operand, wgmma::advance(q, kTileBytes), true);
+            wgmma::commit();
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const float2 two = delta[4 * j];
+                s[4 * j] *= dp[4 * j] - two.x;
+                s[4 * j + 1] *= dp[4 * j + 1] - two.y;
+                s[4 * j + 2] *= dp[4 * j + 2] - two.x;
+                s[4 * j + 3] *= dp[4 * j + 3] - two.y;
+            }
+            uint32_t ds[16];
+            pack(ds, s);
+            begin_products();
+            product_ab(dk, ds, q, true);
+            wgmma::commit();
+            wgmma::wait<0>();
+            wgmma::pin(dk);
+            wgmma::pin(dv);
+            release(step);
         }
 
         // Through the tiles of k and v, which no product of this warpgroup reads any more.
@@ -259,7 +273,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     }
     __syncthreads();
 
-    const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const QueryTile mine = find_query_tile(f.q_heads, f.kv_heads, seq.block, warpgroup);
     auto load_keys = [&](int j) {
         uint64_t* full = &barriers.full[j % kStages];
@@ -281,40 +295,40 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
 
     const int warp = threadIdx.x / 32 % 4, row = 16 * warp + lane / 4;
     const float scale_log2 = f.scale * kLog2e;
-    const int last = min(mine.tile, key_tiles - 1);
-    float2 stat[2] = {};  // lse, delta of this thread's rows; zeros for rows past the end, whose results go nowhere
+    const int last = uniform(min(mine.tile, key_tiles - 1));
+    float lse[2] = {}, delta[2] = {};  // of this thread's rows; zeros for rows past the end, whose results go nowhere
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int token = mine.tile * kTile + row + 8 * r;
-        const int64_t at = (int64_t(seq.batch) * f.q_heads + mine.head) * (f.tokens + f.tokens % 2) + seq.start + token;
-        if (token < seq.length) stat[r] = reinterpret_cast<const float2*>(p.stats)[at];
+        const int64_t at = 2 * (int64_t(seq.batch) * f.q_heads + mine.head) * p.stats_width + seq.start + token;
+        if (token >= seq.length) continue;
+        lse[r] = p.stats[at];
+        delta[r] = p.stats[at + p.stats_width];
     }
     float dq[32];
-#pragma unroll
-    for (int i = 0; i < 32; ++i) dq[i] = 0.0f;
     uint8_t* own_rows = s_rows + 2 * warpgroup * kTileBytes;
     const uint64_t q = wgmma::descriptor(own_rows), dy = wgmma::descriptor(own_rows + kTileBytes);
     const uint64_t keys = wgmma::descriptor(s_keys), keys_mn = wgmma::descriptor_mn_major(s_keys, 0);
 
     ptx::mbarrier_wait(&barriers.rows, 0);
-    for (int j = 0; j <= last; ++j) {
-        const int stage = j % kStages, offset = stage * 2 * kTileBytes;
-        // Refills the stage that both warpgroups should have left by now: the one before the last they finished.
-        if (threadIdx.x == 0 && j >= 2 && j - 2 + kStages < key_tiles) {
-            ptx::mbarrier_wait(&barriers.empty[(j - 2) % kStages], (j - 2) / kStages & 1);
-            load_keys(j - 2 + kStages);
-        }
-        float s[32], dp[32];
-        uint32_t ds[16];
-        ptx::mbarrier_wait(&barriers.full[stage], j / kStages & 1);
+    float s[32], dp[32];
+    auto start_scores = [&](int j) {
+        ptx::mbarrier_wait(&barriers.full[j % kStages], j / kStages & 1);
         begin_products();
-        product_abt(s, q, wgmma::advance(keys, offset));
+        product_abt(s, q, wgmma::advance(keys, j % kStages * 2 * kTileBytes));
         wgmma::commit();
+    };
+    // Scores of tile j, already started, to its part of dq, which is left running.
+    auto finish_tile = [&](int j, bool diagonal) {
+        const int offset = j % kStages * 2 * kTileBytes;
+        uint32_t ds[16];
+        wgmma::wait<0>();
+        wgmma::pin(s);
+        begin_products();
         product_abt(dp, dy, wgmma::advance(keys, offset + kTileBytes));
         wgmma::commit();
-        wgmma::wait<1>();
-        wgmma::pin(s);
-        if (j == mine.tile) {
+        if (lane == 0 && j > 0) ptx::mbarrier_arrive(&barriers.empty[(j - 1) % kStages]);
+        if (diagonal) {
 #pragma unroll
             for (int e = 0; e < 32; ++e) {
                 const int column = 8 * (e / 4) + 2 * (lane % 4) + e % 2;
@@ -322,19 +336,29 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
             }
         }
 #pragma unroll
-        for (int e = 0; e < 32; ++e) s[e] = ptx::exp2_approx(fmaf(s[e], scale_log2, -stat[e / 2 % 2].x));
+        for (int e = 0; e < 32; ++e) s[e] = ptx::exp2_approx(fmaf(s[e], scale_log2, -lse[e / 2 % 2]));
         wgmma::wait<0>();
         wgmma::pin(dp);
 #pragma unroll
-        for (int e = 0; e < 32; ++e) s[e] *= dp[e] - stat[e / 2 % 2].y;
+        for (int e = 0; e < 32; ++e) s[e] *= dp[e] - delta[e / 2 % 2];
         pack(ds, s);
         begin_products();
-        product_ab(dq, ds, wgmma::advance(keys_mn, offset));
+        product_ab(dq, ds, wgmma::advance(keys_mn, offset), j > 0);
         wgmma::commit();
-        wgmma::wait<0>();
-        wgmma::pin(dq);
-        if (lane == 0) ptx::mbarrier_arrive(&barriers.empty[stage]);
+    };
+    start_scores(0);
+    for (int j = 0; j < last; ++j) {
+        // Refills the stage that both warpgroups should have left by now: the one before the last they finished.
+        if (threadIdx.x == 0 && j >= 2 && j - 2 + kStages < key_tiles) {
+            ptx::mbarrier_wait(&barriers.empty[(j - 2) % kStages], (j - 2) / kStages & 1);
+            load_keys(j - 2 + kStages);
+        }
+        finish_tile(j, false);
+        start_scores(j + 1);
     }
+    finish_tile(last, true);
+    wgmma::wait<0>();
+    wgmma::pin(dq);
 
     ptx::named_sync(1 + warpgroup, 128);
 #pragma unroll
@@ -345,10 +369,9 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     });
 }
 
-// 64 tokens' (lse, delta) of one head per box; coordinates (2 token, batch and head).
-static cudaError_t stats_map(CUtensorMap* map, const float* stats, int rows, int tokens) {
-    const uint64_t width = 2 * uint64_t(tokens + tokens % 2);
-    TensorMapDims dims{2, {width, uint64_t(rows)}, {width * 4}, {2 * kTile, 1}};
+// 64 tokens' lse and delta of one head per box; coordinates (token, 2 (batch and head)).
+static cudaError_t stats_map(CUtensorMap* map, const float* stats, int heads, uint64_t width) {
+    TensorMapDims dims{2, {width, 2 * uint64_t(heads)}, {width * 4}, {kTile, 2}};
     return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, stats, dims, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
@@ -362,7 +385,7 @@ cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t strea
     if (status == cudaSuccess) status = tile_map(&map_dy, p.dy, f.q_heads, f.tokens, f.batch);
     if (status == cudaSuccess) status = tile_map(&map_k, f.k, f.kv_heads, f.tokens, f.batch);
     if (status == cudaSuccess) status = tile_map(&map_v, f.v, f.kv_heads, f.tokens, f.batch);
-    if (status == cudaSuccess) status = stats_map(&map_stats, p.stats, f.batch * f.q_heads, f.tokens);
+    if (status == cudaSuccess) status = stats_map(&map_stats, p.stats, f.batch * f.q_heads, p.stats_width);
     if (status == cudaSuccess && f.cu_seqlens != nullptr) {
         status = xsa_attention_plan(f.cu_seqlens, f.documents, f.queries, true, stream);
         if (status == cudaSuccess) status = xsa_attention_plan(f.cu_seqlens, f.documents, p.keys, false, stream);
@@ -372,7 +395,7 @@ cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t strea
     if (status == cudaSuccess) status = allow_shared(reinterpret_cast<const void*>(xsa_attention_dq_kernel), kQueryShared);
     if (status != cudaSuccess) return status;
 
-    const int64_t lanes = int64_t(f.batch) * (f.tokens + f.tokens % 2) * f.kv_heads * kRowLanes;
+    const int64_t lanes = f.batch * p.stats_width * f.kv_heads * kRowLanes;
     xsa_attention_prepare_kernel<<<(lanes + kPrepareThreads - 1) / kPrepareThreads, kPrepareThreads, 0, stream>>>(p);
     const int key_blocks = f.cu_seqlens != nullptr ? xsa_plan_capacity(f.tokens, f.documents, kXsaKeysPerBlock) - 1
                                                    : (f.tokens + kXsaKeysPerBlock - 1) / kXsaKeysPerBlock;

@@ -21,11 +21,14 @@ __device__ __forceinline__ void softmax_tile(uint32_t (&p)[16], float (&s)[32], 
             if (column > row + 8 * (i / 2 % 2)) s[i] = -INFINITY;
         }
     }
-    float top[2] = {s[0], s[2]};
+    // Eight short chains instead of two long ones: the latency of a maximum is what a warp would wait for.
+    float partial[8];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
-    top[0] = quad_max(top[0]);
-    top[1] = quad_max(top[1]);
+    for (int i = 0; i < 8; ++i) partial[i] = s[i];
+#pragma unroll
+    for (int i = 8; i < 32; ++i) partial[i % 8] = fmaxf(partial[i % 8], s[i]);
+    const float top[2] = {quad_max(fmaxf(fmaxf(partial[0], partial[1]), fmaxf(partial[4], partial[5]))),
+                          quad_max(fmaxf(fmaxf(partial[2], partial[3]), fmaxf(partial[6], partial[7])))};
     const bool outgrown = (top[0] - state.maximum[0]) * scale_log2 > kSlack || (top[1] - state.maximum[1]) * scale_log2 > kSlack;
     if (__any_sync(0xffffffffu, outgrown)) {
 #pragma unroll
@@ -57,7 +60,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     uint8_t* s_keys = s_q + kConsumers * kTileBytes;        // [kStages] of a key and a value tile
 
     const Sequence seq = find_sequence(p.queries, p.tokens, true);
-    const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     if (seq.length == 0) {  // tokens after the last document
         const QueryTile mine = find_query_tile(p.q_heads, p.kv_heads, seq.block, warpgroup);
         for (int i = threadIdx.x % 128; i < kTile * 8; i += 128) {
@@ -101,45 +104,56 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     const int warp = threadIdx.x / 32 % 4, row = 16 * warp + lane / 4;
     const float scale_log2 = p.scale * kLog2e;
     // NOTE: a tile wholly past the sequence's end runs along, so that every stage is released, and stores nothing.
-    const int last = min(mine.tile, key_tiles - 1);
+    const int last = uniform(min(mine.tile, key_tiles - 1));
 
-    uint32_t q[16], probabilities[16];
-    float s[32], o[32];
+    uint32_t probabilities[16];
+    float even[32], odd[32], o[32];  // scores of even and odd key tiles
     OnlineSoftmax state;
 #pragma unroll
     for (int i = 0; i < 32; ++i) o[i] = 0.0f;
+    const uint64_t q = wgmma::descriptor(s_q + warpgroup * kTileBytes);
     const uint64_t keys = wgmma::descriptor(s_keys), values = wgmma::descriptor_mn_major(s_keys + kTileBytes, 0);
 
     ptx::mbarrier_wait(&barriers.rows, 0);
-    load_operand(q, s_q + warpgroup * kTileBytes, warp, lane);
     ptx::mbarrier_wait(&barriers.full[0], 0);
     begin_products();
-    product_abt(s, q, keys);
+    product_abt(even, q, keys);
     wgmma::commit();
     wgmma::wait<0>();
-    wgmma::pin(s);
-    for (int j = 0; j < last; ++j) {
-        const int stage = j % kStages, next = (j + 1) % kStages;
+    wgmma::pin(even);
+    // The scores of tile j + 1 are on the tensor cores while those of tile j become probabilities.
+    auto step = [&](float (&now)[32], float (&next)[32], int j) {
         // Refills the stage that both warpgroups should have left by now: the one before the last they finished.
         if (threadIdx.x == 0 && j >= 2 && j - 2 + kStages < key_tiles) {
             ptx::mbarrier_wait(&barriers.empty[(j - 2) % kStages], (j - 2) / kStages & 1);
             load_keys(j - 2 + kStages);
         }
-        softmax_tile<false>(probabilities, s, o, state, scale_log2, row, lane);
+        ptx::mbarrier_wait(&barriers.full[(j + 1) % kStages], (j + 1) / kStages & 1);
         begin_products();
-        product_ab(o, probabilities, wgmma::advance(values, stage * 2 * kTileBytes));
-        ptx::mbarrier_wait(&barriers.full[next], (j + 1) / kStages & 1);
+        product_abt(next, q, wgmma::advance(keys, (j + 1) % kStages * 2 * kTileBytes));
+        wgmma::commit();
+        softmax_tile<false>(probabilities, now, o, state, scale_log2, row, lane);
         begin_products();
-        product_abt(s, q, wgmma::advance(keys, next * 2 * kTileBytes));
+        product_ab(o, probabilities, wgmma::advance(values, j % kStages * 2 * kTileBytes), j > 0);
         wgmma::commit();
         wgmma::wait<0>();
-        wgmma::pin(s);
+        wgmma::pin(next);
         wgmma::pin(o);
-        if (lane == 0) ptx::mbarrier_arrive(&barriers.empty[stage]);
+        if (lane == 0) ptx::mbarrier_arrive(&barriers.empty[j % kStages]);
+    };
+    int j = 0;
+    for (; j + 1 < last; j += 2) {
+        step(even, odd, j);
+        step(odd, even, j + 1);
     }
-    softmax_tile<true>(probabilities, s, o, state, scale_log2, row, lane);
+    if (j < last) {
+        step(even, odd, j);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) even[i] = odd[i];
+    }
+    softmax_tile<true>(probabilities, even, o, state, scale_log2, row, lane);
     begin_products();
-    product_ab(o, probabilities, wgmma::advance(values, last % kStages * 2 * kTileBytes));
+    product_ab(o, probabilities, wgmma::advance(values, last % kStages * 2 * kTileBytes), last > 0);
     wgmma::commit();
     wgmma::wait<0>();
     wgmma::pin(o);
@@ -176,7 +190,8 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
             p.own[at_row] = own;
         }
     }
-    // Through this warp's rows of the query tile, which it has read: no other warp touches them.
+    // Through this warp's rows of the query tile, once no product reads it any more.
+    ptx::named_sync(1 + warpgroup, 128);
     store_rows(s_q + warpgroup * kTileBytes, o, warp, lane, [&](int at, int chunk, uint4 value) {
         const int token = mine.tile * kTile + at;
         if (token < seq.length) *row_chunk(p.out, seq.batch, seq.start + token, mine.head, chunk) = value;
