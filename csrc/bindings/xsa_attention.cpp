@@ -92,7 +92,8 @@ void bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, optional<Tensor> gate, T
     p.dv = head_rows(dv, "dv", f.batch, f.tokens, f.kv_heads);
     p.dgate = gate_rows(dgate, "dgate", f.batch, f.tokens, f.q_heads);
     p.dy = head_rows(dy, "dy", f.batch, f.tokens, f.q_heads);
-    p.stats_width = (f.tokens + 3) / 4 * 4;
+    p.stats_width = stats.size(-1);
+    STD_TORCH_CHECK(p.stats_width % 4 == 0 && p.stats_width >= f.tokens + 4 * f.documents, "stats: too narrow");
     p.stats = head_stats(stats, "stats", {int64_t(f.batch) * f.q_heads, 2, p.stats_width});
     OnDeviceOf device(q);
     check_launch(xsa_attention_bwd(p, device.stream), "xsa_attention_bwd");

@@ -30,19 +30,24 @@ __device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 struct Sequence {
     int batch, start, length;
-    int block;  // index of this block's tokens in the sequence; negative: see tail_block
+    int block;     // index of this block's tokens in the sequence
+    int document;  // 0 in a dense batch
     __device__ int tiles() const { return (length + kTile - 1) / kTile; }
 };
 
 // Entry blockIdx.x of the plan, or of row blockIdx.z of a dense batch. The grid is larger than the plan: a block without an
 // entry gets length 0 and the index of a block of tokens after the last document, counted from `start`.
 __device__ inline Sequence find_sequence(const XsaPlan& plan, int tokens, bool last_first) {
-    if (plan.entries == nullptr) return {int(blockIdx.z), 0, tokens, int(last_first ? gridDim.x - 1 - blockIdx.x : blockIdx.x)};
+    if (plan.entries == nullptr) return {int(blockIdx.z), 0, tokens, int(last_first ? gridDim.x - 1 - blockIdx.x : blockIdx.x), 0};
     const int4 header = plan.entries[0];
-    if (int(blockIdx.x) >= header.x) return {0, header.y, 0, int(blockIdx.x) - header.x};
+    if (int(blockIdx.x) >= header.x) return {0, header.y, 0, int(blockIdx.x) - header.x, 0};
     const int4 entry = plan.entries[1 + blockIdx.x];
-    return {0, entry.x, entry.y, entry.z};
+    return {0, entry.x, entry.y, entry.z, entry.w};
 }
+
+// Place of a sequence's first token in a row of stats. NOTE: a multiple of 4 whatever the start: the copy engine takes boxes whose
+// first element is 16-byte aligned in memory and calls any other an illegal instruction.
+__device__ inline int stats_place(int start, int document) { return start / 4 * 4 + 4 * document; }
 
 // Head, tile and key head of one of the two warpgroups of a query block.
 struct QueryTile {
@@ -102,7 +107,7 @@ __device__ inline void pack(uint32_t (&a)[16], const float (&d)[32]) {
 }
 
 // Writes this warp's 16 rows of a fragment as bf16 into its rows of a tile, then hands each lane whole 16-byte chunks:
-// store(row, chunk, value) for 16 rows x 8 chunks.
+// store(row, chunk, value, i) with row = 16 warp + 4 i + lane / 8, chunk = lane % 8.
 template <class Store>
 __device__ inline void store_rows(uint8_t* tile, const float (&d)[32], int warp, int lane, Store&& store) {
     uint32_t packed[16];
@@ -116,7 +121,7 @@ __device__ inline void store_rows(uint8_t* tile, const float (&d)[32], int warp,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = 16 * warp + 4 * i + lane / 8, chunk = lane % 8;
-        store(row, chunk, *reinterpret_cast<const uint4*>(tile + swizzled(row, chunk)));
+        store(row, chunk, *reinterpret_cast<const uint4*>(tile + swizzled(row, chunk)), i);
     }
 }
 

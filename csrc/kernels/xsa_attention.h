@@ -34,7 +34,7 @@ struct GateRows {
     int64_t batch_stride, token_stride, head_stride;
 };
 
-// Work list of packed documents: plan[0] = {entries, end of the last document, -, -}, then {start, length, index, -} of
+// Work list of packed documents: plan[0] = {entries, end of the last document, -, -}, then {start, length, index, document} of
 // every block of `tokens_per_block` tokens, all blocks of one document together, longest document first.
 struct XsaPlan {
     int4* entries;          // room for xsa_plan_capacity; null for a dense batch
@@ -69,8 +69,8 @@ struct XsaAttentionBwdParams {
     HeadRows dq, dk, dv;
     GateRows dgate;
     HeadRows dy;               // scratch, [B, T, Hq, 64]
-    float* stats;              // scratch, [B Hq, 2, stats_width]: lse in base 2, delta
-    int64_t stats_width;       // T rounded up to a multiple of 4
+    float* stats;              // scratch, [B Hq, 2, stats_width]: lse in base 2, delta; a token's place: stats_place
+    int64_t stats_width;       // multiple of 4, at least T + 4 documents
 };
 cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t stream);
 

@@ -35,29 +35,47 @@ __device__ inline float dot(const Eight& a, const Eight& b) {
     return row_sum(sum);
 }
 
-__device__ inline int end_of_documents(const XsaAttentionParams& f) { return f.cu_seqlens ? f.cu_seqlens[f.documents] : f.tokens; }
+// Where a token's stats lie; negative for a token after the last document.
+__device__ inline int64_t find_stats_place(const XsaAttentionParams& f, int token) {
+    if (f.cu_seqlens == nullptr) return token;
+    if (f.documents == 0 || token >= f.cu_seqlens[f.documents]) return -1;
+    int document = 0;
+    for (int end = f.documents; end - document > 1;) {
+        const int middle = (document + end) / 2;
+        (f.cu_seqlens[middle] <= token ? document : end) = middle;
+    }
+    const int start = f.cu_seqlens[document];
+    return stats_place(start, document) + token - start;
+}
 
 // Eight lanes per (token, key head): dy, delta and dgate of its query heads, and the part of dv that does not pass
 // through the probabilities, which is left in dv. Tokens after the last document get zeros everywhere.
-__global__ __launch_bounds__(kPrepareThreads) void xsa_attention_prepare_kernel(const __grid_constant__ XsaAttentionBwdParams p) {
+// A block takes neighbouring tokens of one head, whose stats share memory sectors.
+__global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kernel(const __grid_constant__ XsaAttentionBwdParams p) {
     const XsaAttentionParams& f = p.fwd;
-    const int padded_tokens = p.stats_width, group = f.q_heads / f.kv_heads, chunk = threadIdx.x % kRowLanes;
-    // NOTE: rows past the end run along on row 0, because the sums need every lane of the warp.
-    const int64_t row = (int64_t(blockIdx.x) * kPrepareThreads + threadIdx.x) / kRowLanes;
-    const bool exists = row < int64_t(f.batch) * padded_tokens * f.kv_heads;
-    const int kv_head = exists ? row % f.kv_heads : 0, token = exists ? row / f.kv_heads % padded_tokens : 0;
-    const int batch = exists ? row / f.kv_heads / padded_tokens : 0;
-    const bool inside = exists && token < f.tokens, live = inside && token < end_of_documents(f);
+    const int group = f.q_heads / f.kv_heads, chunk = threadIdx.x % kRowLanes;
+    const int batch = blockIdx.z, kv_head = blockIdx.y, row = (blockIdx.x * kPrepareThreads + threadIdx.x) / kRowLanes;
+    // NOTE: rows past the end run along on token 0, because the sums need every lane of the warp.
+    const bool exists = row < f.tokens;
+    const int token = exists ? row : 0;
+    const int64_t place = find_stats_place(f, token);
+    const bool live = exists && place >= 0;
     const uint4 zeros = make_uint4(0, 0, 0, 0);
 
     const Eight v(live ? *row_chunk(f.v, batch, token, kv_head, chunk) : zeros);
     const float inverse_square = f.xsa ? 1.0f / fmaxf(dot(v, v), 1e-24f) : 0.0f;
     float dv[8] = {};
+    // One head ahead: its loads are in flight while this head's sums wait for their shuffles.
+    uint4 next_grad = live ? __ldg(row_chunk(p.grad_out, batch, token, kv_head * group, chunk)) : zeros;
+    uint4 next_out = live ? __ldg(row_chunk(f.out, batch, token, kv_head * group, chunk)) : zeros;
     for (int g = 0; g < group; ++g) {
         const int head = kv_head * group + g;
         const int64_t stat = (int64_t(batch) * f.q_heads + head);
-        const Eight grad_out(live ? *row_chunk(p.grad_out, batch, token, head, chunk) : zeros);
-        const Eight out(live ? *row_chunk(f.out, batch, token, head, chunk) : zeros);
+        const Eight grad_out(next_grad), out(next_out);
+        if (live && g + 1 < group) {
+            next_grad = __ldg(row_chunk(p.grad_out, batch, token, head + 1, chunk));
+            next_out = __ldg(row_chunk(f.out, batch, token, head + 1, chunk));
+        }
         const float gate = f.gate.data != nullptr && live ? load_gate(f.gate, batch, token, head) : 1.0f;
         const float own = live ? f.own[stat * f.tokens + token] : 0.0f;
         const float delta = dot(grad_out, out);
@@ -68,29 +86,28 @@ __global__ __launch_bounds__(kPrepareThreads) void xsa_attention_prepare_kernel(
             dy[i] = gate * (grad_out.x[i] - share * v.x[i]);
             dv[i] -= share * out.x[i] + own * dy[i];
         }
-        if (inside) *row_chunk(p.dy, batch, token, head, chunk) = to_bf16(dy);
-        if (inside && !live) *row_chunk(p.dq, batch, token, head, chunk) = zeros;
-        if (exists && chunk == 0) {
-            const float lse_log2 = live ? f.lse[stat * f.tokens + token] * kLog2e : 0.0f;
-            p.stats[2 * stat * padded_tokens + token] = lse_log2;
-            p.stats[(2 * stat + 1) * padded_tokens + token] = delta;
-            if (p.dgate.data != nullptr && inside) {
-                const int64_t at = batch * p.dgate.batch_stride + token * p.dgate.token_stride + head * p.dgate.head_stride;
-                const float dgate = live ? delta / gate : 0.0f;
-                if (p.dgate.is_bf16) static_cast<__nv_bfloat16*>(p.dgate.data)[at] = __float2bfloat16(dgate);
-                else static_cast<float*>(p.dgate.data)[at] = dgate;
-            }
+        if (exists) *row_chunk(p.dy, batch, token, head, chunk) = to_bf16(dy);
+        if (exists && !live) *row_chunk(p.dq, batch, token, head, chunk) = zeros;
+        if (live && chunk == 0) {
+            p.stats[2 * stat * p.stats_width + place] = f.lse[stat * f.tokens + token] * kLog2e;
+            p.stats[(2 * stat + 1) * p.stats_width + place] = delta;
+        }
+        if (exists && chunk == 0 && p.dgate.data != nullptr) {
+            const int64_t at = batch * p.dgate.batch_stride + token * p.dgate.token_stride + head * p.dgate.head_stride;
+            const float dgate = live ? delta / gate : 0.0f;
+            if (p.dgate.is_bf16) static_cast<__nv_bfloat16*>(p.dgate.data)[at] = __float2bfloat16(dgate);
+            else static_cast<float*>(p.dgate.data)[at] = dgate;
         }
     }
-    if (inside) *row_chunk(p.dv, batch, token, kv_head, chunk) = to_bf16(dv);
-    if (inside && !live) *row_chunk(p.dk, batch, token, kv_head, chunk) = zeros;
+    if (exists) *row_chunk(p.dv, batch, token, kv_head, chunk) = to_bf16(dv);
+    if (exists && !live) *row_chunk(p.dk, batch, token, kv_head, chunk) = zeros;
 }
 
 // ---- dk and dv: a block owns 192 keys of one key head and walks over the queries of its whole group ------------
 
 constexpr int kKeyGroups = kXsaKeysPerBlock / kTile;  // warpgroups that multiply, one tile of keys each
 constexpr int kKeyThreads = kKeyGroups * 128 + 128;
-constexpr int kQueryStages = 6;
+constexpr int kQueryStages = 8;  // query and dy tiles in flight
 constexpr int kStatBytes = kTile * 8;
 constexpr int kKeyShared = 1024 + (2 * kKeyGroups + 2 * kQueryStages) * kTileBytes + kQueryStages * kStatBytes;
 
@@ -140,7 +157,8 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
                 ptx::mbarrier_arrive_expect(&s_full[stage], 2 * kTileBytes + kStatBytes);
                 ptx::tma_load_4d(queries, &map_q, &s_full[stage], 0, head, token, seq.batch);
                 ptx::tma_load_4d(queries + kTileBytes, &map_dy, &s_full[stage], 0, head, token, seq.batch);
-                ptx::tma_load_2d(s_stats + stage * kStatBytes, &map_stats, &s_full[stage], token, 2 * (seq.batch * f.q_heads + head));
+                ptx::tma_load_2d(s_stats + stage * kStatBytes, &map_stats, &s_full[stage],
+                                 stats_place(seq.start, seq.document) + token - seq.start, 2 * (seq.batch * f.q_heads + head));
             }
         }
     } else {
@@ -181,6 +199,11 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
             wgmma::commit();
             product_abt(dp, values, wgmma::advance(queries, (stage * 2 + 1) * kTileBytes));
             wgmma::commit();
+            // Read while the products run.
+            const float2* stats = reinterpret_cast<const float2*>(s_stats + stage * kStatBytes) + lane % 4;  // of two columns
+            float2 lse[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) lse[j] = stats[4 * j];
             wgmma::wait<1>();
             wgmma::pin(s);
             if (tile == mine || tile == tiles - 1) {
@@ -191,11 +214,9 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
                     if (column < row + 8 * (e / 2 % 2) + diagonal || column >= end) s[e] = -INFINITY;
                 }
             }
-            const float2* lse = reinterpret_cast<const float2*>(s_stats + stage * kStatBytes) + lane % 4;  // of two columns
-            const float2* delta = lse + kTile / 2;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                const float2 two = lse[4 * j];
+                const float2 two = lse[j];
                 s[4 * j] = ptx::exp2_approx(fmaf(s[4 * j], scale_log2, -two.x));
                 s[4 * j + 1] = ptx::exp2_approx(fmaf(s[4 * j + 1], scale_log2, -two.y));
                 s[4 * j + 2] = ptx::exp2_approx(fmaf(s[4 * j + 2], scale_log2, -two.x));
@@ -209,7 +230,7 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
             wgmma::commit();
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                const float2 two = delta[4 * j];
+                const float2 two = stats[kTile / 2 + 4 * j];
                 s[4 * j] *= dp[4 * j] - two.x;
                 s[4 * j + 1] *= dp[4 * j + 1] - two.y;
                 s[4 * j + 2] *= dp[4 * j + 2] - two.x;
@@ -226,23 +247,28 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
             release(step);
         }
 
+        uint4 direct[4];  // what prepare left in dv, in store_rows' order
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int token = mine * kTile + 16 * warp + 4 * i + lane / 8;
+            if (token < seq.length) direct[i] = *row_chunk(p.dv, seq.batch, seq.start + token, kv_head, lane % 8);
+        }
         // Through the tiles of k and v, which no product of this warpgroup reads any more.
         ptx::named_sync(1 + warpgroup, 128);
 #pragma unroll
         for (int i = 0; i < 32; ++i) dk[i] *= f.scale;
-        store_rows(own_k, dk, warp, lane, [&](int at, int chunk, uint4 value) {
+        store_rows(own_k, dk, warp, lane, [&](int at, int chunk, uint4 value, int) {
             const int token = mine * kTile + at;
             if (token < seq.length) *row_chunk(p.dk, seq.batch, seq.start + token, kv_head, chunk) = value;
         });
-        store_rows(own_v, dv, warp, lane, [&](int at, int chunk, uint4 value) {
+        store_rows(own_v, dv, warp, lane, [&](int at, int chunk, uint4 value, int i) {
             const int token = mine * kTile + at;
             if (token >= seq.length) return;
-            uint4* g_dv = row_chunk(p.dv, seq.batch, seq.start + token, kv_head, chunk);
-            const Eight direct(*g_dv), attention(value);
+            const Eight other(direct[i]), attention(value);
             float sum[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) sum[i] = direct.x[i] + attention.x[i];
-            *g_dv = to_bf16(sum);
+            for (int e = 0; e < 8; ++e) sum[e] = other.x[e] + attention.x[e];
+            *row_chunk(p.dv, seq.batch, seq.start + token, kv_head, chunk) = to_bf16(sum);
         });
     }
 }
@@ -300,7 +326,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int token = mine.tile * kTile + row + 8 * r;
-        const int64_t at = 2 * (int64_t(seq.batch) * f.q_heads + mine.head) * p.stats_width + seq.start + token;
+        const int64_t at = 2 * (int64_t(seq.batch) * f.q_heads + mine.head) * p.stats_width + stats_place(seq.start, seq.document) + token;
         if (token >= seq.length) continue;
         lse[r] = p.stats[at];
         delta[r] = p.stats[at + p.stats_width];
@@ -363,7 +389,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     ptx::named_sync(1 + warpgroup, 128);
 #pragma unroll
     for (int i = 0; i < 32; ++i) dq[i] *= f.scale;
-    store_rows(own_rows, dq, warp, lane, [&](int at, int chunk, uint4 value) {
+    store_rows(own_rows, dq, warp, lane, [&](int at, int chunk, uint4 value, int) {
         const int token = mine.tile * kTile + at;
         if (token < seq.length) *row_chunk(p.dq, seq.batch, seq.start + token, mine.head, chunk) = value;
     });
@@ -395,8 +421,11 @@ cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t strea
     if (status == cudaSuccess) status = allow_shared(reinterpret_cast<const void*>(xsa_attention_dq_kernel), kQueryShared);
     if (status != cudaSuccess) return status;
 
-    const int64_t lanes = f.batch * p.stats_width * f.kv_heads * kRowLanes;
-    xsa_attention_prepare_kernel<<<(lanes + kPrepareThreads - 1) / kPrepareThreads, kPrepareThreads, 0, stream>>>(p);
+    // Tiles reach past a document's end into places that no token has: they must hold numbers.
+    status = cudaMemsetAsync(p.stats, 0, sizeof(float) * f.batch * f.q_heads * 2 * p.stats_width, stream);
+    if (status != cudaSuccess) return status;
+    constexpr int kRows = kPrepareThreads / kRowLanes;
+    xsa_attention_prepare_kernel<<<dim3((f.tokens + kRows - 1) / kRows, f.kv_heads, f.batch), kPrepareThreads, 0, stream>>>(p);
     const int key_blocks = f.cu_seqlens != nullptr ? xsa_plan_capacity(f.tokens, f.documents, kXsaKeysPerBlock) - 1
                                                    : (f.tokens + kXsaKeysPerBlock - 1) / kXsaKeysPerBlock;
     const int batches = f.cu_seqlens != nullptr ? 1 : f.batch;

@@ -192,7 +192,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     }
     // Through this warp's rows of the query tile, once no product reads it any more.
     ptx::named_sync(1 + warpgroup, 128);
-    store_rows(s_q + warpgroup * kTileBytes, o, warp, lane, [&](int at, int chunk, uint4 value) {
+    store_rows(s_q + warpgroup * kTileBytes, o, warp, lane, [&](int at, int chunk, uint4 value, int) {
         const int token = mine.tile * kTile + at;
         if (token < seq.length) *row_chunk(p.out, seq.batch, seq.start + token, mine.head, chunk) = value;
     });

@@ -36,7 +36,7 @@ __global__ __launch_bounds__(kThreads) void xsa_attention_plan_kernel(const int3
         const int blocks = blocks_of(d), start = cu_seqlens[d], length = cu_seqlens[d + 1] - start;
         if (blocks == 0) continue;
         int4* first = plan.entries + 1 + atomicAdd(&place[bucket_of(blocks)], blocks);
-        for (int i = 0; i < blocks; ++i) first[i] = make_int4(start, length, last_first ? blocks - 1 - i : i, 0);
+        for (int i = 0; i < blocks; ++i) first[i] = make_int4(start, length, last_first ? blocks - 1 - i : i, d);
     }
 }
 

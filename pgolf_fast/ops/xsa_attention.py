@@ -128,7 +128,7 @@ def _bwd_cpu(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa
 # ---- CUDA: the kernels of csrc/kernels/xsa_attention_*.cu
 
 HEAD_DIM = 64
-KEYS_PER_BLOCK = 128  # kXsaKeysPerBlock
+KEYS_PER_BLOCK = 192  # kXsaKeysPerBlock
 
 
 def _kernel_rows(x, argument):
@@ -173,7 +173,9 @@ def _bwd_cuda(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xs
     grad_out = _kernel_rows(grad_out, "grad_out")
     dq, dk, dv, dy = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, q))
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if gate is not None else None
-    stats = torch.empty((q.shape[0] * q.shape[2], 2, -(-q.shape[1] // 4) * 4), dtype=torch.float32, device=q.device)
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    stats_width = -(-q.shape[1] // 4) * 4 + 4 * documents
+    stats = torch.empty((q.shape[0] * q.shape[2], 2, stats_width), dtype=torch.float32, device=q.device)
     plan, plan_keys = (_plan_space(q, cu_seqlens, tokens) for tokens in (_queries_per_block(q, k), KEYS_PER_BLOCK))
     torch.ops.pgolf_fast_sm90.xsa_attention_bwd(
         grad_out, q, k, v, gate, out, lse, own, cu_seqlens, dq, dk, dv, dgate, dy, stats, plan, plan_keys, xsa, scale
