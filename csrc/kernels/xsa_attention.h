@@ -61,7 +61,7 @@ struct XsaAttentionParams {
 cudaError_t xsa_attention_fwd(const XsaAttentionParams& p, cudaStream_t stream);
 
 // With dz = gate dout and e = (dz . v) / |v|^2:
-//   dy = dz - e v,   dv += -(e z + own dy),   rowsum(dy y) = rowsum(dz z) = rowsum(dout out) =: delta,   dgate = delta / gate
+//   dy = dz - e v,   dv += -(e z + own dy),   delta = rowsum(dy y),   dgate = rowsum(dout out) / gate
 struct XsaAttentionBwdParams {
     XsaAttentionParams fwd;    // as given to the forward; out, lse and own are inputs now
     XsaPlan keys;              // scratch

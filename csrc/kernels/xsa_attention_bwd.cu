@@ -35,17 +35,39 @@ __device__ inline float dot(const Eight& a, const Eight& b) {
     return row_sum(sum);
 }
 
-// Where a token's stats lie; negative for a token after the last document.
-__device__ inline int64_t find_stats_place(const XsaAttentionParams& f, int token) {
-    if (f.cu_seqlens == nullptr) return token;
-    if (f.documents == 0 || token >= f.cu_seqlens[f.documents]) return -1;
+// Where a token's sequence starts and where its stats lie; start is negative for a token after the last document.
+struct Place {
+    int start, stats;
+};
+__device__ inline Place find_place(const XsaAttentionParams& f, int token) {
+    if (f.cu_seqlens == nullptr) return {0, token};
+    if (f.documents == 0 || token >= f.cu_seqlens[f.documents]) return {-1, 0};
     int document = 0;
     for (int end = f.documents; end - document > 1;) {
         const int middle = (document + end) / 2;
         (f.cu_seqlens[middle] <= token ? document : end) = middle;
     }
     const int start = f.cu_seqlens[document];
-    return stats_place(start, document) + token - start;
+    return {start, stats_place(start, document) + token - start};
+}
+
+// This lane's part of dout . y, from the scores up: for a gate of exactly 0, whose out tells nothing about y. Slow and rare.
+__device__ inline float recomputed_dot(const XsaAttentionBwdParams& p, int batch, int start, int token, int head, int kv_head, int lane, float lse) {
+    const XsaAttentionParams& f = p.fwd;
+    auto at = [&](const HeadRows& x, int t, int h) { return x.data + batch * x.batch_stride + int64_t(t) * x.token_stride + h * x.head_stride; };
+    const __nv_bfloat16 *q = at(f.q, token, head), *grad_out = at(p.grad_out, token, head);
+    float sum = 0.0f;
+    for (int t = start + lane; t <= token; t += kRowLanes) {
+        const __nv_bfloat16 *k = at(f.k, t, kv_head), *v = at(f.v, t, kv_head);
+        float score = 0.0f, product = 0.0f;
+#pragma unroll 1
+        for (int d = 0; d < kXsaHeadDim; ++d) {
+            score += __bfloat162float(q[d]) * __bfloat162float(k[d]);
+            product += __bfloat162float(grad_out[d]) * __bfloat162float(v[d]);
+        }
+        sum += ptx::exp2_approx((score * f.scale - lse) * kLog2e) * product;
+    }
+    return sum;
 }
 
 // Eight lanes per (token, key head): dy, delta and dgate of its query heads, and the part of dv that does not pass
@@ -58,27 +80,21 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
     // NOTE: rows past the end run along on token 0, because the sums need every lane of the warp.
     const bool exists = row < f.tokens;
     const int token = exists ? row : 0;
-    const int64_t place = find_stats_place(f, token);
-    const bool live = exists && place >= 0;
+    const Place place = find_place(f, token);
+    const bool live = exists && place.start >= 0;
     const uint4 zeros = make_uint4(0, 0, 0, 0);
 
-    const Eight v(live ? *row_chunk(f.v, batch, token, kv_head, chunk) : zeros);
+    const Eight v(live ? __ldg(row_chunk(f.v, batch, token, kv_head, chunk)) : zeros);
     const float inverse_square = f.xsa ? 1.0f / fmaxf(dot(v, v), 1e-24f) : 0.0f;
     float dv[8] = {};
-    // One head ahead: its loads are in flight while this head's sums wait for their shuffles.
-    uint4 next_grad = live ? __ldg(row_chunk(p.grad_out, batch, token, kv_head * group, chunk)) : zeros;
-    uint4 next_out = live ? __ldg(row_chunk(f.out, batch, token, kv_head * group, chunk)) : zeros;
+#pragma unroll 2  // the loads of two heads in flight together; __ldg, or the stores of the first would hold back those of the second
     for (int g = 0; g < group; ++g) {
         const int head = kv_head * group + g;
-        const int64_t stat = (int64_t(batch) * f.q_heads + head);
-        const Eight grad_out(next_grad), out(next_out);
-        if (live && g + 1 < group) {
-            next_grad = __ldg(row_chunk(p.grad_out, batch, token, head + 1, chunk));
-            next_out = __ldg(row_chunk(f.out, batch, token, head + 1, chunk));
-        }
+        const int64_t stat = int64_t(batch) * f.q_heads + head, at_row = stat * f.tokens + token;
+        const Eight grad_out(live ? __ldg(row_chunk(p.grad_out, batch, token, head, chunk)) : zeros);
+        const Eight out(live ? __ldg(row_chunk(f.out, batch, token, head, chunk)) : zeros);
         const float gate = f.gate.data != nullptr && live ? load_gate(f.gate, batch, token, head) : 1.0f;
-        const float own = live ? f.own[stat * f.tokens + token] : 0.0f;
-        const float delta = dot(grad_out, out);
+        const float own = live ? __ldg(f.own + at_row) : 0.0f, lse = live ? __ldg(f.lse + at_row) : 0.0f;
         const float share = dot(grad_out, v) * inverse_square;  // e / gate, and e z = share out
         float dy[8];
 #pragma unroll
@@ -86,17 +102,25 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
             dy[i] = gate * (grad_out.x[i] - share * v.x[i]);
             dv[i] -= share * out.x[i] + own * dy[i];
         }
-        if (exists) *row_chunk(p.dy, batch, token, head, chunk) = to_bf16(dy);
+        const uint4 rounded = to_bf16(dy);
+        if (exists) *row_chunk(p.dy, batch, token, head, chunk) = rounded;
         if (exists && !live) *row_chunk(p.dq, batch, token, head, chunk) = zeros;
+        // dy . y, y = out / gate + own v. NOTE: of dy as it is stored: what its rounding adds to dp along y cancels against delta,
+        // and the gradient of a token that sees only itself is zero.
+        const Eight stored(rounded);
+        const float delta = dot(stored, out) * (gate != 0.0f ? 1.0f / gate : 0.0f) + own * dot(stored, v);
         if (live && chunk == 0) {
-            p.stats[2 * stat * p.stats_width + place] = f.lse[stat * f.tokens + token] * kLog2e;
-            p.stats[(2 * stat + 1) * p.stats_width + place] = delta;
+            p.stats[2 * stat * p.stats_width + place.stats] = lse * kLog2e;
+            p.stats[(2 * stat + 1) * p.stats_width + place.stats] = delta;
         }
-        if (exists && chunk == 0 && p.dgate.data != nullptr) {
+        if (p.dgate.data != nullptr) {
+            float y_dot = 0.0f;
+            if (live && gate == 0.0f) y_dot = recomputed_dot(p, batch, place.start, token, head, kv_head, chunk, lse);
+            const float z_dot = row_sum(y_dot) - own * dot(grad_out, v), out_dot = dot(grad_out, out);
+            const float dgate = gate == 0.0f ? z_dot : out_dot / gate;
             const int64_t at = batch * p.dgate.batch_stride + token * p.dgate.token_stride + head * p.dgate.head_stride;
-            const float dgate = live ? delta / gate : 0.0f;
-            if (p.dgate.is_bf16) static_cast<__nv_bfloat16*>(p.dgate.data)[at] = __float2bfloat16(dgate);
-            else static_cast<float*>(p.dgate.data)[at] = dgate;
+            if (exists && chunk == 0 && p.dgate.is_bf16) static_cast<__nv_bfloat16*>(p.dgate.data)[at] = __float2bfloat16(dgate);
+            if (exists && chunk == 0 && !p.dgate.is_bf16) static_cast<float*>(p.dgate.data)[at] = dgate;
         }
     }
     if (exists) *row_chunk(p.dv, batch, token, kv_head, chunk) = to_bf16(dv);
@@ -183,6 +207,7 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
         auto release = [&](int passed) {
             if (lane == 0) ptx::mbarrier_arrive(&s_empty[passed % kQueryStages]);
         };
+        int finished = -1;  // step whose last products may still be running
         for (; step < steps; next_step()) {
             ptx::mbarrier_wait(&s_full[step % kQueryStages], step / kQueryStages & 1);
             if (tile < mine) {  // queries that see none of this warpgroup's keys
@@ -194,16 +219,18 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
             const uint64_t q = wgmma::advance(queries_mn, stage * 2 * kTileBytes);
             float s[32], dp[32];
             uint32_t operand[16];
+            // Ahead of the products, which would keep shared memory busy.
+            const float2* stats = reinterpret_cast<const float2*>(s_stats + stage * kStatBytes) + lane % 4;  // of two columns
+            float2 lse[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) lse[j] = stats[4 * j];
+            wgmma::wait<0>();
+            if (finished >= 0) release(finished);
             begin_products();
             product_abt(s, keys, wgmma::advance(queries, stage * 2 * kTileBytes));
             wgmma::commit();
             product_abt(dp, values, wgmma::advance(queries, (stage * 2 + 1) * kTileBytes));
             wgmma::commit();
-            // Read while the products run.
-            const float2* stats = reinterpret_cast<const float2*>(s_stats + stage * kStatBytes) + lane % 4;  // of two columns
-            float2 lse[8];
-#pragma unroll
-            for (int j = 0; j < 8; ++j) lse[j] = stats[4 * j];
             wgmma::wait<1>();
             wgmma::pin(s);
             if (tile == mine || tile == tiles - 1) {
@@ -241,11 +268,11 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
             begin_products();
             product_ab(dk, ds, q, true);
             wgmma::commit();
-            wgmma::wait<0>();
-            wgmma::pin(dk);
-            wgmma::pin(dv);
-            release(step);
+            finished = step;
         }
+        wgmma::wait<0>();
+        wgmma::pin(dk);
+        wgmma::pin(dv);
 
         uint4 direct[4];  // what prepare left in dv, in store_rows' order
 #pragma unroll

@@ -162,31 +162,32 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     const uint8_t* own_values = s_keys + (last % kStages * 2 + 1) * kTileBytes;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float sum = quad_sum(state.sum[r]), normalise = 1.0f / sum;
+        const float sum = quad_sum(state.sum[r]), normalise = __fdividef(1.0f, sum);
         const int at = row + 8 * r, token = mine.tile * kTile + at;
         const bool inside = token < seq.length;
-        float own = 0.0f;
+        float own = 0.0f, v[16] = {};  // v in the columns of o
         if (p.xsa) {
             float dot = 0.0f, square = 0.0f;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                const float2 v = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(own_values + swizzled(at, j) + 4 * (lane % 4)));
-                dot += o[4 * j + 2 * r] * v.x + o[4 * j + 2 * r + 1] * v.y;
-                square += v.x * v.x + v.y * v.y;
+                const uint32_t pair = *reinterpret_cast<const uint32_t*>(own_values + swizzled(at, j) + 4 * (lane % 4));
+                v[2 * j] = __uint_as_float(pair << 16);
+                v[2 * j + 1] = __uint_as_float(pair & 0xffff0000u);
+                dot += o[4 * j + 2 * r] * v[2 * j] + o[4 * j + 2 * r + 1] * v[2 * j + 1];
+                square += v[2 * j] * v[2 * j] + v[2 * j + 1] * v[2 * j + 1];
             }
-            own = quad_sum(dot) * normalise / fmaxf(quad_sum(square), 1e-24f);
+            own = __fdividef(quad_sum(dot) * normalise, fmaxf(quad_sum(square), 1e-24f));
         }
         const float gate = p.gate.data != nullptr && inside ? load_gate(p.gate, seq.batch, seq.start + token, mine.head) : 1.0f;
+        const float factor = gate * normalise, share = gate * own;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            float2 v = make_float2(0.0f, 0.0f);
-            if (p.xsa) v = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(own_values + swizzled(at, j) + 4 * (lane % 4)));
-            o[4 * j + 2 * r] = gate * (o[4 * j + 2 * r] * normalise - own * v.x);
-            o[4 * j + 2 * r + 1] = gate * (o[4 * j + 2 * r + 1] * normalise - own * v.y);
+            o[4 * j + 2 * r] = o[4 * j + 2 * r] * factor - share * v[2 * j];
+            o[4 * j + 2 * r + 1] = o[4 * j + 2 * r + 1] * factor - share * v[2 * j + 1];
         }
         if (inside && lane % 4 == 0) {
             const int64_t at_row = (int64_t(seq.batch) * p.q_heads + mine.head) * p.tokens + seq.start + token;
-            p.lse[at_row] = state.maximum[r] * p.scale + logf(sum);
+            p.lse[at_row] = state.maximum[r] * p.scale + __logf(sum);
             p.own[at_row] = own;
         }
     }
