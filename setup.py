@@ -116,7 +116,8 @@ class Build(build_ext):
         (work / "build.ninja").write_text("\n".join(rules))
         print(f"pgolf_fast: CUDA kernels for sm_90a with {nvcc}, {parallel_jobs()} jobs", flush=True)
         ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
-        subprocess.run([*ninja, "-C", str(work), "-j", str(parallel_jobs())], check=True)
+        if subprocess.run([*ninja, "-C", str(work), "-j", str(parallel_jobs())]).returncode:
+            sys.exit("pgolf_fast: the kernels did not compile; the errors are above")
 
 
 host = Extension(

@@ -19,10 +19,23 @@ namespace pgolf {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline const char* name_of(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::BFloat16: return "bfloat16";
+        case ScalarType::Half: return "float16";
+        case ScalarType::Float: return "float32";
+        case ScalarType::Double: return "float64";
+        case ScalarType::Long: return "int64";
+        case ScalarType::Int: return "int32";
+        case ScalarType::Byte: return "uint8";
+        default: return "another dtype";
+    }
+}
+
 // `shape` entries of -1 match any size.
 inline void check(const Tensor& t, const char* argument, ScalarType dtype, std::initializer_list<int64_t> shape) {
     STD_TORCH_CHECK(t.is_cuda(), argument, ": expected a CUDA tensor");
-    STD_TORCH_CHECK(t.scalar_type() == dtype, argument, ": wrong dtype");
+    STD_TORCH_CHECK(t.scalar_type() == dtype, argument, ": the kernel takes ", name_of(dtype), ", got ", name_of(t.scalar_type()));
     STD_TORCH_CHECK(t.dim() == int64_t(shape.size()), argument, ": expected ", shape.size(), " dimensions, got ", t.dim());
     int64_t d = 0;
     for (int64_t size : shape) {
@@ -37,7 +50,7 @@ inline void check_contiguous(const Tensor& t, const char* argument) {
 
 // 16-byte vector accesses and TMA need it.
 inline void check_aligned(const Tensor& t, const char* argument) {
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, argument, ": expected 16-byte aligned data");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, argument, ": expected 16-byte aligned data; clone() gives it");
 }
 
 // Device of `t` made current for the guard's life, and that device's current torch stream.

@@ -1,8 +1,14 @@
-"""MLP of the recipes: down(act(up(x))), with act(u) = max(u, 0)^2 or leaky_relu(u, 1/2)^2."""
+"""MLP of the recipes: down(act(up(x))), with act(u) = max(u, 0)^2 or leaky_relu(u, 1/2)^2.
+
+Only u = up(x) is kept for the backward:
+
+    du = (dy w_down) * act'(u)     dx = du w_up     dw_up = du^T x     dw_down = dy^T act(u)
+"""
 
 import torch
 
-from pgolf_fast.ops._library import require, require_device, require_dtype
+from pgolf_fast.ops import _library
+from pgolf_fast.ops._library import library, require, require_device, require_dtype
 
 ACTIVATIONS = ("relu2", "leaky_relu2")
 
@@ -16,10 +22,81 @@ def fused_mlp_ref(x, w_up, w_down, activation="relu2"):
     return activation_ref(x @ w_up.T, activation) @ w_down.T
 
 
+# `activation` is an index into ACTIVATIONS.  x [M, D]; y [M, D_out], u [M, H]
+library.define("fused_mlp_fwd(Tensor x, Tensor w_up, Tensor w_down, int activation) -> (Tensor y, Tensor u)")
+library.define(
+    "fused_mlp_bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation)"
+    " -> (Tensor dx, Tensor dw_up, Tensor dw_down)"
+)
+
+
+def _forward_formula(x, w_up, w_down, activation):
+    u = x @ w_up.T
+    return activation_ref(u, ACTIVATIONS[activation]) @ w_down.T, u
+
+
+def _backward_formula(dy, x, u, w_up, w_down, activation):
+    slope = 2 * torch.where(u > 0, u, 0.0 if ACTIVATIONS[activation] == "relu2" else 0.25 * u)
+    du = (dy @ w_down) * slope
+    return du @ w_up, du.T @ x, dy.T @ activation_ref(u, ACTIVATIONS[activation])
+
+
+library.impl("fused_mlp_fwd", _forward_formula, "CPU")
+library.impl("fused_mlp_bwd", _backward_formula, "CPU")
+
+
+@torch.library.impl(library, "fused_mlp_fwd", "CUDA")
+def _fwd_cuda(x, w_up, w_down, activation):
+    if not _library.uses_kernel("fused_mlp_fwd", x.device):
+        return _forward_formula(x, w_up, w_down, activation)
+    u = x.new_empty(x.shape[0], w_up.shape[0])
+    y = x.new_empty(x.shape[0], w_down.shape[0])
+    torch.ops.pgolf_fast_sm90.fused_mlp_fwd(x.contiguous(), w_up.contiguous(), w_down.contiguous(), activation, u, y)
+    return y, u
+
+
+@torch.library.impl(library, "fused_mlp_bwd", "CUDA")
+def _bwd_cuda(dy, x, u, w_up, w_down, activation):
+    if not _library.uses_kernel("fused_mlp_bwd", x.device):
+        return _backward_formula(dy, x, u, w_up, w_down, activation)
+    du, dx = torch.empty_like(u), x.new_empty(x.shape)
+    # The kernel adds to them, in an order that varies.
+    dw_up, dw_down = (torch.zeros_like(w, dtype=torch.float32) for w in (w_up, w_down))
+    tensors = [t.contiguous() for t in (dy, x, u, w_up, w_down)]
+    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(*tensors, activation, du, dx, dw_up, dw_down)
+    return dx, dw_up.to(w_up.dtype), dw_down.to(w_down.dtype)
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_fwd")
+def _fwd_fake(x, w_up, w_down, activation):
+    return x.new_empty(x.shape[0], w_down.shape[0]), x.new_empty(x.shape[0], w_up.shape[0])
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_bwd")
+def _bwd_fake(dy, x, u, w_up, w_down, activation):
+    return x.new_empty(x.shape), w_up.new_empty(w_up.shape), w_down.new_empty(w_down.shape)
+
+
+def _save(ctx, inputs, output):
+    x, w_up, w_down, ctx.activation = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], w_up, w_down)
+
+
+def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 4
+    return *torch.ops.pgolf_fast.fused_mlp_bwd(dy, *ctx.saved_tensors, ctx.activation), None
+
+
+torch.library.register_autograd(f"{_library.NAMESPACE}::fused_mlp_fwd", _backward, setup_context=_save)
+
+
 def fused_mlp(x, w_up, w_down, activation="relu2"):
     """`act(x @ w_up.T) @ w_down.T`.
 
-    x       [..., D], float
+    x       [..., D], float; on the kernel path bfloat16, and all widths multiples of 8
     w_up    [H, D], the dtype of x
     w_down  [D_out, H], the dtype of x
     """
@@ -31,4 +108,5 @@ def fused_mlp(x, w_up, w_down, activation="relu2"):
         require_dtype(tensor, argument, (x.dtype,))
         require_device(tensor, argument, x.device)
     require(activation in ACTIVATIONS, "activation", f"expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return fused_mlp_ref(x, w_up, w_down, activation)
+    y, _ = torch.ops.pgolf_fast.fused_mlp_fwd(x.flatten(0, -2), w_up, w_down, ACTIVATIONS.index(activation))
+    return y.unflatten(0, x.shape[:-1])

@@ -31,13 +31,12 @@ __device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbar
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
     asm volatile("{ .reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0]; }" ::"r"(smem_u32(bar)) : "memory");
 }
-// Arrive on the barrier at the same offset in CTA `rank` of the cluster.
+// Arrive on the barrier at the same offset in CTA `rank` of the cluster: "I have read the stage".
+// NOTE: .release.cluster would order this thread's writes too, with a MEMBAR.GPU that costs half of a matrix kernel's time.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* bar, uint32_t rank) {
-    asm volatile(
-        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(
-            smem_u32(bar)),
-        "r"(rank)
-        : "memory");
+    asm volatile("{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(smem_u32(bar)),
+                 "r"(rank)
+                 : "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* bar, uint32_t bytes) {
     asm volatile("{ .reg .b64 s; mbarrier.arrive.expect_tx.shared::cta.b64 s, [%0], %1; }" ::"r"(smem_u32(bar)), "r"(bytes) : "memory");
@@ -157,6 +156,11 @@ __device__ __forceinline__ void registers_decrease() {
 // Programmatic dependent launch: wait for the kernel before, let the kernel after start.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void grid_dependency_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Adds two floats to global memory, 8-byte aligned; the order among threads is not fixed.
+__device__ __forceinline__ void global_add(float* address, float x, float y) {
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x), "f"(y) : "memory");
+}
 
 // ---- matrix fragments through shared memory --------------------------------------------------------
 

@@ -1,0 +1,63 @@
+"""Writes the README's tables from benchmarks/results/*.json.
+
+    python -m benchmarks.report           rewrite the tables between their markers
+    python -m benchmarks.report --check   exit 1 if the README does not say what the results say
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def kernel_results(folder: Path = RESULTS) -> list[dict]:
+    """Stored runs of `pgolf bench` on a GPU, by op."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [run for run in runs if "ceilings" in run and "CPU" not in run["environment"]["device"]]
+
+
+def kernel_table(runs: list[dict]) -> str:
+    lines = ["| op | work | ours, us | best peer, us | gain | of floor | commit |", "|---|---|---:|---:|---:|---:|---|"]
+    for run in runs:
+        for row in run["rows"]:
+            times = {name: timing["median_us"] for name, timing in row["timings"].items()}
+            if "ours" not in times:
+                continue
+            peers = {name: t for name, t in times.items() if name != "ours"}
+            best = min(peers, key=peers.get) if peers else None
+            peer = f"{peers[best]:.1f} ({best})" if best else "-"
+            gain = f"{peers[best] / times['ours']:.2f}x" if best else "-"
+            share = f"{row['floor_us'] / times['ours']:.2f}"
+            lines.append(f"| {row['op']} | {row['case']} | {times['ours']:.1f} | {peer} | {gain} | {share} | {run['environment']['commit']} |")
+    if len(lines) == 2:
+        return "No GPU results are stored yet."
+    devices = sorted({f"{r['environment']['device']}, torch {r['environment']['torch']}" for r in runs})
+    return "\n".join([*lines, "", f"Medians of CUDA-graph replays, random data, contestants interleaved in one process, on {'; '.join(devices)}."])
+
+
+TABLES = {"kernels": lambda: kernel_table(kernel_results())}
+
+
+def rewrite(text: str) -> str:
+    for name, build in TABLES.items():
+        begin, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"README.md: the markers {begin} and {end} are missing; put them back where the table belongs")
+        head, rest = text.split(begin, 1)
+        text = f"{head}{begin}\n{build()}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def main() -> None:
+    before = README.read_text()
+    after = rewrite(before)
+    if "--check" in sys.argv:
+        raise SystemExit(0 if after == before else "README.md is not what the results say; run: python -m benchmarks.report")
+    README.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Runs the benchmarks of ops and stores what they found: the body of `pgolf bench`."""
+
+import datetime
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import Ceilings, measure_ceilings, time_contestants
+from pgolf_fast.ops import _library
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def op_names() -> list[str]:
+    return sorted(p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks" / "ops").glob("bench_*.py"))
+
+
+def tests_pass(op: str) -> bool:
+    test = ROOT / "tests" / "ops" / f"test_{op}.py"
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(test)], cwd=ROOT, stdout=sys.stderr).returncode == 0
+
+
+def commit() -> str:
+    """The commit measured; PGOLF_COMMIT says it where the sources travel without their history."""
+    told = os.environ.get("PGOLF_COMMIT")
+    if told:
+        return told
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+def gpu_state(device: torch.device) -> dict:
+    """Driver, clocks now and power limit, from the management library."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+    return {
+        "driver": pynvml.nvmlSystemGetDriverVersion(),
+        "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+        "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
+    }
+
+
+def environment(device: torch.device) -> dict:
+    on_gpu = device.type == "cuda"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        **(gpu_state(device) if on_gpu else {}),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "library": _library.build_info(),
+        "commit": commit(),
+        "command": " ".join(["pgolf", *sys.argv[1:]]),
+    }
+
+
+def run_op(op: str, device: torch.device, ceilings: Ceilings, budget_s: float, progress=print) -> list[dict]:
+    """Rows of one op: a row is one case, with every contestant's timing."""
+    rows = []
+    for case in importlib.import_module(f"benchmarks.ops.bench_{op}").cases(device):
+        timings = time_contestants(case, device, budget_s)
+        row = {
+            "op": op,
+            "case": case.name,
+            "bytes": case.bytes,
+            "flops": case.flops,
+            "floor_us": ceilings.floor_us(case),
+            "note": case.note,
+            "timings": {name: asdict(t) for name, t in timings.items()},
+        }
+        rows.append(row)
+        progress(row)
+    return rows
+
+
+def save(name: str, device: torch.device, ceilings: Ceilings, rows: list[dict], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
+    path = folder / f"{name}.{slug}.json"
+    path.write_text(json.dumps({"environment": environment(device), "ceilings": asdict(ceilings), "rows": rows}, indent=1) + "\n")
+    return path

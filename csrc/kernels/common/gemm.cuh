@@ -1,0 +1,487 @@
+// C[M, N] = A B, bf16 operands, fp32 accumulation: the matrix engine behind the fused layers.
+//
+// Persistent clusters of two CTAs. A CTA computes 128 x kBlockN of C with two consumer warpgroups (64 rows
+// each) and one producer warp; the two CTAs of a cluster hold the same columns of C, so each loads half of the B
+// tile and multicasts it to both:
+//
+//              columns n0 .. n0 + kBlockN - 1
+//     CTA 0    [ warpgroup 0: 64 rows ]     A: own 128 rows, 64 k per stage
+//              [ warpgroup 1: 64 rows ]     B: kBlockN columns, half from each CTA
+//     CTA 1    [ the next 128 rows    ]     staging for C (and the auxiliary tile)
+//
+// Four stages: the copy engine answers after about 1700 clocks, a stage is consumed in 768 (192 columns) or 1024 (256),
+// and one stage is still being read when the next is. With three, half of the tensor cores' time is waiting.
+// 192 columns leave registers for two accumulators: the result of one tile is computed, staged and stored under the
+// products of the next, and the auxiliary tile comes into the same staging area before. With a short K that is a quarter of
+// the time. 256 columns, for a long K, are staged in two passes between two tiles.
+// Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
+//
+// What varies is the Op:
+//     kBlockN                     192 or 256
+//     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
+//     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
+//     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value
+//     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
+//                                 tiles is then cut into one equal share per cluster, so that a few tiles with a long K
+//                                 (a weight gradient) keep every multiprocessor busy; the order of the additions varies.
+#pragma once
+#include "kernels/common/tensor_map.h"
+#include "kernels/common/wgmma.cuh"
+
+namespace pgolf::gemm {
+
+constexpr int kBlockM = 128, kBlockK = 64;
+constexpr int kCluster = 2;
+constexpr int kStages = 4;
+constexpr int kConsumers = 2;                       // warpgroups
+constexpr int kThreads = 128 * (kConsumers + 1);    // the last warpgroup produces
+constexpr int kLeastKBlocks = 8;                    // of an overlapped tile; a shorter K is padded with the copy engine's zeros
+constexpr int kColumnBlock = 64;                    // columns of one swizzled row of 128 bytes
+constexpr int kStagingBlockBytes = 64 * 128;        // 64 rows of one column block
+
+enum Output { kStoreBf16, kAddFp32, kAddFp32Transposed };
+
+template <class Op>
+struct Layout {
+    static_assert(Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
+    static_assert(!Op::kHasAux || Op::kBlockN == 192, "the auxiliary tile is staged whole");
+    static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
+    static constexpr int kStageABytes = kBlockM * kBlockK * 2;
+    static constexpr int kStageBytes = kStageABytes + Op::kBlockN * kBlockK * 2;
+    static constexpr bool kStaged = Op::kOutput == kStoreBf16;
+    static constexpr bool kOverlapped = kStaged && Op::kBlockN == 192;  // results of a tile under the products of the next
+    static_assert(!kOverlapped || !Op::kTransformA, "no registers left for it");
+    static constexpr int kPasses = Op::kBlockN == 256 ? 2 : 1;
+    static constexpr int kPassBlocks = kStaged ? kColumnBlocks / kPasses : 0;  // column blocks staged at a time, per warpgroup
+    // Both together are what 384 threads start with, 168 each.
+    static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+    static constexpr int kStagingBytes = kConsumers * kPassBlocks * kStagingBlockBytes;
+    static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + 256;
+};
+
+struct Maps {
+    CUtensorMap a, b, c, aux;
+    float* c_fp32;  // where the output is added to, contiguous rows
+};
+
+struct Shape {
+    int m, n, k;
+};
+
+// A tile of the cluster pair, and the k blocks of it to sum.
+struct Work {
+    int m0, n0, k_begin, k_end;
+};
+
+// The works of one cluster, in order.
+//
+// Stored outputs: whole tiles in turn; neighbours in n come first, they share their rows of A in the L2.
+// Added outputs: clusters / tiles clusters take an equal range of k each on every tile, all tiles at once, so that the L2
+// serves what several tiles read of the same k. The k left over at the end is shared out among the clusters left over.
+// (Cutting tiles x k evenly in one line misaligns the tiles, and reads everything from memory: 350 instead of 270 us.)
+template <class Op>
+struct Schedule {
+    int tiles_n, k_blocks, pairs;
+    int k_first;            // where this cluster's k of each tile begins
+    int64_t position, end;  // whole tiles, or k blocks counted through the tiles from k_first on
+
+    __device__ __forceinline__ explicit Schedule(const Shape& shape) {
+        tiles_n = (shape.n + Op::kBlockN - 1) / Op::kBlockN;
+        k_blocks = (shape.k + kBlockK - 1) / kBlockK;
+        if constexpr (Layout<Op>::kOverlapped) k_blocks = max(k_blocks, kLeastKBlocks);
+        pairs = (shape.m + kCluster * kBlockM - 1) / (kCluster * kBlockM) * tiles_n;
+        k_first = 0;
+        const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+        if constexpr (Layout<Op>::kStaged) {
+            position = cluster, end = pairs;
+        } else {
+            const int ranges = clusters / pairs, share = int((int64_t(pairs) * k_blocks + clusters - 1) / clusters);
+            const int mine = cluster / pairs, left = clusters - ranges * pairs;
+            k_first = min(k_blocks, min(mine, ranges) * share);
+            if (mine < ranges) {  // one range of one tile
+                const int k_stop = left == 0 && mine == ranges - 1 ? k_blocks : min(k_blocks, k_first + share);
+                position = int64_t(cluster % pairs) * (k_blocks - k_first);
+                end = position + k_stop - k_first;
+            } else {
+                const int64_t total = int64_t(pairs) * (k_blocks - k_first);
+                const int index = cluster - ranges * pairs;
+                position = total * index / left, end = total * (index + 1) / left;
+            }
+        }
+    }
+    __device__ __forceinline__ bool next(Work& work) {
+        if (position >= end) return false;
+        int pair;
+        if constexpr (Layout<Op>::kStaged) {
+            pair = int(position), work.k_begin = 0, work.k_end = k_blocks;
+            position += gridDim.x / kCluster;
+        } else {
+            const int span = k_blocks - k_first;
+            pair = int(position / span), work.k_begin = k_first + int(position % span);
+            work.k_end = int(min(int64_t(k_blocks), work.k_begin + end - position));
+            position += work.k_end - work.k_begin;
+        }
+        work.m0 = (pair / tiles_n * kCluster + ptx::cluster_rank()) * kBlockM;
+        work.n0 = pair % tiles_n * Op::kBlockN;
+        return true;
+    }
+};
+
+struct Barriers {
+    uint64_t full[kStages], empty[kStages];
+    uint64_t aux_full, aux_empty;
+};
+
+// Byte offset inside a swizzled region of 128-byte rows.
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk16) { return row * 128 + ((chunk16 ^ (row & 7)) << 4); }
+
+// Position in a ring of stages.
+struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+template <class Op>
+__device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging, Barriers& bars) {
+    using L = Layout<Op>;
+    constexpr int kBlockN = Op::kBlockN;
+    const uint32_t rank = ptx::cluster_rank();
+    Schedule<Op> schedule(shape);
+    Work work;
+    Ring ring;
+    Work before;
+    bool has_before = false;
+    uint32_t aux_parity = 0;
+
+    auto load_aux = [&](const Work& tile) {
+        ptx::mbarrier_wait(&bars.aux_empty, aux_parity);
+        aux_parity ^= 1;
+        ptx::mbarrier_arrive_expect(&bars.aux_full, L::kStagingBytes);
+#pragma unroll
+        for (int i = 0; i < kConsumers * L::kColumnBlocks; ++i)
+            ptx::tma_load_2d(staging + i * kStagingBlockBytes, &maps.aux, &bars.aux_full, tile.n0 + i % L::kColumnBlocks * kColumnBlock,
+                             tile.m0 + i / L::kColumnBlocks * 64);
+    };
+
+    while (schedule.next(work)) {
+        const int m0 = work.m0, n0 = work.n0;
+        for (int kb = work.k_begin; kb < work.k_end; ++kb, ring.next()) {
+            ptx::mbarrier_wait(&bars.empty[ring.stage], ring.phase ^ 1);
+            ptx::mbarrier_arrive_expect(&bars.full[ring.stage], L::kStageBytes);
+            uint8_t* stage_a = stages + ring.stage * L::kStageBytes;
+            uint8_t* stage_b = stage_a + L::kStageABytes;
+            if constexpr (Op::kAMajor == wgmma::kMajorK) {
+                ptx::tma_load_2d(stage_a, &maps.a, &bars.full[ring.stage], kb * kBlockK, m0);
+            } else {
+#pragma unroll
+                for (int block = 0; block < kConsumers; ++block)
+                    ptx::tma_load_2d(stage_a + block * kBlockK * 128, &maps.a, &bars.full[ring.stage], m0 + block * kColumnBlock, kb * kBlockK);
+            }
+            if constexpr (Op::kBMajor == wgmma::kMajorK) {
+                const int half = kBlockN / kCluster;
+                ptx::tma_load_2d_multicast(stage_b + rank * half * 128, &maps.b, &bars.full[ring.stage], kb * kBlockK, n0 + rank * half, 3);
+            } else {
+// Half of the k of every column block.
+                const int half = kBlockK / kCluster;
+#pragma unroll
+                for (int block = 0; block < L::kColumnBlocks; ++block)
+                    ptx::tma_load_2d_multicast(stage_b + (block * kBlockK + rank * half) * 128, &maps.b, &bars.full[ring.stage],
+                                               n0 + block * kColumnBlock, kb * kBlockK + rank * half, 3);
+            }
+            // The auxiliary tile of the tile before, whose result is due under this one; the ring is fed first.
+            if (Op::kHasAux && kb == min(kStages, work.k_end) - 1 && has_before) load_aux(before);
+        }
+        before = work;
+        has_before = true;
+    }
+    if (Op::kHasAux && has_before) load_aux(before);
+}
+
+// Adds a warpgroup's accumulators to float32 C. `row`, `column`: of this thread's first element.
+template <class Op, int kCount>
+__device__ __forceinline__ void add_fp32(const float (&acc)[kCount], float* c, int row, int column, const Shape& shape) {
+#pragma unroll
+    for (int j = 0; j < kCount / 2; ++j) {
+        const int m = row + j % 2 * 8, n = column + j / 2 * 8;
+        if (m >= shape.m || n >= shape.n) continue;  // n is even and so is shape.n
+        if constexpr (Op::kOutput == kAddFp32) {
+            ptx::global_add(c + int64_t(m) * shape.n + n, acc[2 * j], acc[2 * j + 1]);
+        } else {
+            atomicAdd(c + int64_t(n) * shape.m + m, acc[2 * j]);
+            atomicAdd(c + int64_t(n + 1) * shape.m + m, acc[2 * j + 1]);
+        }
+    }
+}
+
+// One consumer warpgroup: 64 rows of the CTA's tile.
+template <class Op>
+struct Consumer {
+    using L = Layout<Op>;
+    static constexpr int kAccumulators = Op::kBlockN / 2;
+    static constexpr int kChunks = L::kPassBlocks * 4;  // 16 columns each, of one pass
+
+    const Maps& maps;
+    const Shape& shape;
+    uint8_t* stages;
+    uint8_t* staging;  // this warpgroup's
+    Barriers& bars;
+    const int group, warp, lane;
+    const uint32_t lane_row, lane_chunk;  // row and 16-byte column chunk that this lane addresses in a 16 x 16 block
+    Ring ring;
+    int unreleased = -1;  // the stage that the newest product but one reads
+    uint32_t aux_parity = 0;
+
+    // `group` is broadcast, so that the compiler keeps descriptors in uniform registers.
+    __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging, Barriers& bars)
+        : maps(maps), shape(shape), stages(stages), bars(bars), group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
+          warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), lane_row(warp * 16 + (lane / 8 % 2) * 8 + lane % 8), lane_chunk(lane / 16) {
+        this->staging = staging + group * L::kPassBlocks * kStagingBlockBytes;
+    }
+
+    __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
+
+    // Waits until all products but the newest are done, and gives their stage back to both producers.
+    __device__ __forceinline__ void release_finished() {
+        wgmma::wait<1>();
+        release();
+        unreleased = ring.stage;
+        ring.next();
+    }
+    __device__ __forceinline__ void release() {
+        if (unreleased >= 0 && lane == 0) {
+            ptx::mbarrier_arrive(&bars.empty[unreleased]);
+            ptx::mbarrier_arrive_cluster(&bars.empty[unreleased], ptx::cluster_rank() ^ 1);
+        }
+    }
+
+    // Issues the products of the next stage. `a` is where A passes through registers; the caller alternates between two.
+    __device__ __forceinline__ void multiply(float (&acc)[kAccumulators], uint32_t (&a)[4][4], bool accumulate) {
+        ptx::mbarrier_wait(&bars.full[ring.stage], ring.phase);
+        uint8_t* stage_a = stages + ring.stage * L::kStageBytes + group * 64 * 128;  // 64 rows of m, or 64 k of this group's 64 m
+        uint8_t* stage_b = stages + ring.stage * L::kStageBytes + L::kStageABytes;
+        const uint64_t b = Op::kBMajor == wgmma::kMajorK ? wgmma::descriptor(stage_b) : wgmma::descriptor_mn_major(stage_b, kBlockK * 128);
+        constexpr uint32_t kAStep = Op::kAMajor == wgmma::kMajorK ? 32 : 16 * 128;
+        constexpr uint32_t kBStep = Op::kBMajor == wgmma::kMajorK ? 32 : 16 * 128;
+        if constexpr (Op::kTransformA) {
+            const uint32_t base = ptx::smem_u32(stage_a);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if constexpr (Op::kAMajor == wgmma::kMajorK)
+                    ptx::ldmatrix_x4(base + swizzled(lane_row, 2 * i + lane_chunk), a[i][0], a[i][1], a[i][2], a[i][3]);
+                else  // rows are k: 8 x 8 blocks in the order (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8)
+                    ptx::ldmatrix_x4_transposed(base + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2), a[i][0], a[i][1],
+                                                a[i][2], a[i][3]);
+#pragma unroll
+                for (int r = 0; r < 4; ++r) a[i][r] = Op::operand_a(a[i][r]);
+            }
+            wgmma::fence();
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                wgmma::mma<Op::kBMajor>(acc, a[i][0], a[i][1], a[i][2], a[i][3], wgmma::advance(b, i * kBStep), accumulate || i > 0);
+        } else {
+            const uint64_t a = Op::kAMajor == wgmma::kMajorK ? wgmma::descriptor(stage_a) : wgmma::descriptor_mn_major(stage_a, kBlockK * 128);
+            wgmma::fence();
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                wgmma::mma<Op::kAMajor, Op::kBMajor>(acc, wgmma::advance(a, i * kAStep), wgmma::advance(b, i * kBStep), accumulate || i > 0);
+        }
+        wgmma::commit();
+        release_finished();
+    }
+
+    // The staging area is this warpgroup's again: the last store has read it. An auxiliary tile may come in.
+    __device__ __forceinline__ void offer_staging() {
+        if (leads()) {
+            ptx::bulk_wait_read<0>();
+            if constexpr (Op::kHasAux) ptx::mbarrier_arrive(&bars.aux_empty);
+        }
+    }
+    // ... and may be written by all its threads.
+    __device__ __forceinline__ void await_staging() {
+        if constexpr (Op::kHasAux) {
+            ptx::mbarrier_wait(&bars.aux_full, aux_parity);
+            aux_parity ^= 1;
+        } else {
+            ptx::named_sync(1 + group, 128);
+        }
+    }
+    // Result of 16 columns, into the staging area.
+    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i) {
+        const uint32_t address = ptx::smem_u32(staging) + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
+        const int j = 8 * (pass * kChunks + i);
+        uint32_t aux[4] = {}, out[4];
+        if constexpr (Op::kHasAux) ptx::ldmatrix_x4(address, aux[0], aux[1], aux[2], aux[3]);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) out[r] = Op::result(acc[j + 2 * r], acc[j + 2 * r + 1], aux[r]);
+        ptx::stmatrix_x4(address, out[0], out[1], out[2], out[3]);
+    }
+    __device__ __forceinline__ void store(const Work& work, int pass) {
+        ptx::fence_async_shared();
+        ptx::named_sync(1 + group, 128);
+        if (leads()) {
+#pragma unroll
+            for (int block = 0; block < L::kPassBlocks; ++block)
+                ptx::tma_store_2d(&maps.c, staging + block * kStagingBlockBytes, work.n0 + (pass * L::kPassBlocks + block) * kColumnBlock,
+                                  work.m0 + group * 64);
+            ptx::bulk_commit();
+        }
+    }
+
+    // Everything of one tile, then its result.
+    __device__ __forceinline__ void run_in_turn() {
+        Schedule<Op> schedule(shape);
+        Work work;
+        while (schedule.next(work)) {
+            float acc[kAccumulators];
+            uint32_t a[2][4][4];
+#pragma unroll 2
+            for (int i = 0; i < work.k_end - work.k_begin; ++i) multiply(acc, a[i % 2], i > 0);
+            wgmma::wait<0>();
+            wgmma::pin(acc);
+            release();
+            unreleased = -1;
+            if constexpr (L::kStaged) {
+#pragma unroll
+                for (int pass = 0; pass < L::kPasses; ++pass) {
+                    offer_staging();
+                    await_staging();
+#pragma unroll
+                    for (int i = 0; i < kChunks; ++i) stage_chunk(acc, pass, i);
+                    store(work, pass);
+                }
+            } else {
+                add_fp32<Op>(acc, maps.c_fp32, work.m0 + group * 64 + warp * 16 + lane / 4, work.n0 + lane % 4 * 2, shape);
+            }
+        }
+    }
+
+    // Products of a tile into `acc`, and nothing else.
+    __device__ __forceinline__ void first_tile(float (&acc)[kAccumulators], const Work& work) {
+        uint32_t unused[4][4];
+        for (int i = 0; i < work.k_end; ++i) multiply(acc, unused, i > 0);
+    }
+    // Products of `work` into `acc`; under them the result of the tile `before` from `finished`.
+    // The staging area is offered at the first k block and taken at the fifth, in time for an auxiliary tile to arrive.
+    __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, float (&finished)[kAccumulators],
+                                                    const Work& before) {
+        constexpr int kTaken = 4, kStored = kLeastKBlocks, kChunksPerStep = kChunks / (kStored - kTaken);
+        uint32_t unused[4][4];
+        multiply(acc, unused, false);
+        wgmma::pin(finished);  // its last product is done: the wait was for all but the newest
+        offer_staging();
+#pragma unroll
+        for (int i = 1; i < kTaken; ++i) multiply(acc, unused, true);
+        await_staging();
+#pragma unroll
+        for (int i = kTaken; i < kStored; ++i) {
+            multiply(acc, unused, true);
+#pragma unroll
+            for (int c = 0; c < kChunksPerStep; ++c) stage_chunk(finished, 0, (i - kTaken) * kChunksPerStep + c);
+        }
+        store(before, 0);
+        for (int i = kStored; i < work.k_end; ++i) multiply(acc, unused, true);
+    }
+    __device__ __forceinline__ void last_result(float (&acc)[kAccumulators], const Work& work) {
+        wgmma::wait<0>();
+        wgmma::pin(acc);
+        release();
+        offer_staging();
+        await_staging();
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) stage_chunk(acc, 0, i);
+        store(work, 0);
+    }
+    __device__ __forceinline__ void run_overlapped() {
+        Schedule<Op> schedule(shape);
+        float even[kAccumulators], odd[kAccumulators];
+        Work work, before;
+        if (!schedule.next(work)) return;
+        first_tile(even, work);
+        while (true) {
+            before = work;
+            if (!schedule.next(work)) return last_result(even, before);
+            overlapped_tile(odd, work, even, before);
+            before = work;
+            if (!schedule.next(work)) return last_result(odd, before);
+            overlapped_tile(even, work, odd, before);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        if constexpr (L::kOverlapped)
+            run_overlapped();
+        else
+            run_in_turn();
+        if (leads()) ptx::bulk_wait<0>();
+    }
+};
+
+template <class Op>
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
+    gemm_kernel(const __grid_constant__ Maps maps, const Shape shape) {
+    extern __shared__ uint8_t raw[];
+    // NOTE: 1024-aligned in the shared window, which is the same in both CTAs of the cluster.
+    uint8_t* stages = raw + (1024 - ptx::smem_u32(raw) % 1024) % 1024;
+    uint8_t* staging = stages + kStages * Layout<Op>::kStageBytes;
+    Barriers& bars = *reinterpret_cast<Barriers*>(staging + Layout<Op>::kStagingBytes);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < kStages; ++s) {
+            ptx::mbarrier_init(&bars.full[s], 1);
+            ptx::mbarrier_init(&bars.empty[s], kCluster * kConsumers * 4);  // every consumer warp of both CTAs
+        }
+        ptx::mbarrier_init(&bars.aux_full, 1);
+        ptx::mbarrier_init(&bars.aux_empty, kConsumers);
+        ptx::fence_mbarrier_init();
+    }
+    ptx::cluster_sync();
+    if (threadIdx.x >= kConsumers * 128) {
+        ptx::registers_decrease<Layout<Op>::kProducerRegisters>();
+        if (threadIdx.x / 32 == kConsumers * 4 && ptx::elect_one()) produce<Op>(maps, shape, stages, staging, bars);
+    } else {
+        ptx::registers_increase<Layout<Op>::kConsumerRegisters>();
+        Consumer<Op>(maps, shape, stages, staging, bars).run();
+    }
+    // A CTA stays while its neighbour may still write into it or signal it.
+    ptx::cluster_sync();
+}
+
+inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int64_t columns, int64_t row_stride, uint32_t box_rows) {
+    TensorMapDims dims{2, {uint64_t(columns), uint64_t(rows)}, {uint64_t(row_stride) * 2}, {kColumnBlock, box_rows}};
+    return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
+}
+
+// A, B as their majors say; C [m, n] bf16, or float32 [m, n] or [n, m] that is added to; aux [m, n]; all with contiguous rows.
+template <class Op>
+cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream) {
+    if (shape.m == 0 || shape.k == 0) return cudaSuccess;
+    constexpr int kSharedBytes = Layout<Op>::kSharedBytes;
+    Maps maps{};
+    maps.c_fp32 = static_cast<float*>(c);
+    cudaError_t status = Op::kAMajor == wgmma::kMajorK ? map_2d(&maps.a, a, shape.m, shape.k, shape.k, kBlockM)
+                                                       : map_2d(&maps.a, a, shape.k, shape.m, shape.m, kBlockK);
+    if (status == cudaSuccess)
+        status = Op::kBMajor == wgmma::kMajorK ? map_2d(&maps.b, b, shape.n, shape.k, shape.k, Op::kBlockN / kCluster)
+                                               : map_2d(&maps.b, b, shape.k, shape.n, shape.n, kBlockK / kCluster);
+    if (status == cudaSuccess && Layout<Op>::kStaged) status = map_2d(&maps.c, c, shape.m, shape.n, shape.n, 64);
+    if (status == cudaSuccess && Op::kHasAux) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
+    int device = 0, sms = 0;
+    if (status == cudaSuccess) status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess) status = cudaFuncSetAttribute(gemm_kernel<Op>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (status != cudaSuccess) return status;
+    int clusters = sms / kCluster;
+    if (Layout<Op>::kStaged) {
+        const int64_t pairs = int64_t((shape.m + kCluster * kBlockM - 1) / (kCluster * kBlockM)) * ((shape.n + Op::kBlockN - 1) / Op::kBlockN);
+        clusters = int(pairs < clusters ? pairs : clusters);
+    }
+    gemm_kernel<Op><<<kCluster * clusters, kThreads, kSharedBytes, stream>>>(maps, shape);
+    return cudaGetLastError();
+}
+
+}  // namespace pgolf::gemm
