@@ -43,9 +43,10 @@ __device__ __forceinline__ void softmax_tile(uint32_t (&p)[16], float (&s)[32], 
     }
     const float shift[2] = {state.maximum[0] * scale_log2, state.maximum[1] * scale_log2};
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < 32; i += 2) {
         s[i] = ptx::exp2_approx(fmaf(s[i], scale_log2, -shift[i / 2 % 2]));
-        state.sum[i / 2 % 2] += s[i];
+        s[i + 1] = ptx::exp2_approx(fmaf(s[i + 1], scale_log2, -shift[i / 2 % 2]));
+        state.sum[i / 2 % 2] += s[i] + s[i + 1];
     }
     pack(p, s);
 }

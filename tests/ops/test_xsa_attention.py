@@ -59,8 +59,10 @@ def assert_agrees(case, **options):
     peer = outcome(plain_torch, *case, **options)
     truth = outcome(xsa_attention_ref, *case, dtype=torch.float64, **options)
     for name in truth:
-        # dgate is one number per row and out is nearly v's rounding on short rows: luck of few roundings, hence the floor.
-        assert_within(ours[name], peer[name], truth[name], name, floor=1e-3)
+        if truth[name].abs().max() < 1e-12:  # a token that sees only itself: p = 1 whatever q and k are
+            assert ours[name].abs().max() < 1e-4, name
+        else:
+            assert_within(ours[name], peer[name], truth[name], name, floor=3e-4)
 
 
 # ---- definition (CPU) -------------------------------------------------------------------------------
@@ -138,9 +140,20 @@ def test_values_of_zero():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("spread", [30.0, 1e4])
-def test_large_scores(spread):
-    assert_agrees(inputs([300, 77], spread=spread))
+@pytest.mark.parametrize("spread", [5.0, 30.0])
+@pytest.mark.parametrize("xsa", [True, False])
+def test_large_scores(spread, xsa):
+    assert_agrees(inputs([300, 77], spread=spread), xsa=xsa)
+
+
+@pytest.mark.cuda
+def test_huge_scores_stay_finite():
+    # p is 0 or 1, so dq and dk are zero but for ties: what is left of them is rounding, in torch as here
+    case = inputs([300, 77], spread=1e4)
+    ours, peer, truth = outcome(xsa_attention, *case), outcome(plain_torch, *case), outcome(xsa_attention_ref, *case, dtype=torch.float64)
+    for name in ("out", "dv"):
+        assert_within(ours[name], peer[name], truth[name], name, floor=3e-4)
+    assert all(torch.isfinite(value).all() for value in ours.values())
 
 
 # ---- every switch -------------------------------------------------------------------------------------
@@ -151,6 +164,15 @@ def test_large_scores(spread):
 @pytest.mark.parametrize("xsa", [True, False])
 def test_switches(xsa, gate):
     assert_agrees(inputs([257, 190], gate=gate), xsa=xsa, scale=0.2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("xsa", [True, False])
+def test_gates_of_exactly_zero_have_a_gradient(xsa):
+    q, k, v, gate, cu_seqlens, grad = inputs([70, 65], gate=torch.float32)
+    gate[:, ::5] = 0
+    gate[:, 1::7] *= -1
+    assert_agrees((q, k, v, gate, cu_seqlens, grad), xsa=xsa)
 
 
 @pytest.mark.cuda
