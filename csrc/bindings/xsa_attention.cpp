@@ -17,7 +17,8 @@ HeadRows head_rows(const Tensor& t, const char* argument, int64_t batch, int64_t
     int64_t span = kXsaHeadDim;
     for (int d = 0; d < 3; ++d) {
         if (t.size(d) == 1) continue;
-        STD_TORCH_CHECK(t.stride(d) > 0 && t.stride(d) % 8 == 0, argument, ": expected strides that are multiples of 8 elements, got ", t.stride(d));
+        STD_TORCH_CHECK(t.stride(d) > 0 && t.stride(d) % 8 == 0, argument, ": expected strides that are multiples of 8 elements, got ",
+                        t.stride(d));
         span = std::max(span, t.size(d) * t.stride(d));
     }
     int64_t stride[3];
@@ -47,8 +48,9 @@ XsaPlan plan_rows(const Tensor& t, const char* argument, const XsaAttentionParam
     return {static_cast<int4*>(t.data_ptr()), tokens_per_block};
 }
 
-XsaAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& gate, const optional<Tensor>& cu_seqlens,
-                          const Tensor& out, const Tensor& lse, const Tensor& own, const Tensor& plan, bool xsa, double scale) {
+XsaAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& gate,
+                          const optional<Tensor>& cu_seqlens, const Tensor& out, const Tensor& lse, const Tensor& own, const Tensor& plan,
+                          bool xsa, double scale) {
     const int64_t batch = q.size(0), tokens = q.size(1), q_heads = q.size(2), kv_heads = k.size(2);
     STD_TORCH_CHECK(batch > 0 && batch <= 65535 && tokens > 0 && tokens < (1 << 30), "q: expected 1 to 65535 rows of 1 to 2^30 tokens");
     STD_TORCH_CHECK(kv_heads > 0 && q_heads % kv_heads == 0 && q_heads <= 65535, "q: its heads are not a multiple of k's, or over 65535");
@@ -80,8 +82,9 @@ void fwd(Tensor q, Tensor k, Tensor v, optional<Tensor> gate, optional<Tensor> c
     check_launch(xsa_attention_fwd(p, device.stream), "xsa_attention_fwd");
 }
 
-void bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, optional<Tensor> gate, Tensor out, Tensor lse, Tensor own, optional<Tensor> cu_seqlens,
-         Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats, Tensor plan, Tensor plan_keys, bool xsa, double scale) {
+void bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, optional<Tensor> gate, Tensor out, Tensor lse, Tensor own,
+         optional<Tensor> cu_seqlens, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats, Tensor plan,
+         Tensor plan_keys, bool xsa, double scale) {
     XsaAttentionBwdParams p{};
     XsaAttentionParams& f = p.fwd;
     f = params(q, k, v, gate, cu_seqlens, out, lse, own, plan, xsa, scale);
@@ -107,9 +110,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
         "xsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) own,"
         " Tensor(d!) plan, bool xsa, float scale) -> ()");
     m.def(
-        "xsa_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own, Tensor? cu_seqlens,"
-        " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy, Tensor(f!) stats, Tensor(g!) plan, Tensor(h!) plan_keys,"
-        " bool xsa, float scale) -> ()");
+        "xsa_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
+        " Tensor? cu_seqlens, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy, Tensor(f!) stats,"
+        " Tensor(g!) plan, Tensor(h!) plan_keys, bool xsa, float scale) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("xsa_attention_fwd", TORCH_BOX(&pgolf::fwd));

@@ -89,7 +89,8 @@ __device__ inline void product_abt(float (&d)[32], uint64_t a, uint64_t b) {
 __device__ inline void product_ab(float (&d)[32], const uint32_t (&a)[16], uint64_t b, bool accumulate) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-        wgmma::mma<wgmma::kMajorMN>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], wgmma::advance(b, 2048 * k), k > 0 || accumulate);
+        wgmma::mma<wgmma::kMajorMN>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], wgmma::advance(b, 2048 * k),
+                                    k > 0 || accumulate);
 }
 
 // Rows 16 warp .. 16 warp + 15 of a tile as the A operand.

@@ -9,6 +9,9 @@
 // Nothing is reduced across thread blocks: the backward recomputes the scores once for dk and dv (a block owns keys) and
 // once for dq (a block owns queries). Seven products instead of five buy gradients that need no fp32 accumulator in
 // memory, no atomics and no conversion pass, and that are the same bits on every run.
+//
+// NOTE: every element of q, k, v and dout must be finite, also in tokens after the last document: a tile reaches past its
+// document's end, and what it meets there is multiplied by 0.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
@@ -18,8 +21,8 @@
 namespace pgolf {
 
 constexpr int kXsaHeadDim = 64;
-constexpr int kXsaTile = 64;         // tokens
-constexpr int kXsaKeysPerBlock = 192; // of the dk, dv kernel: one tile for each of its warpgroups
+constexpr int kXsaTile = 64;           // tokens
+constexpr int kXsaKeysPerBlock = 192;  // of the dk, dv kernel: one tile for each of its warpgroups
 
 // [B, T, H, 64], the last dimension contiguous; strides in elements, multiples of 8; 16-byte aligned.
 struct HeadRows {
@@ -37,12 +40,15 @@ struct GateRows {
 // Work list of packed documents: plan[0] = {entries, end of the last document, -, -}, then {start, length, index, document} of
 // every block of `tokens_per_block` tokens, all blocks of one document together, longest document first.
 struct XsaPlan {
-    int4* entries;          // room for xsa_plan_capacity; null for a dense batch
+    int4* entries;  // room for xsa_plan_capacity; null for a dense batch
     int tokens_per_block;
 };
-inline int64_t xsa_plan_capacity(int64_t tokens, int64_t documents, int tokens_per_block) { return tokens / tokens_per_block + documents + 2; }
+inline int64_t xsa_plan_capacity(int64_t tokens, int64_t documents, int tokens_per_block) {
+    return tokens / tokens_per_block + documents + 2;
+}
 
-// Queries of one block of the forward and of the dq kernel: two heads of one tile, or two tiles where a group has an odd number of heads.
+// Queries of one block of the forward and of the dq kernel: one tile of two heads, or two tiles of one head where a group's
+// number of heads is odd.
 inline int xsa_queries_per_block(int q_heads, int kv_heads) { return (q_heads / kv_heads) % 2 == 0 ? kXsaTile : 2 * kXsaTile; }
 
 struct XsaAttentionParams {
@@ -60,7 +66,7 @@ struct XsaAttentionParams {
 };
 cudaError_t xsa_attention_fwd(const XsaAttentionParams& p, cudaStream_t stream);
 
-// With dz = gate dout and e = (dz . v) / |v|^2:
+// With dz = gate dout and e = (dz . v) / |v|^2, besides what passes through the probabilities:
 //   dy = dz - e v,   dv += -(e z + own dy),   delta = rowsum(dy y),   dgate = rowsum(dout out) / gate
 struct XsaAttentionBwdParams {
     XsaAttentionParams fwd;    // as given to the forward; out, lse and own are inputs now

@@ -52,9 +52,12 @@ __device__ inline Place find_place(const XsaAttentionParams& f, int token) {
 }
 
 // This lane's part of dout . y, from the scores up: for a gate of exactly 0, whose out tells nothing about y. Slow and rare.
-__device__ inline float recomputed_dot(const XsaAttentionBwdParams& p, int batch, int start, int token, int head, int kv_head, int lane, float lse) {
+__device__ inline float recomputed_dot(const XsaAttentionBwdParams& p, int batch, int start, int token, int head, int kv_head, int lane,
+                                       float lse) {
     const XsaAttentionParams& f = p.fwd;
-    auto at = [&](const HeadRows& x, int t, int h) { return x.data + batch * x.batch_stride + int64_t(t) * x.token_stride + h * x.head_stride; };
+    auto at = [&](const HeadRows& x, int t, int h) {
+        return reinterpret_cast<const __nv_bfloat16*>(row_chunk(x, batch, t, h, 0));
+    };
     const __nv_bfloat16 *q = at(f.q, token, head), *grad_out = at(p.grad_out, token, head);
     float sum = 0.0f;
     for (int t = start + lane; t <= token; t += kRowLanes) {
@@ -87,7 +90,7 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
     const Eight v(live ? __ldg(row_chunk(f.v, batch, token, kv_head, chunk)) : zeros);
     const float inverse_square = f.xsa ? 1.0f / fmaxf(dot(v, v), 1e-24f) : 0.0f;
     float dv[8] = {};
-#pragma unroll 2  // the loads of two heads in flight together; __ldg, or the stores of the first would hold back those of the second
+#pragma unroll 2  // NOTE: __ldg throughout: the first head's stores must not hold back the second's loads
     for (int g = 0; g < group; ++g) {
         const int head = kv_head * group + g;
         const int64_t stat = int64_t(batch) * f.q_heads + head, at_row = stat * f.tokens + token;
@@ -456,7 +459,8 @@ cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t strea
     const int key_blocks = f.cu_seqlens != nullptr ? xsa_plan_capacity(f.tokens, f.documents, kXsaKeysPerBlock) - 1
                                                    : (f.tokens + kXsaKeysPerBlock - 1) / kXsaKeysPerBlock;
     const int batches = f.cu_seqlens != nullptr ? 1 : f.batch;
-    xsa_attention_dkdv_kernel<<<dim3(key_blocks, f.kv_heads, batches), kKeyThreads, kKeyShared, stream>>>(map_q, map_dy, map_k, map_v, map_stats, p);
+    const dim3 key_grid(key_blocks, f.kv_heads, batches);
+    xsa_attention_dkdv_kernel<<<key_grid, kKeyThreads, kKeyShared, stream>>>(map_q, map_dy, map_k, map_v, map_stats, p);
     xsa_attention_dq_kernel<<<query_grid(f), kQueryThreads, kQueryShared, stream>>>(map_q, map_dy, map_k, map_v, p);
     return cudaGetLastError();
 }

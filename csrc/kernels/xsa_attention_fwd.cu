@@ -13,7 +13,8 @@ struct OnlineSoftmax {
 
 // Scores of one tile to unnormalised probabilities as the A operand.
 template <bool kDiagonal>
-__device__ __forceinline__ void softmax_tile(uint32_t (&p)[16], float (&s)[32], float (&o)[32], OnlineSoftmax& state, float scale_log2, int row, int lane) {
+__device__ __forceinline__ void softmax_tile(uint32_t (&p)[16], float (&s)[32], float (&o)[32], OnlineSoftmax& state, float scale_log2,
+                                             int row, int lane) {
     if (kDiagonal) {
 #pragma unroll
         for (int i = 0; i < 32; ++i) {

@@ -7,12 +7,15 @@ constexpr int kThreads = 1024;
 constexpr int kBuckets = kThreads;  // documents by number of blocks; the last bucket holds all longer ones
 
 // Long documents first, so that the grid ends on short blocks; a document's blocks together, so that they share its keys in L2.
-__global__ __launch_bounds__(kThreads) void xsa_attention_plan_kernel(const int32_t* cu_seqlens, int documents, XsaPlan plan, bool last_first) {
+__global__ __launch_bounds__(kThreads) void xsa_attention_plan_kernel(const int32_t* cu_seqlens, int documents, XsaPlan plan,
+                                                                      bool last_first) {
     __shared__ int place[kBuckets];
     const int mine = threadIdx.x;
     place[mine] = 0;
     __syncthreads();
-    auto blocks_of = [&](int document) { return (cu_seqlens[document + 1] - cu_seqlens[document] + plan.tokens_per_block - 1) / plan.tokens_per_block; };
+    auto blocks_of = [&](int document) {
+        return (cu_seqlens[document + 1] - cu_seqlens[document] + plan.tokens_per_block - 1) / plan.tokens_per_block;
+    };
     auto bucket_of = [](int blocks) { return kBuckets - min(blocks, kBuckets); };  // descending
     for (int d = mine; d < documents; d += kThreads)
         if (int blocks = blocks_of(d)) atomicAdd(&place[bucket_of(blocks)], blocks);

@@ -143,7 +143,8 @@ def _kernel_rows(x, argument):
 def _kernel_inputs(q, k, v, gate, cu_seqlens):
     if gate is not None:
         require_dtype(gate, "gate", (torch.bfloat16, torch.float32))
-    return *(_kernel_rows(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))), cu_seqlens.contiguous() if cu_seqlens is not None else None
+    rows = (_kernel_rows(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    return *rows, None if cu_seqlens is None else cu_seqlens.contiguous()
 
 
 def _plan_space(q, cu_seqlens, tokens_per_block):
@@ -250,7 +251,7 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
     cu_seqlens  int32 [documents + 1], ascending from 0 to at most T, for packed documents (then B = 1)
     max_seqlen  upper bound of the document lengths; T if not given. Only the composite path reads it.
 
-    On an sm_90 GPU: bf16, D = 64, gate bf16 or float32; nothing synchronises with the host, and out and all
+    On an sm_90 GPU: bf16, D = 64, gate bf16 or float32, every element finite; nothing synchronises with the host, and out and all
     gradients are the same bits on every run. Tensors that the copy engine cannot read in place (last dimension
     not contiguous, strides not multiples of 16 bytes) are copied first.
     """

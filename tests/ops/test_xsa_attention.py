@@ -59,8 +59,8 @@ def assert_agrees(case, **options):
     peer = outcome(plain_torch, *case, **options)
     truth = outcome(xsa_attention_ref, *case, dtype=torch.float64, **options)
     for name in truth:
-        if truth[name].abs().max() < 1e-12:  # a token that sees only itself: p = 1 whatever q and k are
-            assert ours[name].abs().max() < 1e-4, name
+        if truth[name].abs().max() < 1e-12:  # a token that sees only itself: out, dq and dk are 0, and dv two terms that cancel
+            assert ours[name].abs().max() <= 2**-5 * case[-1].abs().max(), name
         else:
             assert_within(ours[name], peer[name], truth[name], name, floor=3e-4)
 
