@@ -125,6 +125,65 @@ def _bwd_cpu(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa
     return dq, dk, dv, dgate
 
 
+# ---- CUDA: the kernels of csrc/kernels/xsa_attention_*.cu
+
+HEAD_DIM = 64
+KEYS_PER_BLOCK = 192  # kXsaKeysPerBlock
+
+
+def _kernel_rows(x, argument):
+    """`x` where the copy engine can read it in place, as it can slices of a packed QKV buffer; else a contiguous copy."""
+    require(x.shape[-1] == HEAD_DIM, argument, f"the kernel serves head width {HEAD_DIM}, got {x.shape[-1]}; the CPU path serves any")
+    require_dtype(x, argument, (torch.bfloat16,))
+    strides = [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
+    readable = x.stride(-1) == 1 and all(stride > 0 and stride % 8 == 0 for stride in strides[:-1]) and x.data_ptr() % 16 == 0
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
+
+
+def _kernel_inputs(q, k, v, gate, cu_seqlens):
+    if gate is not None:
+        require_dtype(gate, "gate", (torch.bfloat16, torch.float32))
+    rows = (_kernel_rows(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    return *rows, None if cu_seqlens is None else cu_seqlens.contiguous()
+
+
+def _plan_space(q, cu_seqlens, tokens_per_block):
+    """Room for the list of blocks that the kernels make of the documents."""
+    entries = 0 if cu_seqlens is None else q.shape[1] // tokens_per_block + cu_seqlens.shape[0] + 1
+    return torch.empty((entries, 4), dtype=torch.int32, device=q.device)
+
+
+def _queries_per_block(q, k):
+    return 64 if q.shape[2] // k.shape[2] % 2 == 0 else 128  # xsa_queries_per_block
+
+
+@torch.library.impl(library, "xsa_attention_fwd", "CUDA")
+def _fwd_cuda(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
+    q, k, v, cu_seqlens = _kernel_inputs(q, k, v, gate, cu_seqlens)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    own = torch.empty_like(lse)
+    plan = _plan_space(q, cu_seqlens, _queries_per_block(q, k))
+    torch.ops.pgolf_fast_sm90.xsa_attention_fwd(q, k, v, gate, cu_seqlens, out, lse, own, plan, xsa, scale)
+    return out, lse, own
+
+
+@torch.library.impl(library, "xsa_attention_bwd", "CUDA")
+def _bwd_cuda(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+    q, k, v, cu_seqlens = _kernel_inputs(q, k, v, gate, cu_seqlens)
+    grad_out = _kernel_rows(grad_out, "grad_out")
+    dq, dk, dv, dy = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, q))
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if gate is not None else None
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    stats_width = -(-q.shape[1] // 4) * 4 + 4 * documents
+    stats = torch.empty((q.shape[0] * q.shape[2], 2, stats_width), dtype=torch.float32, device=q.device)
+    plan, plan_keys = (_plan_space(q, cu_seqlens, tokens) for tokens in (_queries_per_block(q, k), KEYS_PER_BLOCK))
+    torch.ops.pgolf_fast_sm90.xsa_attention_bwd(
+        grad_out, q, k, v, gate, out, lse, own, cu_seqlens, dq, dk, dv, dgate, dy, stats, plan, plan_keys, xsa, scale
+    )
+    return dq, dk, dv, dgate if dgate is not None else q.new_empty(0)
+
+
 @torch.library.register_fake(f"{_library.NAMESPACE}::xsa_attention_fwd")
 def _fwd_fake(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
     rows = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulation_dtype(q.dtype))
@@ -188,9 +247,13 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
     k, v        [B, T, Hk, D], the dtype of q, Hq a multiple of Hk
     xsa         remove the component along the token's own value
     gate        [B, T, Hq] factor on each head's output, or None
-    scale       of the scores; None is D ** -0.5
+    scale       of the scores, > 0; None is D ** -0.5
     cu_seqlens  int32 [documents + 1], ascending from 0 to at most T, for packed documents (then B = 1)
-    max_seqlen  longest document, needed with cu_seqlens on CUDA; T if not given
+    max_seqlen  upper bound of the document lengths; T if not given. Only the composite path reads it.
+
+    On an sm_90 GPU: bf16, D = 64, gate bf16 or float32, every element finite; nothing synchronises with the host, and out and all
+    gradients are the same bits on every run. Tensors that the copy engine cannot read in place (last dimension
+    not contiguous, strides not multiples of 16 bytes) are copied first.
     """
     require(q.dim() == 4, "q", f"expected [B, T, Hq, D], got shape {list(q.shape)}")
     require(q.is_floating_point(), "q", f"expected a float dtype, got {q.dtype}")
@@ -209,10 +272,11 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
         require(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1, "cu_seqlens", f"expected [documents + 1], got {list(cu_seqlens.shape)}")
         require_dtype(cu_seqlens, "cu_seqlens", (torch.int32,))
         require_device(cu_seqlens, "cu_seqlens", q.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    max_seqlen = q.shape[1] if max_seqlen is None else int(max_seqlen)
     if q.numel() == 0:
         return torch.zeros_like(q)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    require(scale > 0, "scale", f"expected > 0, got {scale}")
+    max_seqlen = q.shape[1] if max_seqlen is None else int(max_seqlen)
     if q.device.type == "cuda" and not _library.uses_kernel("xsa_attention_fwd", q.device):
         return _composite(q, k, v, xsa, gate, scale, cu_seqlens, max_seqlen)
     return torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale)[0]

@@ -27,6 +27,11 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType kind, c
         return reinterpret_cast<Encode>(f);
     }();
     if (encode == nullptr) return cudaErrorNotSupported;
+    // NOTE: the encoder needs a current context, and a thread that has made no runtime call yet, such as autograd's, has none.
+    int device = 0;
+    cudaError_t context = cudaGetDevice(&device);
+    if (context == cudaSuccess) context = cudaSetDevice(device);
+    if (context != cudaSuccess) return context;
     const uint32_t unit[5] = {1, 1, 1, 1, 1};
     CUresult status = encode(map, kind, dims.rank, const_cast<void*>(base), reinterpret_cast<const cuuint64_t*>(dims.size),
                              reinterpret_cast<const cuuint64_t*>(dims.stride_bytes), dims.box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,

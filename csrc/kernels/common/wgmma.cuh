@@ -33,8 +33,10 @@ __device__ __forceinline__ uint64_t descriptor_mn_major(const void* tile, uint32
     return kSwizzle128 | kGroupStride | (uint64_t(column_block_bytes >> 4) << 16) | ((ptx::smem_u32(tile) & 0x3FFFF) >> 4);
 }
 
-// Adds `bytes` to a descriptor's address.
-__device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+// Adds `bytes` to a descriptor's address. The address never carries out of the low word, so the high one stays a constant.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+    return (descriptor & 0xffffffff00000000) | (uint32_t(descriptor) + (bytes >> 4));
+}
 
 // Before the first wgmma that reads registers written by ordinary instructions.
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

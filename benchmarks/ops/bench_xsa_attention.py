@@ -1,0 +1,67 @@
+"""Exclusive self-attention, dense rows and packed documents, forward and forward + backward.
+
+Fewest operations: two products of the causal half forward, five more backward. The peers are torch's attention with the
+projection as a torch.compile pass behind it; torch packs no documents, so there its peer pads them to the longest.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.shapes import HEAD_DIM, HEADS, KV_HEADS, SEQUENCE, cu_seqlens, document_lengths, tokens
+from benchmarks.timing import Case
+from pgolf_fast import xsa_attention
+from pgolf_fast.ops.xsa_attention import _composite
+
+
+@torch.compile
+def project(y, v):
+    own = v.repeat_interleave(y.shape[2] // v.shape[2], dim=2).float()
+    return (y - (y * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-24) * own).to(v.dtype)
+
+
+def torch_attention(backend):
+    def attention(q, k, v):
+        with sdpa_kernel(backend):
+            y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+        return project(y.transpose(1, 2), v)
+
+    return attention
+
+
+def cases(device):
+    n = tokens(device)
+    documents = document_lengths(n)
+    starts = cu_seqlens(documents, device, pad_to=256 if device.type == "cuda" else None)
+
+    def packed(q, k, v):
+        return xsa_attention(q, k, v, cu_seqlens=starts, max_seqlen=SEQUENCE)
+
+    def padded(q, k, v):
+        return _composite(q, k, v, True, None, HEAD_DIM**-0.5, starts[: len(documents) + 1], SEQUENCE)
+
+    dense_peers = {"torch math": torch_attention(SDPBackend.MATH)}
+    if device.type == "cuda":
+        dense_peers = {"cuDNN": torch_attention(SDPBackend.CUDNN_ATTENTION), "flash": torch_attention(SDPBackend.FLASH_ATTENTION)}
+    rows = n // SEQUENCE
+    for name, batch, lengths, contestants in (
+        (f"dense {rows}x{SEQUENCE}", rows, [SEQUENCE] * rows, {"ours": xsa_attention, **dense_peers}),
+        (f"packed {len(documents)} documents, {n}", 1, documents, {"ours": packed, "torch padded": padded}),
+    ):
+        qkv = torch.randn(batch, n // batch, HEADS + 2 * KV_HEADS, HEAD_DIM, device=device).bfloat16()
+        inputs = [x.requires_grad_() for x in qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=2)]
+        grad = torch.randn_like(inputs[0])
+
+        def forward(function, inputs=inputs):
+            def run(i):
+                with torch.no_grad():
+                    return function(*inputs)
+
+            return run
+
+        def forward_backward(function, inputs=inputs, grad=grad):
+            return lambda i: torch.autograd.grad(function(*inputs), inputs, grad)
+
+        product = 2 * HEAD_DIM * HEADS * sum(length * (length + 1) // 2 for length in lengths)
+        yield Case(f"{name} fwd", {k: forward(f) for k, f in contestants.items()}, 0, 2 * product)
+        yield Case(f"{name} fwd+bwd", {k: forward_backward(f) for k, f in contestants.items()}, 0, 7 * product)

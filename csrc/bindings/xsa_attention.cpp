@@ -1,0 +1,120 @@
+#include "kernels/xsa_attention.h"
+
+#include <algorithm>
+
+#include "bindings/checks.h"
+
+namespace pgolf {
+namespace {
+
+using std::optional;
+
+// The stride of a dimension of one element means nothing and may be anything: replaced by one that spans all other dimensions.
+HeadRows head_rows(const Tensor& t, const char* argument, int64_t batch, int64_t tokens, int64_t heads) {
+    check(t, argument, ScalarType::BFloat16, {batch, tokens, heads, kXsaHeadDim});
+    check_aligned(t, argument);
+    STD_TORCH_CHECK(t.stride(3) == 1, argument, ": the last dimension must be contiguous");
+    int64_t span = kXsaHeadDim;
+    for (int d = 0; d < 3; ++d) {
+        if (t.size(d) == 1) continue;
+        STD_TORCH_CHECK(t.stride(d) > 0 && t.stride(d) % 8 == 0, argument, ": expected strides that are multiples of 8 elements, got ",
+                        t.stride(d));
+        span = std::max(span, t.size(d) * t.stride(d));
+    }
+    int64_t stride[3];
+    for (int d = 0; d < 3; ++d) stride[d] = t.size(d) > 1 ? t.stride(d) : span;
+    return {static_cast<__nv_bfloat16*>(t.data_ptr()), stride[0], stride[1], stride[2]};
+}
+
+GateRows gate_rows(const optional<Tensor>& t, const char* argument, int64_t batch, int64_t tokens, int64_t heads) {
+    if (!t) return {};
+    const bool is_bf16 = t->scalar_type() == ScalarType::BFloat16;
+    check(*t, argument, is_bf16 ? ScalarType::BFloat16 : ScalarType::Float, {batch, tokens, heads});
+    return {t->data_ptr(), is_bf16, t->stride(0), t->stride(1), t->stride(2)};
+}
+
+float* head_stats(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
+    check(t, argument, ScalarType::Float, shape);
+    check_contiguous(t, argument);
+    return static_cast<float*>(t.data_ptr());
+}
+
+XsaPlan plan_rows(const Tensor& t, const char* argument, const XsaAttentionParams& p, int tokens_per_block) {
+    if (p.cu_seqlens == nullptr) return {nullptr, tokens_per_block};
+    check(t, argument, ScalarType::Int, {-1, 4});
+    check_contiguous(t, argument);
+    check_aligned(t, argument);
+    STD_TORCH_CHECK(t.size(0) >= xsa_plan_capacity(p.tokens, p.documents, tokens_per_block), argument, ": too short");
+    return {static_cast<int4*>(t.data_ptr()), tokens_per_block};
+}
+
+XsaAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& gate,
+                          const optional<Tensor>& cu_seqlens, const Tensor& out, const Tensor& lse, const Tensor& own, const Tensor& plan,
+                          bool xsa, double scale) {
+    const int64_t batch = q.size(0), tokens = q.size(1), q_heads = q.size(2), kv_heads = k.size(2);
+    STD_TORCH_CHECK(batch > 0 && batch <= 65535 && tokens > 0 && tokens < (1 << 30), "q: expected 1 to 65535 rows of 1 to 2^30 tokens");
+    STD_TORCH_CHECK(kv_heads > 0 && q_heads % kv_heads == 0 && q_heads <= 65535, "q: its heads are not a multiple of k's, or over 65535");
+    STD_TORCH_CHECK(scale > 0, "scale: expected > 0");
+    XsaAttentionParams p{};
+    p.batch = int(batch), p.tokens = int(tokens), p.q_heads = int(q_heads), p.kv_heads = int(kv_heads);
+    p.scale = float(scale), p.xsa = xsa;
+    if (cu_seqlens) {
+        check(*cu_seqlens, "cu_seqlens", ScalarType::Int, {-1});
+        check_contiguous(*cu_seqlens, "cu_seqlens");
+        p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
+        p.documents = int(cu_seqlens->size(0)) - 1;
+    }
+    p.queries = plan_rows(plan, "plan", p, xsa_queries_per_block(p.q_heads, p.kv_heads));
+    p.q = head_rows(q, "q", batch, tokens, q_heads);
+    p.k = head_rows(k, "k", batch, tokens, kv_heads);
+    p.v = head_rows(v, "v", batch, tokens, kv_heads);
+    p.gate = gate_rows(gate, "gate", batch, tokens, q_heads);
+    p.out = head_rows(out, "out", batch, tokens, q_heads);
+    p.lse = head_stats(lse, "lse", {batch, q_heads, tokens});
+    p.own = head_stats(own, "own", {batch, q_heads, tokens});
+    return p;
+}
+
+void fwd(Tensor q, Tensor k, Tensor v, optional<Tensor> gate, optional<Tensor> cu_seqlens, Tensor out, Tensor lse, Tensor own, Tensor plan,
+         bool xsa, double scale) {
+    const XsaAttentionParams p = params(q, k, v, gate, cu_seqlens, out, lse, own, plan, xsa, scale);
+    OnDeviceOf device(q);
+    check_launch(xsa_attention_fwd(p, device.stream), "xsa_attention_fwd");
+}
+
+void bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, optional<Tensor> gate, Tensor out, Tensor lse, Tensor own,
+         optional<Tensor> cu_seqlens, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats, Tensor plan,
+         Tensor plan_keys, bool xsa, double scale) {
+    XsaAttentionBwdParams p{};
+    XsaAttentionParams& f = p.fwd;
+    f = params(q, k, v, gate, cu_seqlens, out, lse, own, plan, xsa, scale);
+    p.keys = plan_rows(plan_keys, "plan_keys", f, kXsaKeysPerBlock);
+    p.grad_out = head_rows(grad_out, "grad_out", f.batch, f.tokens, f.q_heads);
+    p.dq = head_rows(dq, "dq", f.batch, f.tokens, f.q_heads);
+    p.dk = head_rows(dk, "dk", f.batch, f.tokens, f.kv_heads);
+    p.dv = head_rows(dv, "dv", f.batch, f.tokens, f.kv_heads);
+    p.dgate = gate_rows(dgate, "dgate", f.batch, f.tokens, f.q_heads);
+    p.dy = head_rows(dy, "dy", f.batch, f.tokens, f.q_heads);
+    p.stats_width = stats.size(-1);
+    STD_TORCH_CHECK(p.stats_width % 4 == 0 && p.stats_width >= f.tokens + 4 * f.documents, "stats: too narrow");
+    p.stats = head_stats(stats, "stats", {int64_t(f.batch) * f.q_heads, 2, p.stats_width});
+    OnDeviceOf device(q);
+    check_launch(xsa_attention_bwd(p, device.stream), "xsa_attention_bwd");
+}
+
+}  // namespace
+}  // namespace pgolf
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
+    m.def(
+        "xsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) own,"
+        " Tensor(d!) plan, bool xsa, float scale) -> ()");
+    m.def(
+        "xsa_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
+        " Tensor? cu_seqlens, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy, Tensor(f!) stats,"
+        " Tensor(g!) plan, Tensor(h!) plan_keys, bool xsa, float scale) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
+    m.impl("xsa_attention_fwd", TORCH_BOX(&pgolf::fwd));
+    m.impl("xsa_attention_bwd", TORCH_BOX(&pgolf::bwd));
+}

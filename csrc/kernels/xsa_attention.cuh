@@ -1,0 +1,164 @@
+// What the attention kernels share: 64 x 64 tiles in shared memory, products of tiles, and which tile a thread block works on.
+#pragma once
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/tensor_map.h"
+#include "kernels/common/wgmma.cuh"
+#include "kernels/xsa_attention.h"
+
+namespace pgolf::xsa {
+
+constexpr int kTile = kXsaTile;                          // rows and columns
+constexpr int kTileBytes = kTile * kXsaHeadDim * 2;      // bf16, 128-byte rows, 128-byte swizzle
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// ---- host ------------------------------------------------------------------------------------------
+
+// One tile of 64 tokens of one head per box; coordinates (0, head, token, batch).
+inline cudaError_t tile_map(CUtensorMap* map, const HeadRows& x, int heads, int tokens, int batch) {
+    TensorMapDims dims{4,
+                       {uint64_t(kXsaHeadDim), uint64_t(heads), uint64_t(tokens), uint64_t(batch)},
+                       {uint64_t(x.head_stride) * 2, uint64_t(x.token_stride) * 2, uint64_t(x.batch_stride) * 2},
+                       {kXsaHeadDim, 1, kTile, 1}};
+    return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, x.data, dims);
+}
+
+// The same value in every lane of a warp, told to the compiler, which then keeps it and addresses made of it in uniform registers.
+__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// ---- which tokens ----------------------------------------------------------------------------------
+
+struct Sequence {
+    int batch, start, length;
+    int block;     // index of this block's tokens in the sequence
+    int document;  // 0 in a dense batch
+    __device__ int tiles() const { return (length + kTile - 1) / kTile; }
+};
+
+// Entry blockIdx.x of the plan, or of row blockIdx.z of a dense batch. The grid is larger than the plan: a block without an
+// entry gets length 0 and the index of a block of tokens after the last document, counted from `start`.
+__device__ inline Sequence find_sequence(const XsaPlan& plan, int tokens, bool last_first) {
+    if (plan.entries == nullptr) return {int(blockIdx.z), 0, tokens, int(last_first ? gridDim.x - 1 - blockIdx.x : blockIdx.x), 0};
+    const int4 header = plan.entries[0];
+    if (int(blockIdx.x) >= header.x) return {0, header.y, 0, int(blockIdx.x) - header.x, 0};
+    const int4 entry = plan.entries[1 + blockIdx.x];
+    return {0, entry.x, entry.y, entry.z, entry.w};
+}
+
+// Place of a sequence's first token in a row of stats. NOTE: a multiple of 4 whatever the start: the copy engine takes boxes whose
+// first element is 16-byte aligned in memory and calls any other an illegal instruction.
+__device__ inline int stats_place(int start, int document) { return start / 4 * 4 + 4 * document; }
+
+// Head, tile and key head of one of the two warpgroups of a query block.
+struct QueryTile {
+    int head, kv_head, tile;
+};
+__device__ inline QueryTile find_query_tile(int q_heads, int kv_heads, int block, int warpgroup) {
+    const int group = q_heads / kv_heads;
+    if (group % 2 == 0) return {2 * int(blockIdx.y) + warpgroup, 2 * int(blockIdx.y) / group, block};
+    return {int(blockIdx.y), int(blockIdx.y) / group, 2 * block + warpgroup};
+}
+
+__device__ inline float load_gate(const GateRows& gate, int batch, int token, int head) {
+    const int64_t at = batch * gate.batch_stride + token * gate.token_stride + head * gate.head_stride;
+    return gate.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(gate.data)[at]) : static_cast<const float*>(gate.data)[at];
+}
+
+// ---- products of tiles -----------------------------------------------------------------------------
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in a swizzled tile.
+__device__ inline uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// Before a product that reads registers which ordinary instructions wrote. NOTE: lanes that left a divergent branch or a
+// barrier's wait at different times must be together again, or the product is an illegal instruction.
+__device__ inline void begin_products() {
+    __syncwarp();
+    wgmma::fence();
+}
+
+// d = A B^T, both tiles [64 rows, 64] as they lie in memory.
+// NOTE: into fresh registers. The old contents of d, though overwritten, would otherwise count as an input that ordinary
+// instructions wrote while earlier products were in flight, and ptxas would run all products one at a time (warning C7515).
+__device__ inline void product_abt(float (&d)[32], uint64_t a, uint64_t b) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma::mma(d, wgmma::advance(a, 32 * k), wgmma::advance(b, 32 * k), k > 0);
+}
+// d = A B, or d += A B, A in registers, the rows of B being the contracted dimension.
+// NOTE: a first product that overwrites d, not one that adds to zeros: ptxas moves zeroing into the flight of earlier products
+// and then runs all products of the kernel one at a time (warning C7515).
+__device__ inline void product_ab(float (&d)[32], const uint32_t (&a)[16], uint64_t b, bool accumulate) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        wgmma::mma<wgmma::kMajorMN>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], wgmma::advance(b, 2048 * k),
+                                    k > 0 || accumulate);
+}
+
+// Rows 16 warp .. 16 warp + 15 of a tile as the A operand.
+__device__ inline void load_operand(uint32_t (&a)[16], const uint8_t* tile, int warp, int lane) {
+    const uint32_t base = ptx::smem_u32(tile);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        ptx::ldmatrix_x4(base + swizzled(16 * warp + lane % 16, 2 * k + lane / 16), a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]);
+}
+
+// Accumulator to bf16 operand: neighbouring column groups pair up (wgmma.cuh).
+__device__ inline void pack(uint32_t (&a)[16], const float (&d)[32]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) a[i] = ptx::pack_bf16(d[2 * i], d[2 * i + 1]);
+}
+
+// Writes this warp's 16 rows of a fragment as bf16 into its rows of a tile, then hands each lane whole 16-byte chunks:
+// store(row, chunk, value, i) with row = 16 warp + 4 i + lane / 8, chunk = lane % 8.
+template <class Store>
+__device__ inline void store_rows(uint8_t* tile, const float (&d)[32], int warp, int lane, Store&& store) {
+    uint32_t packed[16];
+    pack(packed, d);
+    const uint32_t base = ptx::smem_u32(tile);
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+        ptx::stmatrix_x4(base + swizzled(16 * warp + lane % 16, 2 * k + lane / 16), packed[4 * k], packed[4 * k + 1], packed[4 * k + 2],
+                         packed[4 * k + 3]);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = 16 * warp + 4 * i + lane / 8, chunk = lane % 8;
+        store(row, chunk, *reinterpret_cast<const uint4*>(tile + swizzled(row, chunk)), i);
+    }
+}
+
+__device__ inline uint4* row_chunk(const HeadRows& x, int batch, int token, int head, int chunk) {
+    return reinterpret_cast<uint4*>(x.data + batch * x.batch_stride + int64_t(token) * x.token_stride + head * x.head_stride) + chunk;
+}
+
+// Sum over the four lanes that share a fragment row.
+__device__ inline float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// Two warpgroups; two such blocks fit a multiprocessor, and their four warpgroups take turns at the tensor cores and the
+// exponential unit. NOTE: a warp of its own for the loads would be the fifth on one scheduler and cut every thread to 96 registers.
+constexpr int kConsumers = 2;
+constexpr int kQueryThreads = kConsumers * 128;
+constexpr int kStages = 4;  // key and value tiles in flight
+
+inline dim3 query_grid(const XsaAttentionParams& p) {
+    const int per_block = p.queries.tokens_per_block, heads_per_block = per_block == kTile ? 2 : 1;
+    if (p.cu_seqlens != nullptr) return dim3(xsa_plan_capacity(p.tokens, p.documents, per_block) - 1, p.q_heads / heads_per_block, 1);
+    return dim3((p.tokens + per_block - 1) / per_block, p.q_heads / heads_per_block, p.batch);
+}
+
+struct QueryBlockShared {
+    uint64_t full[kStages], empty[kStages], rows;
+};
+inline cudaError_t allow_shared(const void* kernel, int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+// Dynamic shared memory starts at 16 bytes; tiles need 1024.
+__device__ inline uint8_t* align_tiles(uint8_t* shared) { return shared + (1024 - ptx::smem_u32(shared) % 1024) % 1024; }
+
+}  // namespace pgolf::xsa

@@ -1,0 +1,86 @@
+// Exclusive self-attention, causal, grouped-query, head width 64, bf16 with fp32 softmax and sums.
+//
+//   S = scale q k^T, causal, within a document      P = softmax(S)      y = P v
+//   own = (y . v) / max(|v|, 1e-12)^2               z = y - own v       out = gate z
+//
+// A sequence is one row of the batch, or, with cu_seqlens, one packed document of the only row. All work is cut into
+// 64 x 64 tiles counted from the sequence's first token, so the causal diagonal is always one whole tile.
+//
+// Nothing is reduced across thread blocks: the backward recomputes the scores once for dk and dv (a block owns keys) and
+// once for dq (a block owns queries). Seven products instead of five buy gradients that need no fp32 accumulator in
+// memory, no atomics and no conversion pass, and that are the same bits on every run.
+//
+// NOTE: every element of q, k, v and dout must be finite, also in tokens after the last document: a tile reaches past its
+// document's end, and what it meets there is multiplied by 0.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace pgolf {
+
+constexpr int kXsaHeadDim = 64;
+constexpr int kXsaTile = 64;           // tokens
+constexpr int kXsaKeysPerBlock = 192;  // of the dk, dv kernel: one tile for each of its warpgroups
+
+// [B, T, H, 64], the last dimension contiguous; strides in elements, multiples of 8; 16-byte aligned.
+struct HeadRows {
+    __nv_bfloat16* data;
+    int64_t batch_stride, token_stride, head_stride;
+};
+
+// [B, T, Hq] in bf16 or fp32; data is null where there is no gate.
+struct GateRows {
+    void* data;
+    bool is_bf16;
+    int64_t batch_stride, token_stride, head_stride;
+};
+
+// Work list of packed documents: plan[0] = {entries, end of the last document, -, -}, then {start, length, index, document} of
+// every block of `tokens_per_block` tokens, all blocks of one document together, longest document first.
+struct XsaPlan {
+    int4* entries;  // room for xsa_plan_capacity; null for a dense batch
+    int tokens_per_block;
+};
+inline int64_t xsa_plan_capacity(int64_t tokens, int64_t documents, int tokens_per_block) {
+    return tokens / tokens_per_block + documents + 2;
+}
+
+// Queries of one block of the forward and of the dq kernel: one tile of two heads, or two tiles of one head where a group's
+// number of heads is odd.
+inline int xsa_queries_per_block(int q_heads, int kv_heads) { return (q_heads / kv_heads) % 2 == 0 ? kXsaTile : 2 * kXsaTile; }
+
+struct XsaAttentionParams {
+    int batch, tokens, q_heads, kv_heads;
+    float scale;               // > 0
+    bool xsa;
+    const int32_t* cu_seqlens; // [documents + 1], or null: every row of the batch is one sequence
+    int documents;
+    XsaPlan queries;           // scratch
+    HeadRows q, k, v;
+    GateRows gate;
+    HeadRows out;
+    float* lse;                // [B, Hq, T], natural logarithm
+    float* own;                // [B, Hq, T]
+};
+cudaError_t xsa_attention_fwd(const XsaAttentionParams& p, cudaStream_t stream);
+
+// With dz = gate dout and e = (dz . v) / |v|^2, besides what passes through the probabilities:
+//   dy = dz - e v,   dv += -(e z + own dy),   delta = rowsum(dy y),   dgate = rowsum(dout out) / gate
+struct XsaAttentionBwdParams {
+    XsaAttentionParams fwd;    // as given to the forward; out, lse and own are inputs now
+    XsaPlan keys;              // scratch
+    HeadRows grad_out;
+    HeadRows dq, dk, dv;
+    GateRows dgate;
+    HeadRows dy;               // scratch, [B, T, Hq, 64]
+    float* stats;              // scratch, [B Hq, 2, stats_width]: lse in base 2, delta; a token's place: stats_place
+    int64_t stats_width;       // multiple of 4, at least T + 4 documents
+};
+cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t stream);
+
+// Fills plan.entries. `last_first`: the blocks of a document in descending order.
+cudaError_t xsa_attention_plan(const int32_t* cu_seqlens, int documents, const XsaPlan& plan, bool last_first, cudaStream_t stream);
+
+}  // namespace pgolf

@@ -1,0 +1,468 @@
+#include "kernels/xsa_attention.cuh"
+
+namespace pgolf {
+namespace xsa {
+
+// ---- per-row preparation -----------------------------------------------------------------------------
+
+constexpr int kRowLanes = 8;  // 8 lanes of 16 bytes make one head's row
+constexpr int kPrepareThreads = 256;
+
+__device__ inline float row_sum(float x) {
+#pragma unroll
+    for (int offset = 1; offset < kRowLanes; offset *= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+struct Eight {
+    float x[8];
+    __device__ explicit Eight(const uint4& packed) {
+        const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            x[2 * i] = __uint_as_float(words[i] << 16);
+            x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+        }
+    }
+};
+__device__ inline uint4 to_bf16(const float (&x)[8]) {
+    return make_uint4(ptx::pack_bf16(x[0], x[1]), ptx::pack_bf16(x[2], x[3]), ptx::pack_bf16(x[4], x[5]), ptx::pack_bf16(x[6], x[7]));
+}
+__device__ inline float dot(const Eight& a, const Eight& b) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += a.x[i] * b.x[i];
+    return row_sum(sum);
+}
+
+// Where a token's sequence starts and where its stats lie; start is negative for a token after the last document.
+struct Place {
+    int start, stats;
+};
+__device__ inline Place find_place(const XsaAttentionParams& f, int token) {
+    if (f.cu_seqlens == nullptr) return {0, token};
+    if (f.documents == 0 || token >= f.cu_seqlens[f.documents]) return {-1, 0};
+    int document = 0;
+    for (int end = f.documents; end - document > 1;) {
+        const int middle = (document + end) / 2;
+        (f.cu_seqlens[middle] <= token ? document : end) = middle;
+    }
+    const int start = f.cu_seqlens[document];
+    return {start, stats_place(start, document) + token - start};
+}
+
+// This lane's part of dout . y, from the scores up: for a gate of exactly 0, whose out tells nothing about y. Slow and rare.
+__device__ inline float recomputed_dot(const XsaAttentionBwdParams& p, int batch, int start, int token, int head, int kv_head, int lane,
+                                       float lse) {
+    const XsaAttentionParams& f = p.fwd;
+    auto at = [&](const HeadRows& x, int t, int h) {
+        return reinterpret_cast<const __nv_bfloat16*>(row_chunk(x, batch, t, h, 0));
+    };
+    const __nv_bfloat16 *q = at(f.q, token, head), *grad_out = at(p.grad_out, token, head);
+    float sum = 0.0f;
+    for (int t = start + lane; t <= token; t += kRowLanes) {
+        const __nv_bfloat16 *k = at(f.k, t, kv_head), *v = at(f.v, t, kv_head);
+        float score = 0.0f, product = 0.0f;
+#pragma unroll 1
+        for (int d = 0; d < kXsaHeadDim; ++d) {
+            score += __bfloat162float(q[d]) * __bfloat162float(k[d]);
+            product += __bfloat162float(grad_out[d]) * __bfloat162float(v[d]);
+        }
+        sum += ptx::exp2_approx((score * f.scale - lse) * kLog2e) * product;
+    }
+    return sum;
+}
+
+// Eight lanes per (token, key head): dy, delta and dgate of its query heads, and the part of dv that does not pass
+// through the probabilities, which is left in dv. Tokens after the last document get zeros everywhere.
+// A block takes neighbouring tokens of one head, whose stats share memory sectors.
+__global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kernel(const __grid_constant__ XsaAttentionBwdParams p) {
+    const XsaAttentionParams& f = p.fwd;
+    const int group = f.q_heads / f.kv_heads, chunk = threadIdx.x % kRowLanes;
+    const int batch = blockIdx.z, kv_head = blockIdx.y, row = (blockIdx.x * kPrepareThreads + threadIdx.x) / kRowLanes;
+    // NOTE: rows past the end run along on token 0, because the sums need every lane of the warp.
+    const bool exists = row < f.tokens;
+    const int token = exists ? row : 0;
+    const Place place = find_place(f, token);
+    const bool live = exists && place.start >= 0;
+    const uint4 zeros = make_uint4(0, 0, 0, 0);
+
+    const Eight v(live ? __ldg(row_chunk(f.v, batch, token, kv_head, chunk)) : zeros);
+    const float inverse_square = f.xsa ? 1.0f / fmaxf(dot(v, v), 1e-24f) : 0.0f;
+    float dv[8] = {};
+#pragma unroll 2  // NOTE: __ldg throughout: the first head's stores must not hold back the second's loads
+    for (int g = 0; g < group; ++g) {
+        const int head = kv_head * group + g;
+        const int64_t stat = int64_t(batch) * f.q_heads + head, at_row = stat * f.tokens + token;
+        const Eight grad_out(live ? __ldg(row_chunk(p.grad_out, batch, token, head, chunk)) : zeros);
+        const Eight out(live ? __ldg(row_chunk(f.out, batch, token, head, chunk)) : zeros);
+        const float gate = f.gate.data != nullptr && live ? load_gate(f.gate, batch, token, head) : 1.0f;
+        const float own = live ? __ldg(f.own + at_row) : 0.0f, lse = live ? __ldg(f.lse + at_row) : 0.0f;
+        const float share = dot(grad_out, v) * inverse_square;  // e / gate, and e z = share out
+        float dy[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            dy[i] = gate * (grad_out.x[i] - share * v.x[i]);
+            dv[i] -= share * out.x[i] + own * dy[i];
+        }
+        const uint4 rounded = to_bf16(dy);
+        if (exists) *row_chunk(p.dy, batch, token, head, chunk) = rounded;
+        if (exists && !live) *row_chunk(p.dq, batch, token, head, chunk) = zeros;
+        // dy . y, y = out / gate + own v. NOTE: of dy as it is stored: what its rounding adds to dp along y cancels against delta,
+        // and the gradient of a token that sees only itself is zero.
+        const Eight stored(rounded);
+        const float delta = dot(stored, out) * (gate != 0.0f ? 1.0f / gate : 0.0f) + own * dot(stored, v);
+        if (live && chunk == 0) {
+            p.stats[2 * stat * p.stats_width + place.stats] = lse * kLog2e;
+            p.stats[(2 * stat + 1) * p.stats_width + place.stats] = delta;
+        }
+        if (p.dgate.data != nullptr) {
+            float y_dot = 0.0f;
+            if (live && gate == 0.0f) y_dot = recomputed_dot(p, batch, place.start, token, head, kv_head, chunk, lse);
+            const float z_dot = row_sum(y_dot) - own * dot(grad_out, v), out_dot = dot(grad_out, out);
+            const float dgate = gate == 0.0f ? z_dot : out_dot / gate;
+            const int64_t at = batch * p.dgate.batch_stride + token * p.dgate.token_stride + head * p.dgate.head_stride;
+            if (exists && chunk == 0 && p.dgate.is_bf16) static_cast<__nv_bfloat16*>(p.dgate.data)[at] = __float2bfloat16(dgate);
+            if (exists && chunk == 0 && !p.dgate.is_bf16) static_cast<float*>(p.dgate.data)[at] = dgate;
+        }
+    }
+    if (exists) *row_chunk(p.dv, batch, token, kv_head, chunk) = to_bf16(dv);
+    if (exists && !live) *row_chunk(p.dk, batch, token, kv_head, chunk) = zeros;
+}
+
+// ---- dk and dv: a block owns 192 keys of one key head and walks over the queries of its whole group ------------
+
+constexpr int kKeyGroups = kXsaKeysPerBlock / kTile;  // warpgroups that multiply, one tile of keys each
+constexpr int kKeyThreads = kKeyGroups * 128 + 128;
+constexpr int kQueryStages = 8;  // query and dy tiles in flight
+constexpr int kStatBytes = kTile * 8;
+constexpr int kKeyShared = 1024 + (2 * kKeyGroups + 2 * kQueryStages) * kTileBytes + kQueryStages * kStatBytes;
+
+__global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(const __grid_constant__ CUtensorMap map_q,
+                                                                            const __grid_constant__ CUtensorMap map_dy,
+                                                                            const __grid_constant__ CUtensorMap map_k,
+                                                                            const __grid_constant__ CUtensorMap map_v,
+                                                                            const __grid_constant__ CUtensorMap map_stats,
+                                                                            const __grid_constant__ XsaAttentionBwdParams p) {
+    extern __shared__ uint8_t dynamic_shared[];
+    __shared__ uint64_t s_full[kQueryStages], s_empty[kQueryStages], s_keys_full;
+    uint8_t* s_keys = align_tiles(dynamic_shared);                         // [kKeyGroups] tiles of k, then of v
+    uint8_t* s_queries = s_keys + 2 * kKeyGroups * kTileBytes;             // [kQueryStages] of a q and a dy tile
+    uint8_t* s_stats = s_queries + 2 * kQueryStages * kTileBytes;          // [kQueryStages] of 64 lse, 64 delta
+
+    const XsaAttentionParams& f = p.fwd;
+    const Sequence seq = find_sequence(p.keys, f.tokens, false);
+    if (seq.length == 0) return;
+    const int kv_head = blockIdx.y, group = f.q_heads / f.kv_heads, first = kKeyGroups * seq.block, tiles = seq.tiles();
+    const int steps = group * (tiles - first);  // step i: query tile first + i % (tiles - first) of head i / (tiles - first)
+
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&s_keys_full, 1);
+        for (int i = 0; i < kQueryStages; ++i) {
+            ptx::mbarrier_init(&s_full[i], 1);
+            ptx::mbarrier_init(&s_empty[i], kKeyGroups * 4);
+        }
+        ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+    const int warpgroup = uniform(threadIdx.x / 128);
+
+    if (warpgroup == kKeyGroups) {
+        ptx::registers_decrease<32>();
+        if (threadIdx.x % 128 == 0) {
+            ptx::mbarrier_arrive_expect(&s_keys_full, 2 * kKeyGroups * kTileBytes);
+            for (int w = 0; w < kKeyGroups; ++w) {
+                const int token = seq.start + (first + w) * kTile;
+                ptx::tma_load_4d(s_keys + w * kTileBytes, &map_k, &s_keys_full, 0, kv_head, token, seq.batch);
+                ptx::tma_load_4d(s_keys + (kKeyGroups + w) * kTileBytes, &map_v, &s_keys_full, 0, kv_head, token, seq.batch);
+            }
+            for (int i = 0; i < steps; ++i) {
+                const int stage = i % kQueryStages, head = kv_head * group + i / (tiles - first);
+                const int token = seq.start + (first + i % (tiles - first)) * kTile;
+                uint8_t* queries = s_queries + stage * 2 * kTileBytes;
+                if (i >= kQueryStages) ptx::mbarrier_wait(&s_empty[stage], (i / kQueryStages - 1) & 1);
+                ptx::mbarrier_arrive_expect(&s_full[stage], 2 * kTileBytes + kStatBytes);
+                ptx::tma_load_4d(queries, &map_q, &s_full[stage], 0, head, token, seq.batch);
+                ptx::tma_load_4d(queries + kTileBytes, &map_dy, &s_full[stage], 0, head, token, seq.batch);
+                ptx::tma_load_2d(s_stats + stage * kStatBytes, &map_stats, &s_full[stage],
+                                 stats_place(seq.start, seq.document) + token - seq.start, 2 * (seq.batch * f.q_heads + head));
+            }
+        }
+    } else {
+        ptx::registers_increase<160>();
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row = 16 * warp + lane / 4;
+        const int mine = first + warpgroup;  // tile of keys
+        const float scale_log2 = f.scale * kLog2e;
+        float dk[32], dv[32];
+#pragma unroll
+        for (int i = 0; i < 32; ++i) dk[i] = dv[i] = 0.0f;
+        uint8_t* own_k = s_keys + warpgroup * kTileBytes;
+        uint8_t* own_v = s_keys + (kKeyGroups + warpgroup) * kTileBytes;
+        const uint64_t keys = wgmma::descriptor(own_k), values = wgmma::descriptor(own_v);
+        const uint64_t queries = wgmma::descriptor(s_queries), queries_mn = wgmma::descriptor_mn_major(s_queries, 0);
+
+        ptx::mbarrier_wait(&s_keys_full, 0);
+        int step = 0, tile = first;
+        auto next_step = [&] {
+            ++step;
+            tile = tile + 1 < tiles ? tile + 1 : first;
+        };
+        auto release = [&](int passed) {
+            if (lane == 0) ptx::mbarrier_arrive(&s_empty[passed % kQueryStages]);
+        };
+        int finished = -1;  // step whose last products may still be running
+        for (; step < steps; next_step()) {
+            ptx::mbarrier_wait(&s_full[step % kQueryStages], step / kQueryStages & 1);
+            if (tile < mine) {  // queries that see none of this warpgroup's keys
+                release(step);
+                continue;
+            }
+            // Rows are keys, columns are queries.
+            const int stage = step % kQueryStages;
+            const uint64_t q = wgmma::advance(queries_mn, stage * 2 * kTileBytes);
+            float s[32], dp[32];
+            uint32_t operand[16];
+            // Ahead of the products, which would keep shared memory busy.
+            const float2* stats = reinterpret_cast<const float2*>(s_stats + stage * kStatBytes) + lane % 4;  // of two columns
+            float2 lse[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) lse[j] = stats[4 * j];
+            wgmma::wait<0>();
+            if (finished >= 0) release(finished);
+            begin_products();
+            product_abt(s, keys, wgmma::advance(queries, stage * 2 * kTileBytes));
+            wgmma::commit();
+            product_abt(dp, values, wgmma::advance(queries, (stage * 2 + 1) * kTileBytes));
+            wgmma::commit();
+            wgmma::wait<1>();
+            wgmma::pin(s);
+            if (tile == mine || tile == tiles - 1) {
+                const int end = seq.length - tile * kTile, diagonal = tile == mine ? 0 : -kTile;
+#pragma unroll
+                for (int e = 0; e < 32; ++e) {
+                    const int column = 8 * (e / 4) + 2 * (lane % 4) + e % 2;
+                    if (column < row + 8 * (e / 2 % 2) + diagonal || column >= end) s[e] = -INFINITY;
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const float2 two = lse[j];
+                s[4 * j] = ptx::exp2_approx(fmaf(s[4 * j], scale_log2, -two.x));
+                s[4 * j + 1] = ptx::exp2_approx(fmaf(s[4 * j + 1], scale_log2, -two.y));
+                s[4 * j + 2] = ptx::exp2_approx(fmaf(s[4 * j + 2], scale_log2, -two.x));
+                s[4 * j + 3] = ptx::exp2_approx(fmaf(s[4 * j + 3], scale_log2, -two.y));
+            }
+            pack(operand, s);
+            wgmma::wait<0>();
+            wgmma::pin(dp);
+            begin_products();
+            product_ab(dv, operand, wgmma::advance(q, kTileBytes), true);
+            wgmma::commit();
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const float2 two = stats[kTile / 2 + 4 * j];
+                s[4 * j] *= dp[4 * j] - two.x;
+                s[4 * j + 1] *= dp[4 * j + 1] - two.y;
+                s[4 * j + 2] *= dp[4 * j + 2] - two.x;
+                s[4 * j + 3] *= dp[4 * j + 3] - two.y;
+            }
+            uint32_t ds[16];
+            pack(ds, s);
+            begin_products();
+            product_ab(dk, ds, q, true);
+            wgmma::commit();
+            finished = step;
+        }
+        wgmma::wait<0>();
+        wgmma::pin(dk);
+        wgmma::pin(dv);
+
+        uint4 direct[4];  // what prepare left in dv, in store_rows' order
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int token = mine * kTile + 16 * warp + 4 * i + lane / 8;
+            if (token < seq.length) direct[i] = *row_chunk(p.dv, seq.batch, seq.start + token, kv_head, lane % 8);
+        }
+        // Through the tiles of k and v, which no product of this warpgroup reads any more.
+        ptx::named_sync(1 + warpgroup, 128);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) dk[i] *= f.scale;
+        store_rows(own_k, dk, warp, lane, [&](int at, int chunk, uint4 value, int) {
+            const int token = mine * kTile + at;
+            if (token < seq.length) *row_chunk(p.dk, seq.batch, seq.start + token, kv_head, chunk) = value;
+        });
+        store_rows(own_v, dv, warp, lane, [&](int at, int chunk, uint4 value, int i) {
+            const int token = mine * kTile + at;
+            if (token >= seq.length) return;
+            const Eight other(direct[i]), attention(value);
+            float sum[8];
+#pragma unroll
+            for (int e = 0; e < 8; ++e) sum[e] = other.x[e] + attention.x[e];
+            *row_chunk(p.dv, seq.batch, seq.start + token, kv_head, chunk) = to_bf16(sum);
+        });
+    }
+}
+
+// ---- dq: the forward's walk over the keys -----------------------------------------------------------------
+
+__global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(const __grid_constant__ CUtensorMap map_q,
+                                                                            const __grid_constant__ CUtensorMap map_dy,
+                                                                            const __grid_constant__ CUtensorMap map_k,
+                                                                            const __grid_constant__ CUtensorMap map_v,
+                                                                            const __grid_constant__ XsaAttentionBwdParams p) {
+    extern __shared__ uint8_t dynamic_shared[];
+    __shared__ QueryBlockShared barriers;
+    uint8_t* s_rows = align_tiles(dynamic_shared);             // [kConsumers] of a q and a dy tile
+    uint8_t* s_keys = s_rows + 2 * kConsumers * kTileBytes;    // [kStages] of a k and a v tile
+
+    const XsaAttentionParams& f = p.fwd;
+    const Sequence seq = find_sequence(f.queries, f.tokens, true);
+    if (seq.length == 0) return;
+    const int key_tiles = min(find_query_tile(f.q_heads, f.kv_heads, seq.block, kConsumers - 1).tile + 1, seq.tiles());
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&barriers.rows, 1);
+        for (int i = 0; i < kStages; ++i) {
+            ptx::mbarrier_init(&barriers.full[i], 1);
+            ptx::mbarrier_init(&barriers.empty[i], kConsumers * 4);
+        }
+        ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
+    const QueryTile mine = find_query_tile(f.q_heads, f.kv_heads, seq.block, warpgroup);
+    auto load_keys = [&](int j) {
+        uint64_t* full = &barriers.full[j % kStages];
+        uint8_t* keys = s_keys + j % kStages * 2 * kTileBytes;
+        ptx::mbarrier_arrive_expect(full, 2 * kTileBytes);
+        ptx::tma_load_4d(keys, &map_k, full, 0, mine.kv_head, seq.start + j * kTile, seq.batch);
+        ptx::tma_load_4d(keys + kTileBytes, &map_v, full, 0, mine.kv_head, seq.start + j * kTile, seq.batch);
+    };
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(&barriers.rows, 2 * kConsumers * kTileBytes);
+        for (int w = 0; w < kConsumers; ++w) {
+            const QueryTile q = find_query_tile(f.q_heads, f.kv_heads, seq.block, w);
+            uint8_t* rows = s_rows + 2 * w * kTileBytes;
+            ptx::tma_load_4d(rows, &map_q, &barriers.rows, 0, q.head, seq.start + q.tile * kTile, seq.batch);
+            ptx::tma_load_4d(rows + kTileBytes, &map_dy, &barriers.rows, 0, q.head, seq.start + q.tile * kTile, seq.batch);
+        }
+        for (int j = 0; j < min(kStages, key_tiles); ++j) load_keys(j);
+    }
+
+    const int warp = threadIdx.x / 32 % 4, row = 16 * warp + lane / 4;
+    const float scale_log2 = f.scale * kLog2e;
+    const int last = uniform(min(mine.tile, key_tiles - 1));
+    float lse[2] = {}, delta[2] = {};  // of this thread's rows; zeros for rows past the end, whose results go nowhere
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int token = mine.tile * kTile + row + 8 * r;
+        const int64_t at = 2 * (int64_t(seq.batch) * f.q_heads + mine.head) * p.stats_width + stats_place(seq.start, seq.document) + token;
+        if (token >= seq.length) continue;
+        lse[r] = p.stats[at];
+        delta[r] = p.stats[at + p.stats_width];
+    }
+    float dq[32];
+    uint8_t* own_rows = s_rows + 2 * warpgroup * kTileBytes;
+    const uint64_t q = wgmma::descriptor(own_rows), dy = wgmma::descriptor(own_rows + kTileBytes);
+    const uint64_t keys = wgmma::descriptor(s_keys), keys_mn = wgmma::descriptor_mn_major(s_keys, 0);
+
+    ptx::mbarrier_wait(&barriers.rows, 0);
+    float s[32], dp[32];
+    auto start_scores = [&](int j) {
+        ptx::mbarrier_wait(&barriers.full[j % kStages], j / kStages & 1);
+        begin_products();
+        product_abt(s, q, wgmma::advance(keys, j % kStages * 2 * kTileBytes));
+        wgmma::commit();
+    };
+    // Scores of tile j, already started, to its part of dq, which is left running.
+    auto finish_tile = [&](int j, bool diagonal) {
+        const int offset = j % kStages * 2 * kTileBytes;
+        uint32_t ds[16];
+        wgmma::wait<0>();
+        wgmma::pin(s);
+        begin_products();
+        product_abt(dp, dy, wgmma::advance(keys, offset + kTileBytes));
+        wgmma::commit();
+        if (lane == 0 && j > 0) ptx::mbarrier_arrive(&barriers.empty[(j - 1) % kStages]);
+        if (diagonal) {
+#pragma unroll
+            for (int e = 0; e < 32; ++e) {
+                const int column = 8 * (e / 4) + 2 * (lane % 4) + e % 2;
+                if (column > row + 8 * (e / 2 % 2)) s[e] = -INFINITY;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 32; ++e) s[e] = ptx::exp2_approx(fmaf(s[e], scale_log2, -lse[e / 2 % 2]));
+        wgmma::wait<0>();
+        wgmma::pin(dp);
+#pragma unroll
+        for (int e = 0; e < 32; ++e) s[e] *= dp[e] - delta[e / 2 % 2];
+        pack(ds, s);
+        begin_products();
+        product_ab(dq, ds, wgmma::advance(keys_mn, offset), j > 0);
+        wgmma::commit();
+    };
+    start_scores(0);
+    for (int j = 0; j < last; ++j) {
+        // Refills the stage that both warpgroups should have left by now: the one before the last they finished.
+        if (threadIdx.x == 0 && j >= 2 && j - 2 + kStages < key_tiles) {
+            ptx::mbarrier_wait(&barriers.empty[(j - 2) % kStages], (j - 2) / kStages & 1);
+            load_keys(j - 2 + kStages);
+        }
+        finish_tile(j, false);
+        start_scores(j + 1);
+    }
+    finish_tile(last, true);
+    wgmma::wait<0>();
+    wgmma::pin(dq);
+
+    ptx::named_sync(1 + warpgroup, 128);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) dq[i] *= f.scale;
+    store_rows(own_rows, dq, warp, lane, [&](int at, int chunk, uint4 value, int) {
+        const int token = mine.tile * kTile + at;
+        if (token < seq.length) *row_chunk(p.dq, seq.batch, seq.start + token, mine.head, chunk) = value;
+    });
+}
+
+// 64 tokens' lse and delta of one head per box; coordinates (token, 2 (batch and head)).
+static cudaError_t stats_map(CUtensorMap* map, const float* stats, int heads, uint64_t width) {
+    TensorMapDims dims{2, {width, 2 * uint64_t(heads)}, {width * 4}, {kTile, 2}};
+    return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, stats, dims, CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
+}  // namespace xsa
+
+cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t stream) {
+    using namespace xsa;
+    const XsaAttentionParams& f = p.fwd;
+    CUtensorMap map_q, map_dy, map_k, map_v, map_stats;
+    cudaError_t status = tile_map(&map_q, f.q, f.q_heads, f.tokens, f.batch);
+    if (status == cudaSuccess) status = tile_map(&map_dy, p.dy, f.q_heads, f.tokens, f.batch);
+    if (status == cudaSuccess) status = tile_map(&map_k, f.k, f.kv_heads, f.tokens, f.batch);
+    if (status == cudaSuccess) status = tile_map(&map_v, f.v, f.kv_heads, f.tokens, f.batch);
+    if (status == cudaSuccess) status = stats_map(&map_stats, p.stats, f.batch * f.q_heads, p.stats_width);
+    if (status == cudaSuccess && f.cu_seqlens != nullptr) {
+        status = xsa_attention_plan(f.cu_seqlens, f.documents, f.queries, true, stream);
+        if (status == cudaSuccess) status = xsa_attention_plan(f.cu_seqlens, f.documents, p.keys, false, stream);
+    }
+    constexpr int kQueryShared = 1024 + (2 * kConsumers + 2 * kStages) * kTileBytes;
+    if (status == cudaSuccess) status = allow_shared(reinterpret_cast<const void*>(xsa_attention_dkdv_kernel), kKeyShared);
+    if (status == cudaSuccess) status = allow_shared(reinterpret_cast<const void*>(xsa_attention_dq_kernel), kQueryShared);
+    if (status != cudaSuccess) return status;
+
+    // Tiles reach past a document's end into places that no token has: they must hold numbers.
+    status = cudaMemsetAsync(p.stats, 0, sizeof(float) * f.batch * f.q_heads * 2 * p.stats_width, stream);
+    if (status != cudaSuccess) return status;
+    constexpr int kRows = kPrepareThreads / kRowLanes;
+    xsa_attention_prepare_kernel<<<dim3((f.tokens + kRows - 1) / kRows, f.kv_heads, f.batch), kPrepareThreads, 0, stream>>>(p);
+    const int key_blocks = f.cu_seqlens != nullptr ? xsa_plan_capacity(f.tokens, f.documents, kXsaKeysPerBlock) - 1
+                                                   : (f.tokens + kXsaKeysPerBlock - 1) / kXsaKeysPerBlock;
+    const int batches = f.cu_seqlens != nullptr ? 1 : f.batch;
+    const dim3 key_grid(key_blocks, f.kv_heads, batches);
+    xsa_attention_dkdv_kernel<<<key_grid, kKeyThreads, kKeyShared, stream>>>(map_q, map_dy, map_k, map_v, map_stats, p);
+    xsa_attention_dq_kernel<<<query_grid(f), kQueryThreads, kQueryShared, stream>>>(map_q, map_dy, map_k, map_v, p);
+    return cudaGetLastError();
+}
+
+}  // namespace pgolf
