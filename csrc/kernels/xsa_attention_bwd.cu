@@ -83,21 +83,33 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
     // NOTE: rows past the end run along on token 0, because the sums need every lane of the warp.
     const bool exists = row < f.tokens;
     const int token = exists ? row : 0;
+    // Loaded whether it counts or not (the row exists), and one head ahead: behind a branch each load would wait for the one before.
+    struct HeadInput {
+        uint4 grad_out, out;
+        float own, lse, gate;
+    };
+    auto fetch = [&](int head) {
+        const int64_t at = (int64_t(batch) * f.q_heads + head) * f.tokens + token;
+        return HeadInput{__ldg(row_chunk(p.grad_out, batch, token, head, chunk)), __ldg(row_chunk(f.out, batch, token, head, chunk)),
+                         __ldg(f.own + at), __ldg(f.lse + at), f.gate.data != nullptr ? load_gate(f.gate, batch, token, head) : 1.0f};
+    };
+    const uint4 packed_v = __ldg(row_chunk(f.v, batch, token, kv_head, chunk));
+    HeadInput next = fetch(kv_head * group);
     const Place place = find_place(f, token);
     const bool live = exists && place.start >= 0;
     const uint4 zeros = make_uint4(0, 0, 0, 0);
-
-    const Eight v(live ? __ldg(row_chunk(f.v, batch, token, kv_head, chunk)) : zeros);
+    const uint32_t mask = live ? 0xffffffffu : 0u;
+    auto if_live = [&](const uint4& x) { return Eight(make_uint4(x.x & mask, x.y & mask, x.z & mask, x.w & mask)); };
+    const Eight v = if_live(packed_v);
     const float inverse_square = f.xsa ? 1.0f / fmaxf(dot(v, v), 1e-24f) : 0.0f;
     float dv[8] = {};
-#pragma unroll 2  // NOTE: __ldg throughout: the first head's stores must not hold back the second's loads
     for (int g = 0; g < group; ++g) {
         const int head = kv_head * group + g;
-        const int64_t stat = int64_t(batch) * f.q_heads + head, at_row = stat * f.tokens + token;
-        const Eight grad_out(live ? __ldg(row_chunk(p.grad_out, batch, token, head, chunk)) : zeros);
-        const Eight out(live ? __ldg(row_chunk(f.out, batch, token, head, chunk)) : zeros);
-        const float gate = f.gate.data != nullptr && live ? load_gate(f.gate, batch, token, head) : 1.0f;
-        const float own = live ? __ldg(f.own + at_row) : 0.0f, lse = live ? __ldg(f.lse + at_row) : 0.0f;
+        const int64_t stat = int64_t(batch) * f.q_heads + head;
+        const HeadInput now = next;
+        if (g + 1 < group) next = fetch(head + 1);
+        const Eight grad_out = if_live(now.grad_out), out = if_live(now.out);
+        const float gate = live ? now.gate : 1.0f, own = live ? now.own : 0.0f, lse = now.lse;
         const float share = dot(grad_out, v) * inverse_square;  // e / gate, and e z = share out
         float dy[8];
 #pragma unroll
