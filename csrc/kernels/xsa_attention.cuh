@@ -152,8 +152,42 @@ inline dim3 query_grid(const XsaAttentionParams& p) {
     return dim3((p.tokens + per_block - 1) / per_block, p.q_heads / heads_per_block, p.batch);
 }
 
-struct QueryBlockShared {
-    uint64_t full[kStages], empty[kStages], rows;
+// Key and value tiles of a query block, in order, through kStages stages. NOTE: without a warp of its own for the loads, thread 0
+// refills a stage at the start of step j; the stage is that of tile j - 2, which both warpgroups should have left by then.
+struct KeyStream {
+    uint64_t *full, *empty;  // [kStages], in shared memory
+    uint8_t* stages;         // [kStages] of a key and a value tile
+    const CUtensorMap *map_k, *map_v;
+    int batch, kv_head, start, count;
+
+    // One thread.
+    __device__ void init() const {
+        for (int i = 0; i < kStages; ++i) {
+            ptx::mbarrier_init(&full[i], 1);
+            ptx::mbarrier_init(&empty[i], kConsumers * 4);
+        }
+    }
+    __device__ void load(int j) const {
+        uint64_t* bar = &full[j % kStages];
+        uint8_t* keys = stages + j % kStages * 2 * kTileBytes;
+        ptx::mbarrier_arrive_expect(bar, 2 * kTileBytes);
+        ptx::tma_load_4d(keys, map_k, bar, 0, kv_head, start + j * kTile, batch);
+        ptx::tma_load_4d(keys + kTileBytes, map_v, bar, 0, kv_head, start + j * kTile, batch);
+    }
+    __device__ void load_first() const {
+        for (int j = 0; j < min(kStages, count); ++j) load(j);
+    }
+    // Every thread.
+    __device__ void refill(int j) const {
+        if (threadIdx.x == 0 && j >= 2 && j - 2 + kStages < count) {
+            ptx::mbarrier_wait(&empty[(j - 2) % kStages], (j - 2) / kStages & 1);
+            load(j - 2 + kStages);
+        }
+    }
+    __device__ void wait(int j) const { ptx::mbarrier_wait(&full[j % kStages], j / kStages & 1); }
+    __device__ void release(int j) const {
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&empty[j % kStages]);
+    }
 };
 inline cudaError_t allow_shared(const void* kernel, int bytes) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

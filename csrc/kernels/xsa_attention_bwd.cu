@@ -83,21 +83,33 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
     // NOTE: rows past the end run along on token 0, because the sums need every lane of the warp.
     const bool exists = row < f.tokens;
     const int token = exists ? row : 0;
+    // Loaded whether it counts or not (the row exists), and one head ahead: behind a branch each load would wait for the one before.
+    struct HeadInput {
+        uint4 grad_out, out;
+        float own, lse, gate;
+    };
+    auto fetch = [&](int head) {
+        const int64_t at = (int64_t(batch) * f.q_heads + head) * f.tokens + token;
+        return HeadInput{__ldg(row_chunk(p.grad_out, batch, token, head, chunk)), __ldg(row_chunk(f.out, batch, token, head, chunk)),
+                         __ldg(f.own + at), __ldg(f.lse + at), f.gate.data != nullptr ? load_gate(f.gate, batch, token, head) : 1.0f};
+    };
+    const uint4 packed_v = __ldg(row_chunk(f.v, batch, token, kv_head, chunk));
+    HeadInput next = fetch(kv_head * group);
     const Place place = find_place(f, token);
     const bool live = exists && place.start >= 0;
     const uint4 zeros = make_uint4(0, 0, 0, 0);
-
-    const Eight v(live ? __ldg(row_chunk(f.v, batch, token, kv_head, chunk)) : zeros);
+    const uint32_t mask = live ? 0xffffffffu : 0u;
+    auto if_live = [&](const uint4& x) { return Eight(make_uint4(x.x & mask, x.y & mask, x.z & mask, x.w & mask)); };
+    const Eight v = if_live(packed_v);
     const float inverse_square = f.xsa ? 1.0f / fmaxf(dot(v, v), 1e-24f) : 0.0f;
     float dv[8] = {};
-#pragma unroll 2  // NOTE: __ldg throughout: the first head's stores must not hold back the second's loads
     for (int g = 0; g < group; ++g) {
         const int head = kv_head * group + g;
-        const int64_t stat = int64_t(batch) * f.q_heads + head, at_row = stat * f.tokens + token;
-        const Eight grad_out(live ? __ldg(row_chunk(p.grad_out, batch, token, head, chunk)) : zeros);
-        const Eight out(live ? __ldg(row_chunk(f.out, batch, token, head, chunk)) : zeros);
-        const float gate = f.gate.data != nullptr && live ? load_gate(f.gate, batch, token, head) : 1.0f;
-        const float own = live ? __ldg(f.own + at_row) : 0.0f, lse = live ? __ldg(f.lse + at_row) : 0.0f;
+        const int64_t stat = int64_t(batch) * f.q_heads + head;
+        const HeadInput now = next;
+        if (g + 1 < group) next = fetch(head + 1);
+        const Eight grad_out = if_live(now.grad_out), out = if_live(now.out);
+        const float gate = live ? now.gate : 1.0f, own = live ? now.own : 0.0f, lse = now.lse;
         const float share = dot(grad_out, v) * inverse_square;  // e / gate, and e z = share out
         float dy[8];
 #pragma unroll
@@ -311,7 +323,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
                                                                             const __grid_constant__ CUtensorMap map_v,
                                                                             const __grid_constant__ XsaAttentionBwdParams p) {
     extern __shared__ uint8_t dynamic_shared[];
-    __shared__ QueryBlockShared barriers;
+    __shared__ uint64_t s_full[kStages], s_empty[kStages], s_rows_full;
     uint8_t* s_rows = align_tiles(dynamic_shared);             // [kConsumers] of a q and a dy tile
     uint8_t* s_keys = s_rows + 2 * kConsumers * kTileBytes;    // [kStages] of a k and a v tile
 
@@ -319,34 +331,24 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     const Sequence seq = find_sequence(f.queries, f.tokens, true);
     if (seq.length == 0) return;
     const int key_tiles = min(find_query_tile(f.q_heads, f.kv_heads, seq.block, kConsumers - 1).tile + 1, seq.tiles());
+    const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
+    const QueryTile mine = find_query_tile(f.q_heads, f.kv_heads, seq.block, warpgroup);
+    const KeyStream stream{s_full, s_empty, s_keys, &map_k, &map_v, seq.batch, mine.kv_head, seq.start, key_tiles};
     if (threadIdx.x == 0) {
-        ptx::mbarrier_init(&barriers.rows, 1);
-        for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(&barriers.full[i], 1);
-            ptx::mbarrier_init(&barriers.empty[i], kConsumers * 4);
-        }
+        ptx::mbarrier_init(&s_rows_full, 1);
+        stream.init();
         ptx::fence_mbarrier_init();
     }
     __syncthreads();
-
-    const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
-    const QueryTile mine = find_query_tile(f.q_heads, f.kv_heads, seq.block, warpgroup);
-    auto load_keys = [&](int j) {
-        uint64_t* full = &barriers.full[j % kStages];
-        uint8_t* keys = s_keys + j % kStages * 2 * kTileBytes;
-        ptx::mbarrier_arrive_expect(full, 2 * kTileBytes);
-        ptx::tma_load_4d(keys, &map_k, full, 0, mine.kv_head, seq.start + j * kTile, seq.batch);
-        ptx::tma_load_4d(keys + kTileBytes, &map_v, full, 0, mine.kv_head, seq.start + j * kTile, seq.batch);
-    };
     if (threadIdx.x == 0) {
-        ptx::mbarrier_arrive_expect(&barriers.rows, 2 * kConsumers * kTileBytes);
+        ptx::mbarrier_arrive_expect(&s_rows_full, 2 * kConsumers * kTileBytes);
         for (int w = 0; w < kConsumers; ++w) {
             const QueryTile q = find_query_tile(f.q_heads, f.kv_heads, seq.block, w);
             uint8_t* rows = s_rows + 2 * w * kTileBytes;
-            ptx::tma_load_4d(rows, &map_q, &barriers.rows, 0, q.head, seq.start + q.tile * kTile, seq.batch);
-            ptx::tma_load_4d(rows + kTileBytes, &map_dy, &barriers.rows, 0, q.head, seq.start + q.tile * kTile, seq.batch);
+            ptx::tma_load_4d(rows, &map_q, &s_rows_full, 0, q.head, seq.start + q.tile * kTile, seq.batch);
+            ptx::tma_load_4d(rows + kTileBytes, &map_dy, &s_rows_full, 0, q.head, seq.start + q.tile * kTile, seq.batch);
         }
-        for (int j = 0; j < min(kStages, key_tiles); ++j) load_keys(j);
+        stream.load_first();
     }
 
     const int warp = threadIdx.x / 32 % 4, row = 16 * warp + lane / 4;
@@ -366,10 +368,10 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     const uint64_t q = wgmma::descriptor(own_rows), dy = wgmma::descriptor(own_rows + kTileBytes);
     const uint64_t keys = wgmma::descriptor(s_keys), keys_mn = wgmma::descriptor_mn_major(s_keys, 0);
 
-    ptx::mbarrier_wait(&barriers.rows, 0);
+    ptx::mbarrier_wait(&s_rows_full, 0);
     float s[32], dp[32];
     auto start_scores = [&](int j) {
-        ptx::mbarrier_wait(&barriers.full[j % kStages], j / kStages & 1);
+        stream.wait(j);
         begin_products();
         product_abt(s, q, wgmma::advance(keys, j % kStages * 2 * kTileBytes));
         wgmma::commit();
@@ -383,7 +385,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
         begin_products();
         product_abt(dp, dy, wgmma::advance(keys, offset + kTileBytes));
         wgmma::commit();
-        if (lane == 0 && j > 0) ptx::mbarrier_arrive(&barriers.empty[(j - 1) % kStages]);
+        if (j > 0) stream.release(j - 1);
         if (diagonal) {
 #pragma unroll
             for (int e = 0; e < 32; ++e) {
@@ -404,11 +406,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     };
     start_scores(0);
     for (int j = 0; j < last; ++j) {
-        // Refills the stage that both warpgroups should have left by now: the one before the last they finished.
-        if (threadIdx.x == 0 && j >= 2 && j - 2 + kStages < key_tiles) {
-            ptx::mbarrier_wait(&barriers.empty[(j - 2) % kStages], (j - 2) / kStages & 1);
-            load_keys(j - 2 + kStages);
-        }
+        stream.refill(j);
         finish_tile(j, false);
         start_scores(j + 1);
     }

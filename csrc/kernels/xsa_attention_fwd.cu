@@ -57,7 +57,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
                                                                              const __grid_constant__ CUtensorMap map_v,
                                                                              const __grid_constant__ XsaAttentionParams p) {
     extern __shared__ uint8_t dynamic_shared[];
-    __shared__ QueryBlockShared barriers;
+    __shared__ uint64_t s_full[kStages], s_empty[kStages], s_rows_full;
     uint8_t* s_q = align_tiles(dynamic_shared);             // [kConsumers] tiles
     uint8_t* s_keys = s_q + kConsumers * kTileBytes;        // [kStages] of a key and a value tile
 
@@ -76,31 +76,21 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     // The later of the two warpgroups' tiles decides how many key tiles the block needs.
     const int key_tiles = min(find_query_tile(p.q_heads, p.kv_heads, seq.block, kConsumers - 1).tile + 1, seq.tiles());
 
+    const QueryTile mine = find_query_tile(p.q_heads, p.kv_heads, seq.block, warpgroup);
+    const KeyStream stream{s_full, s_empty, s_keys, &map_k, &map_v, seq.batch, mine.kv_head, seq.start, key_tiles};
     if (threadIdx.x == 0) {
-        ptx::mbarrier_init(&barriers.rows, 1);
-        for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(&barriers.full[i], 1);
-            ptx::mbarrier_init(&barriers.empty[i], kConsumers * 4);
-        }
+        ptx::mbarrier_init(&s_rows_full, 1);
+        stream.init();
         ptx::fence_mbarrier_init();
     }
     __syncthreads();
-
-    const QueryTile mine = find_query_tile(p.q_heads, p.kv_heads, seq.block, warpgroup);
-    auto load_keys = [&](int j) {
-        uint64_t* full = &barriers.full[j % kStages];
-        uint8_t* keys = s_keys + j % kStages * 2 * kTileBytes;
-        ptx::mbarrier_arrive_expect(full, 2 * kTileBytes);
-        ptx::tma_load_4d(keys, &map_k, full, 0, mine.kv_head, seq.start + j * kTile, seq.batch);
-        ptx::tma_load_4d(keys + kTileBytes, &map_v, full, 0, mine.kv_head, seq.start + j * kTile, seq.batch);
-    };
     if (threadIdx.x == 0) {
-        ptx::mbarrier_arrive_expect(&barriers.rows, kConsumers * kTileBytes);
+        ptx::mbarrier_arrive_expect(&s_rows_full, kConsumers * kTileBytes);
         for (int w = 0; w < kConsumers; ++w) {
             const QueryTile q = find_query_tile(p.q_heads, p.kv_heads, seq.block, w);
-            ptx::tma_load_4d(s_q + w * kTileBytes, &map_q, &barriers.rows, 0, q.head, seq.start + q.tile * kTile, seq.batch);
+            ptx::tma_load_4d(s_q + w * kTileBytes, &map_q, &s_rows_full, 0, q.head, seq.start + q.tile * kTile, seq.batch);
         }
-        for (int j = 0; j < min(kStages, key_tiles); ++j) load_keys(j);
+        stream.load_first();
     }
 
     const int warp = threadIdx.x / 32 % 4, row = 16 * warp + lane / 4;
@@ -116,8 +106,8 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     const uint64_t q = wgmma::descriptor(s_q + warpgroup * kTileBytes);
     const uint64_t keys = wgmma::descriptor(s_keys), values = wgmma::descriptor_mn_major(s_keys + kTileBytes, 0);
 
-    ptx::mbarrier_wait(&barriers.rows, 0);
-    ptx::mbarrier_wait(&barriers.full[0], 0);
+    ptx::mbarrier_wait(&s_rows_full, 0);
+    stream.wait(0);
     begin_products();
     product_abt(even, q, keys);
     wgmma::commit();
@@ -125,12 +115,8 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     wgmma::pin(even);
     // The scores of tile j + 1 are on the tensor cores while those of tile j become probabilities.
     auto step = [&](float (&now)[32], float (&next)[32], int j) {
-        // Refills the stage that both warpgroups should have left by now: the one before the last they finished.
-        if (threadIdx.x == 0 && j >= 2 && j - 2 + kStages < key_tiles) {
-            ptx::mbarrier_wait(&barriers.empty[(j - 2) % kStages], (j - 2) / kStages & 1);
-            load_keys(j - 2 + kStages);
-        }
-        ptx::mbarrier_wait(&barriers.full[(j + 1) % kStages], (j + 1) / kStages & 1);
+        stream.refill(j);
+        stream.wait(j + 1);
         begin_products();
         product_abt(next, q, wgmma::advance(keys, (j + 1) % kStages * 2 * kTileBytes));
         wgmma::commit();
@@ -141,7 +127,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
         wgmma::wait<0>();
         wgmma::pin(next);
         wgmma::pin(o);
-        if (lane == 0) ptx::mbarrier_arrive(&barriers.empty[j % kStages]);
+        stream.release(j);
     };
     int j = 0;
     for (; j + 1 < last; j += 2) {
