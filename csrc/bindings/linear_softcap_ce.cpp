@@ -1,0 +1,85 @@
+// Registers the head fused with the softcapped cross-entropy: check, fill the params, launch.
+#include "kernels/linear_softcap_ce.h"
+
+#include <utility>
+
+#include "bindings/checks.h"
+
+namespace pgolf {
+
+// `g` of no elements: loss only.
+static void linear_softcap_ce_fwd_cuda(const Tensor& x, const Tensor& weight, const Tensor& targets, const Tensor& loss, const Tensor& g,
+                                       const Tensor& row_scale, const Tensor& workspace, const Tensor& report, double cap, int64_t reduction,
+                                       int64_t ignore_index) {
+    check(x, "x", ScalarType::BFloat16, {-1, kLinearSoftcapCEDepth});
+    check_contiguous(x, "x");
+    check_aligned(x, "x");
+    const int64_t n = x.size(0), v = weight.size(0);
+    STD_TORCH_CHECK(n > 0 && n < (int64_t(1) << 31) && v < (int64_t(1) << 30), "x, weight: empty or too large");
+    check(weight, "weight", ScalarType::BFloat16, {v, kLinearSoftcapCEDepth});
+    check_contiguous(weight, "weight");
+    check_aligned(weight, "weight");
+    STD_TORCH_CHECK(v % kLinearSoftcapCEVocabularyMultiple == 0, "weight: expected a multiple of ", kLinearSoftcapCEVocabularyMultiple, " rows");
+    STD_TORCH_CHECK(cap > 0 && cap <= kLinearSoftcapCEMaxCap, "cap: expected in (0, ", kLinearSoftcapCEMaxCap, "]");
+    check(targets, "targets", ScalarType::Long, {n});
+    check_contiguous(targets, "targets");
+    check(workspace, "workspace", ScalarType::Byte, {-1});
+    check_aligned(workspace, "workspace");
+    STD_TORCH_CHECK(workspace.size(0) >= int64_t(sizeof(SoftcapCEWorkspace)), "workspace: expected ", sizeof(SoftcapCEWorkspace), " bytes");
+    STD_TORCH_CHECK(report.scalar_type() == ScalarType::Long && report.numel() == 3, "report: expected int64 [3]");
+    STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2");
+    if (reduction == int64_t(SoftcapCEReduction::kNone)) check(loss, "loss", ScalarType::Float, {n});
+    else check(loss, "loss", ScalarType::Float, {});
+    const bool with_grad = g.numel() > 0;
+    if (with_grad) {
+        check(g, "g", ScalarType::BFloat16, {n, v});
+        check_contiguous(g, "g");
+        check_aligned(g, "g");
+        check(row_scale, "row_scale", ScalarType::Float, {n});
+    }
+
+    LinearSoftcapCEParams p{};
+    p.x = static_cast<const __nv_bfloat16*>(x.data_ptr());
+    p.weight = static_cast<const __nv_bfloat16*>(weight.data_ptr());
+    p.targets = static_cast<const int64_t*>(targets.data_ptr());
+    p.loss = static_cast<float*>(loss.data_ptr());
+    p.g = with_grad ? static_cast<__nv_bfloat16*>(g.data_ptr()) : nullptr;
+    p.row_scale = with_grad ? static_cast<float*>(row_scale.data_ptr()) : nullptr;
+    p.workspace = static_cast<SoftcapCEWorkspace*>(workspace.data_ptr());
+    p.report = static_cast<int64_t*>(report.data_ptr());
+    p.n = uint32_t(n);
+    p.v = int32_t(v);
+    p.ignore_index = ignore_index;
+    p.cap = float(cap);
+    p.reduction = SoftcapCEReduction(reduction);
+    const OnDeviceOf device(x);
+    check_launch(linear_softcap_ce_fwd(p, device.stream), "linear_softcap_ce_fwd");
+}
+
+static void linear_softcap_ce_scale_rows_cuda(const Tensor& out, const Tensor& x, const Tensor& scale) {
+    const int64_t n = x.size(0);
+    for (const auto& [tensor, argument] : {std::pair{&out, "out"}, std::pair{&x, "x"}}) {
+        check(*tensor, argument, ScalarType::BFloat16, {n, kLinearSoftcapCEDepth});
+        check_contiguous(*tensor, argument);
+        check_aligned(*tensor, argument);
+    }
+    check(scale, "scale", ScalarType::Float, {n});
+    check_contiguous(scale, "scale");
+    const OnDeviceOf device(x);
+    check_launch(linear_softcap_ce_scale_rows(static_cast<__nv_bfloat16*>(out.data_ptr()), static_cast<const __nv_bfloat16*>(x.data_ptr()),
+                                              static_cast<const float*>(scale.data_ptr()), n, device.stream),
+                 "linear_softcap_ce_scale_rows");
+}
+
+}  // namespace pgolf
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
+    m.def(
+        "linear_softcap_ce_fwd(Tensor x, Tensor weight, Tensor targets, Tensor(a!) loss, Tensor(b!) g, Tensor(c!) row_scale, "
+        "Tensor(d!) workspace, Tensor(e!) report, float cap, int reduction, int ignore_index) -> ()");
+    m.def("linear_softcap_ce_scale_rows(Tensor(a!) out, Tensor x, Tensor scale) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
+    m.impl("linear_softcap_ce_fwd", TORCH_BOX(&pgolf::linear_softcap_ce_fwd_cuda));
+    m.impl("linear_softcap_ce_scale_rows", TORCH_BOX(&pgolf::linear_softcap_ce_scale_rows_cuda));
+}
