@@ -15,8 +15,9 @@ using namespace ptx;
 // ---- norm and X_0 -----------------------------------------------------------------------------------
 
 constexpr int kNormThreads = 256;
-constexpr int kNormElements = kNormThreads * 8 * 8;  // of one block
-constexpr int kNormInputs = 64;                      // of one launch
+constexpr int kNormVectors = 8;                      // of eight elements, that a thread has in flight
+constexpr int kNormElements = kNormThreads * kNormVectors * 8;  // of one block
+constexpr int kNormInputs = 120;                     // of one launch; a kernel parameter of at most 4 KB
 
 struct NormLaunch {
     OrthogonalizeInput inputs[kNormInputs];
@@ -24,6 +25,7 @@ struct NormLaunch {
     int32_t count;
     double* partial_sums;  // of the first block
 };
+static_assert(sizeof(NormLaunch) <= 4096);
 
 // Eight elements as the bf16 that the iteration sees.
 template <typename T>
@@ -52,37 +54,50 @@ __device__ double block_sum(double x) {
 template <typename T, bool kScale>
 __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constant__ NormLaunch launch) {
     int index = 0;
-    while (int(blockIdx.x) >= launch.end_block[index]) ++index;
+    for (int high = launch.count - 1; index < high;) {
+        const int middle = (index + high) / 2;
+        if (int(blockIdx.x) < launch.end_block[middle]) high = middle;
+        else index = middle + 1;
+    }
     const OrthogonalizeInput& input = launch.inputs[index];
     const int first_block = index ? launch.end_block[index - 1] : 0;
     const int64_t begin = int64_t(blockIdx.x - first_block) * kNormElements + threadIdx.x * 8;
     const T* matrix = static_cast<const T*>(input.matrix);
+    uint4 v[kNormVectors];
+#pragma unroll
+    for (int i = 0; i < kNormVectors; ++i) {
+        const int64_t at = begin + i * kNormThreads * 8;
+        v[i] = at < input.elements ? load_bf16x8(matrix + at) : uint4{};
+    }
     if constexpr (!kScale) {
         double sum = 0;
 #pragma unroll
-        for (int i = 0; i < kNormElements; i += kNormThreads * 8) {
-            if (begin + i >= input.elements) break;
-            const uint4 v = load_bf16x8(matrix + begin + i);
-            for (uint32_t pair : {v.x, v.y, v.z, v.w}) {
+        for (int i = 0; i < kNormVectors; ++i)
+            for (uint32_t pair : {v[i].x, v[i].y, v[i].z, v[i].w}) {
                 const double low = low_bf16(pair), high = high_bf16(pair);
                 sum += low * low + high * high;
             }
-        }
         sum = block_sum(sum);
         if (threadIdx.x == 0) launch.partial_sums[blockIdx.x] = sum;
     } else {
         double sum = 0;
         for (int b = first_block + threadIdx.x; b < launch.end_block[index]; b += kNormThreads) sum += launch.partial_sums[b];
-        const double norm = sqrt(block_sum(sum));
-        // NOTE: in two steps, because 1 / norm may lie beyond the range of a float.
-        const double inverse = norm == 0 ? 1 : 1 / norm;
-        const float coarse = float(ldexp(1.0, ilogb(inverse) / 2)), fine = float(inverse / coarse);
+        sum = block_sum(sum);
+        __shared__ float s_coarse, s_fine;
+        if (threadIdx.x == 0) {
+            // NOTE: in two steps, because 1 / norm may lie beyond the range of a float.
+            const double norm = sqrt(sum), inverse = norm == 0 ? 1 : 1 / norm;
+            s_coarse = float(ldexp(1.0, ilogb(inverse) / 2));
+            s_fine = float(inverse / s_coarse);
+        }
+        __syncthreads();
+        const float coarse = s_coarse, fine = s_fine;
 #pragma unroll
-        for (int i = 0; i < kNormElements; i += kNormThreads * 8) {
-            if (begin + i >= input.elements) break;
-            const uint4 v = load_bf16x8(matrix + begin + i);
-            const auto scaled = [&](uint32_t pair) { return pack_bf16(low_bf16(pair) * coarse * fine, high_bf16(pair) * coarse * fine); };
-            *reinterpret_cast<uint4*>(input.x + begin + i) = {scaled(v.x), scaled(v.y), scaled(v.z), scaled(v.w)};
+        for (int i = 0; i < kNormVectors; ++i) {
+            for (uint32_t* pair : {&v[i].x, &v[i].y, &v[i].z, &v[i].w})
+                *pair = pack_bf16(low_bf16(*pair) * coarse * fine, high_bf16(*pair) * coarse * fine);
+            const int64_t at = begin + i * kNormThreads * 8;
+            if (at < input.elements) *reinterpret_cast<uint4*>(input.x + at) = v[i];
         }
     }
 }
@@ -109,7 +124,9 @@ constexpr int kTileBytes = kTile * kTile * 2;
 constexpr int kSlotBytes = kTile * kBox * 2;  // one operand of one k block
 constexpr int kSlots = 10;
 constexpr int kTeams = 2;  // warpgroups that multiply
-constexpr int kThreads = kTeams * 128 + 32 + kTeams * 32;  // and one warp that loads, and one per team that stores
+constexpr int kLoader = kTeams * 4, kScheduler = kLoader + 1, kStorer = kLoader + 2;  // warps; one storer per team
+constexpr int kThreads = (kStorer + kTeams) * 32;
+constexpr int kAhead = 2;  // tasks that the scheduler keeps ready for the loader
 
 enum Product : int { kGram, kPoly, kUpdate, kNoMore };
 
@@ -131,10 +148,18 @@ struct GroupMaps {
     }
 };
 
+// The tasks of one product on one group; a step is a list of these.
+struct Segment {
+    uint32_t end;  // of its tasks, counted from the step's first
+    int32_t product, group, tasks_per_matrix;
+};
+
 struct Iteration {
     GroupMaps groups[kOrthogonalizeMaxGroups];
+    Segment segments[3 * kOrthogonalizeMaxGroups];
     float coefficients[kOrthogonalizeMaxSteps][3];
-    int32_t num_groups, num_steps, tasks_per_step, width;
+    int32_t num_groups, num_steps, width;
+    uint32_t tasks_per_step;
     uint32_t* next_task;
     uint32_t* done;  // per matrix: tiles finished, over all products and steps
 };
@@ -160,8 +185,10 @@ struct StoreTask {
 struct Shared {
     alignas(1024) uint8_t slots[kSlots][kSlotBytes];
     alignas(1024) uint8_t staging[kTeams][kTileBytes];
+    Task ready[kAhead];
     TeamTask task[kTeams];
     StoreTask store[kTeams];
+    uint64_t ready_full[kAhead], ready_empty[kAhead];
     uint64_t full[kSlots], empty[kSlots], task_full[kTeams], task_empty[kTeams], store_full[kTeams], store_empty[kTeams];
 };
 
@@ -180,20 +207,17 @@ __device__ void fence_async_all() { asm volatile("fence.proxy.async;" ::: "memor
 __device__ Task decode(const Iteration& it, uint32_t index) {
     Task task;
     task.product = kNoMore;
-    if (index >= uint32_t(it.num_steps) * it.tasks_per_step) return task;
+    if (index >= it.num_steps * it.tasks_per_step) return task;
     task.step = index / it.tasks_per_step;
     index %= it.tasks_per_step;
-    int tasks;
-    for (task.product = kGram, task.group = 0;;) {
-        tasks = it.groups[task.group].tasks(task.product, it.width);
-        const uint32_t all = uint32_t(tasks) * it.groups[task.group].count;
-        if (index < all) break;
-        index -= all;
-        if (++task.group == it.num_groups) task.group = 0, ++task.product;
-    }
+    int segment = 0;
+    while (index >= it.segments[segment].end) ++segment;
+    if (segment > 0) index -= it.segments[segment - 1].end;
+    task.product = it.segments[segment].product;
+    task.group = it.segments[segment].group;
     const GroupMaps& group = it.groups[task.group];
-    task.matrix = index / tasks;
-    int left = index % tasks;
+    task.matrix = index / it.segments[segment].tasks_per_matrix;
+    int left = index % it.segments[segment].tasks_per_matrix;
     for (task.shared = 0;; ++task.shared) {
         const int first = task.product == kUpdate ? 0 : task.shared;
         const int last = task.product == kUpdate ? group.wide_tiles() : group.narrow_tiles();
@@ -230,21 +254,43 @@ __device__ void load_operand(Shared& s, uint32_t& position, const CUtensorMap& m
     ++position;
 }
 
-__device__ void produce(const Iteration& it, Shared& s) {
-    uint32_t position = 0, rounds[kTeams] = {}, next = atomicAdd(it.next_task, 1);
+// Takes tasks from the queue and hands them on once they may start, while the loader still works on earlier ones.
+__device__ void schedule(const Iteration& it, Shared& s) {
+    uint32_t next = atomicAdd(it.next_task, 1);
+    for (int n = 0;; ++n) {
+        const Task task = decode(it, next);
+        if (task.product != kNoMore) {
+            next = atomicAdd(it.next_task, 1);
+            const GroupMaps& group = it.groups[task.group];
+            const uint32_t need = prerequisite(group, task);
+            while (load_acquire(&it.done[group.first_matrix + task.matrix]) < need) __nanosleep(20);
+        }
+        const int place = n % kAhead;
+        mbarrier_wait(&s.ready_empty[place], ((n / kAhead) & 1) ^ 1);
+        s.ready[place] = task;
+        mbarrier_arrive(&s.ready_full[place]);
+        if (task.product == kNoMore) return;
+    }
+}
+
+__device__ void load_tasks(const Iteration& it, Shared& s) {
+    uint32_t position = 0, rounds[kTeams] = {};
     const auto hand_over = [&](int team, const TeamTask& task) {
         mbarrier_wait(&s.task_empty[team], (rounds[team]++ & 1) ^ 1);
         s.task[team] = task;
         mbarrier_arrive(&s.task_full[team]);
     };
-    for (int turn = 0;; turn ^= 1) {
+    for (int n = 0;; ++n) {
+        const int place = n % kAhead;
+        mbarrier_wait(&s.ready_full[place], (n / kAhead) & 1);
         TeamTask task;
-        static_cast<Task&>(task) = decode(it, next);
+        static_cast<Task&>(task) = s.ready[place];
+        mbarrier_arrive(&s.ready_empty[place]);
+        fence_async_all();
         if (task.product == kNoMore) {
             for (int team = 0; team < kTeams; ++team) hand_over(team, task);
             return;
         }
-        next = atomicAdd(it.next_task, 1);
         const bool same = task.product != kUpdate && task.own == task.shared;  // on the diagonal, of the first tile
         task.position = position;
         task.stride = 1 + task.num_tiles - same;
@@ -252,13 +298,10 @@ __device__ void produce(const Iteration& it, Shared& s) {
             TeamTask mine = task;
             mine.own += i;
             mine.own_offset = 1 + i - same;
-            hand_over(task.num_tiles == 2 ? i : turn, mine);
+            hand_over(task.num_tiles == 2 ? i : n % kTeams, mine);
         }
 
         const GroupMaps& group = it.groups[task.group];
-        const uint32_t need = prerequisite(group, task);
-        while (load_acquire(&it.done[group.first_matrix + task.matrix]) < need) __nanosleep(20);
-        fence_async_all();
         const CUtensorMap& x = group.x[task.step % 2];
         const CUtensorMap& shared = task.product == kGram ? x : task.product == kPoly ? group.gram : group.poly;
         const CUtensorMap& own = task.product == kPoly ? group.gram : x;
@@ -451,6 +494,7 @@ __global__ void __launch_bounds__(kThreads, 1) orthogonalize_kernel(const __grid
     Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(dynamic) + 1023) / 1024 * 1024);
     if (threadIdx.x == 0) {
         for (int i = 0; i < kSlots; ++i) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], 8);
+        for (int i = 0; i < kAhead; ++i) mbarrier_init(&s.ready_full[i], 1), mbarrier_init(&s.ready_empty[i], 1);
         for (int i = 0; i < kTeams; ++i) {
             mbarrier_init(&s.task_full[i], 1), mbarrier_init(&s.task_empty[i], 128);
             mbarrier_init(&s.store_full[i], 128), mbarrier_init(&s.store_empty[i], 1);
@@ -461,8 +505,9 @@ __global__ void __launch_bounds__(kThreads, 1) orthogonalize_kernel(const __grid
     const int warp = threadIdx.x / 32;
     if (warp < kTeams * 4) consume(it, s, warp / 4);
     else if (threadIdx.x % 32 != 0) return;
-    else if (warp == kTeams * 4) produce(it, s);
-    else store_tiles(s, warp - kTeams * 4 - 1);
+    else if (warp == kLoader) load_tasks(it, s);
+    else if (warp == kScheduler) schedule(it, s);
+    else store_tiles(s, warp - kStorer);
 }
 
 // ---- launch -----------------------------------------------------------------------------------------
@@ -543,8 +588,12 @@ cudaError_t orthogonalize(const OrthogonalizeParams& p, cudaStream_t stream) {
         }
         if (status != cudaSuccess) return status;
         it.width = tiles_per_product >= 2 * num_multiprocessors() ? 2 : 1;
-        for (int g = 0; g < it.num_groups; ++g)
-            for (int product : {kGram, kPoly, kUpdate}) it.tasks_per_step += it.groups[g].count * it.groups[g].tasks(product, it.width);
+        for (int product : {kGram, kPoly, kUpdate})
+            for (int g = 0; g < it.num_groups; ++g) {
+                const int tasks = it.groups[g].tasks(product, it.width);
+                it.tasks_per_step += it.groups[g].count * tasks;
+                it.segments[product * it.num_groups + g] = {it.tasks_per_step, product, g, tasks};
+            }
         status = cudaMemsetAsync(counters, 0, sizeof(uint32_t) * (kOrthogonalizeCounters + matrices), stream);
         if (status != cudaSuccess) return status;
         orthogonalize_kernel<<<num_multiprocessors(), kThreads, kSharedBytes, stream>>>(it);
