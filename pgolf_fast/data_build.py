@@ -7,7 +7,6 @@ time a shard is finished, and the same command takes up there.
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,10 +16,10 @@ import numpy as np
 
 from pgolf_fast import dataset
 from pgolf_fast.dataset import CHALLENGE_VAL_DOCUMENTS, Record, Split
-from pgolf_fast.documents import Chunk, Tokenized, Workers, find_files, hash_tokens, read_chunks
+from pgolf_fast.documents import Chunk, Tokenized, Workers, find_files, read_chunks
 from pgolf_fast.errors import UserError
-from pgolf_fast.shards import SHARD_TOKENS, ShardWriter, count_tokens, find_shards, read_split
-from pgolf_fast.tokenizers import BOS, Tokenizer
+from pgolf_fast.shards import SHARD_TOKENS, ShardWriter, count_tokens, find_shards, hash_tokens, read_split, split_documents
+from pgolf_fast.tokenizers import Tokenizer
 
 Progress = Callable[[int, int], None]  # bytes of input done, bytes in all
 
@@ -43,12 +42,6 @@ class BuildConfig:
     """Stop after the training document that reaches this many tokens."""
     processes: int = os.cpu_count() or 1
     """That tokenize; their number does not change the result."""
-
-
-def split_documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """The documents in a stream of tokens, each with its BOS."""
-    starts = np.flatnonzero(tokens == BOS)
-    return (tokens[start:end] for start, end in itertools.pairwise([*starts.tolist(), len(tokens)]))
 
 
 def cut_chunks(chunks: Iterator[Chunk], start: int, stop: int | None) -> Iterator[Chunk]:

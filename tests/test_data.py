@@ -1,5 +1,7 @@
 import itertools
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -214,6 +216,12 @@ def test_faults_reach_the_consumer_at_their_batch(tmp_path):
         with pytest.raises(UserError, match=r"fineweb_train_000000.bin: byte 1284: token 600 is outside the vocabulary of 500"):
             next(loader)
     loader.close()
+
+
+def test_training_on_shards_needs_no_codec():
+    code = "import sys, pgolf_fast.data; print([m for m in ('rich', 'tyro', 'zstandard', 'pyarrow', 'huggingface_hub') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_what_cannot_make_a_batch_is_refused(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 import zstandard
 
 from pgolf_fast import caseops, dataset, shards
-from pgolf_fast.data_build import BuildConfig, build, split_documents
+from pgolf_fast.data_build import BuildConfig, build
 from pgolf_fast.errors import UserError
+from pgolf_fast.shards import split_documents
 from tests import corpus
 
 NUM_VAL = 20
