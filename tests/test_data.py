@@ -219,7 +219,8 @@ def test_faults_reach_the_consumer_at_their_batch(tmp_path):
 
 
 def test_training_on_shards_needs_no_codec():
-    code = "import sys, pgolf_fast.data; print([m for m in ('rich', 'tyro', 'zstandard', 'pyarrow', 'huggingface_hub') if m in sys.modules])"
+    heavy = "('rich', 'tyro', 'zstandard', 'pyarrow', 'huggingface_hub')"
+    code = f"import sys, pgolf_fast.data; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -250,7 +251,7 @@ def test_on_a_gpu_batches_arrive_on_the_consumers_stream(tmp_path, stream):
     loader = Loader(laid_out, device="cuda", is_packed=True)
     busy = torch.randn(2048, 2048, device="cuda")
     batches = []
-    for number, batch in zip(range(12), loader):
+    for batch in itertools.islice(loader, 12):
         busy = busy @ busy * 1e-3  # work of the consumer's stream, ahead of the reads below
         batches.append((batch, batch.inputs.sum() + batch.targets[-1]))
     for number, (batch, total) in enumerate(batches):
