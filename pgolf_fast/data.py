@@ -22,8 +22,8 @@ from torch import Tensor
 from pgolf_fast import dataset, shards
 from pgolf_fast.denominator import check_byte_rule, check_sidecar, num_scored, rule_bytes
 from pgolf_fast.errors import UserError
-from pgolf_fast.shards import ShardError
-from pgolf_fast.tokenizers import BOS, Tokenizer
+from pgolf_fast.shards import BOS, ShardError
+from pgolf_fast.tokenizers import Tokenizer
 
 MAX_SEGMENT = 2048  # tokens; the recipes cut longer documents
 CHECKED_DOCUMENTS = 1000  # whose decoded text every run compares with its byte count; `pgolf data verify` takes all

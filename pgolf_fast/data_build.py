@@ -7,7 +7,6 @@ time a shard is finished, and the same command takes up there.
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,10 +16,10 @@ import numpy as np
 
 from pgolf_fast import dataset
 from pgolf_fast.dataset import CHALLENGE_VAL_DOCUMENTS, Record, Split
-from pgolf_fast.documents import Chunk, Tokenized, Workers, find_files, hash_tokens, read_chunks
+from pgolf_fast.documents import Chunk, Tokenized, Workers, find_files, read_chunks
 from pgolf_fast.errors import UserError
-from pgolf_fast.shards import SHARD_TOKENS, ShardWriter, count_tokens, find_shards, read_split
-from pgolf_fast.tokenizers import BOS, Tokenizer
+from pgolf_fast.shards import SHARD_TOKENS, SPLITS, ShardWriter, count_tokens, find_shards, hash_tokens, read_split, split_documents
+from pgolf_fast.tokenizers import Tokenizer
 
 Progress = Callable[[int, int], None]  # bytes of input done, bytes in all
 
@@ -43,12 +42,6 @@ class BuildConfig:
     """Stop after the training document that reaches this many tokens."""
     processes: int = os.cpu_count() or 1
     """That tokenize; their number does not change the result."""
-
-
-def split_documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """The documents in a stream of tokens, each with its BOS."""
-    starts = np.flatnonzero(tokens == BOS)
-    return (tokens[start:end] for start, end in itertools.pairwise([*starts.tolist(), len(tokens)]))
 
 
 def cut_chunks(chunks: Iterator[Chunk], start: int, stop: int | None) -> Iterator[Chunk]:
@@ -117,13 +110,13 @@ def _describe(files: list[Path]) -> list[dict]:
 
 def _open_record(out: Path, made_from: dict) -> Record:
     record = dataset.load_record(out)
-    if record is None:
-        left = next((path.name for split in ("train", "val", "val_bytes") for path in find_shards(out, split)), None)
-        if left:
-            raise UserError(f"{out}: already holds {left}, not made by this command; choose another folder or remove its shards")
+    present = [path for split in SPLITS for path in find_shards(out, split)]
+    if record is None and present:
+        raise UserError(f"{out}: already holds {present[0].name}, not made by this command; choose another folder or remove its shards")
+    if record is None or not record.shards:
+        for path in present:
+            path.unlink()  # of a build that stopped before its validation split was whole
         return Record(made_from)
-    if record.made_from != made_from and not record.shards:
-        return Record(made_from)  # that build stopped before it had made anything
     if record.made_from != made_from:
         different = ", ".join(key for key in made_from if record.made_from.get(key) != made_from[key])
         raise UserError(f"{out}: holds a build from other settings ({different}); choose another folder or remove this one")

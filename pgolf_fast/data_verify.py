@@ -16,13 +16,13 @@ import numpy as np
 
 import pgolf_fast
 from pgolf_fast import dataset, shards
-from pgolf_fast.data_build import Progress, split_documents
+from pgolf_fast.data_build import Progress
 from pgolf_fast.dataset import CHALLENGE_VAL_DOCUMENTS
 from pgolf_fast.denominator import check_byte_rule, check_sidecar, num_scored, rule_bytes
-from pgolf_fast.documents import Workers, find_files, hash_tokens, read_chunks
+from pgolf_fast.documents import Workers, find_files, read_chunks
 from pgolf_fast.errors import UserError
-from pgolf_fast.shards import ShardError
-from pgolf_fast.tokenizers import BOS, EOS, PAD, UNKNOWN, Tokenizer
+from pgolf_fast.shards import BOS, ShardError, hash_tokens, split_documents
+from pgolf_fast.tokenizers import EOS, PAD, UNKNOWN, Tokenizer
 
 SCORED_ROW = 2048  # the recipes' validation length; the stream is cut to whole rows and one token
 FORBIDDEN = (PAD, EOS, UNKNOWN)  # in a token stream; a byte sidecar is full of them
@@ -219,8 +219,10 @@ class Verification:
         vocab_size = self.tokenizer.vocab_size if self.tokenizer else self.record.made_from["vocab_size"] if self.record else None
         for path, scan in ((path, scan) for split in self.scans for path, scan in zip(self.files[split], self.scans[split])):
             if vocab_size is not None and scan.largest >= vocab_size:
-                problem = f"token {scan.largest} is outside the vocabulary of {vocab_size}"
-                self.report.fail("vocabulary", path, problem, "give the tokenizer that these shards were made with, or build them again")
+                try:
+                    shards.check_vocabulary(path, shards.open_shard(path), vocab_size)
+                except ShardError as error:
+                    self.report.fail("vocabulary", path, error.problem, error.remedy)
             if scan.num_forbidden:
                 at = shards.HEADER_BYTES + shards.TOKEN_BYTES * scan.first_forbidden
                 problem = (

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from pgolf_fast import caseops
-from pgolf_fast.data_build import split_documents
 from pgolf_fast.errors import UserError
-from pgolf_fast.tokenizers import BOS, Tokenizer
+from pgolf_fast.shards import BOS, split_documents
+from pgolf_fast.tokenizers import Tokenizer
 
 # Of the tokens that are no byte pieces, how many must cover just their piece's own bytes. Real text gives 0.98 and source code 0.85 (white
 # space and compatibility characters make the rest); counting every space twice gives under 0.6.

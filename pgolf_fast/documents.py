@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import gzip
-import hashlib
 import io
 import json
 import multiprocessing
@@ -23,7 +22,7 @@ import zstandard
 
 from pgolf_fast import caseops
 from pgolf_fast.errors import UserError
-from pgolf_fast.shards import MAX_VALUE
+from pgolf_fast.shards import MAX_VALUE, hash_tokens
 from pgolf_fast.tokenizers import Tokenizer
 
 CHUNK_BYTES = 2 << 20  # of input to a worker at a time; a few tenths of a second of work
@@ -57,11 +56,6 @@ class Tokenized:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-
-def hash_tokens(tokens: np.ndarray) -> bytes:
-    """What says that two documents are the same, whatever white space they lost."""
-    return hashlib.blake2b(np.ascontiguousarray(tokens, "<u2").data, digest_size=16).digest()
 
 
 def find_files(sources: list[Path]) -> list[Path]:

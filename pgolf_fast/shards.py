@@ -3,12 +3,15 @@
     int32[256] little-endian   [0] magic 20240520, [1] version 1, [2] number of values, the rest 0
     uint16[count] little-endian
 
+The tokens are documents one after the other, each BOS and then its pieces, without EOS; a document may straddle two shards.
 A `val_bytes` shard (the byte sidecar) has the same layout, one count of original bytes per token of the `val` shard of the same number.
 """
 
+import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_BYTES = 2
 MAX_VALUE = 2**16 - 1
+BOS = 1  # starts every document
 SHARD_TOKENS = 100_000_000  # of every shard but the last of its split, in the challenge's own export
 SPLITS = ("train", "val", "val_bytes")
 # Whole names only: a glob for fineweb_val_* also matches the sidecar.
@@ -192,3 +196,14 @@ def read_split(shards: Iterable[Path], vocab_size: int | None = None) -> np.ndar
     """All tokens of some shards in one array in memory (validation sets; a training set is read through its maps)."""
     parts = [open_shard(path, vocab_size) for path in shards]
     return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+
+def split_documents(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """The documents in a stream of tokens, each with its BOS; what stands before the first BOS belongs to none."""
+    starts = np.flatnonzero(tokens == BOS)
+    return (tokens[start:end] for start, end in itertools.pairwise([*starts.tolist(), len(tokens)]))
+
+
+def hash_tokens(tokens: np.ndarray) -> bytes:
+    """What says that two documents are the same, whatever white space they lost."""
+    return hashlib.blake2b(np.ascontiguousarray(tokens, "<u2").data, digest_size=16).digest()

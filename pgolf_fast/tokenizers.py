@@ -22,8 +22,9 @@ from pgolf_fast import caseops
 from pgolf_fast.bpb import PieceBytes
 from pgolf_fast.errors import UserError
 from pgolf_fast.host import host
+from pgolf_fast.shards import BOS
 
-PAD, BOS, EOS, UNKNOWN = range(4)
+PAD, EOS, UNKNOWN = 0, 2, 3  # with BOS, the first four ids
 SPACE = "\u2581"  # how SentencePiece writes a space
 MAX_VOCAB_SIZE = 2**16  # a shard's tokens are uint16
 

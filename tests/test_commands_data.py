@@ -47,6 +47,8 @@ def test_train_and_build_say_what_they_made(made):
     assert trained["vocab_size"] == 700 and trained["is_caseops"] and (folder / "t.vocab").exists()
     assert trained["sha256"] == corpus.tokenizer(True).sha256
     assert built["splits"]["val"]["documents"] == 20 and built["splits"]["train"]["documents"] == len(corpus.texts()) - 20
+    arguments = ("--documents", folder / "documents.jsonl", "--tokenizer", folder / "t.model", "--val-documents", 20)
+    assert "already there" in pgolf_data("build", folder / "set", *arguments).stdout
     assert [shard["name"] for shard in built["shards"]] == [shards.shard_name(split, 0) for split in ("val", "val_bytes", "train")]
 
 

@@ -1,5 +1,7 @@
 import itertools
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -216,6 +218,13 @@ def test_faults_reach_the_consumer_at_their_batch(tmp_path):
     loader.close()
 
 
+def test_training_on_shards_needs_no_codec():
+    heavy = "('rich', 'tyro', 'zstandard', 'pyarrow', 'huggingface_hub')"
+    code = f"import sys, pgolf_fast.data; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_what_cannot_make_a_batch_is_refused(tmp_path):
     make_shards(tmp_path / "a", [50], bos_every=5)
     with pytest.raises(UserError, match="50 training tokens are fewer than one window of 51"):
@@ -242,7 +251,7 @@ def test_on_a_gpu_batches_arrive_on_the_consumers_stream(tmp_path, stream):
     loader = Loader(laid_out, device="cuda", is_packed=True)
     busy = torch.randn(2048, 2048, device="cuda")
     batches = []
-    for number, batch in zip(range(12), loader):
+    for batch in itertools.islice(loader, 12):
         busy = busy @ busy * 1e-3  # work of the consumer's stream, ahead of the reads below
         batches.append((batch, batch.inputs.sum() + batch.targets[-1]))
     for number, (batch, total) in enumerate(batches):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from pgolf_fast import dataset, shards
-from pgolf_fast.data_build import BuildConfig, build, split_documents
+from pgolf_fast.data_build import BuildConfig, build
 from pgolf_fast.data_verify import PUBLIC_SETS, PublicSet, VerifyConfig, verify
 from pgolf_fast.errors import UserError
+from pgolf_fast.shards import split_documents
 from tests import corpus
 
 NUM_VAL = 20
@@ -158,7 +159,7 @@ def test_a_token_outside_the_vocabulary(folder):
     tokens = shards.open_shard(path).copy()
     tokens[100] = corpus.VOCAB_SIZE
     shards.write_shard(path, tokens)
-    assert_found(check(folder), "vocabulary", "fineweb_train_000000.bin", f"token {corpus.VOCAB_SIZE} is outside")
+    assert_found(check(folder), "vocabulary", "fineweb_train_000000.bin", f"byte 1224: token {corpus.VOCAB_SIZE} is outside")
 
 
 def test_one_changed_token_shows_in_the_hashes_and_against_the_source(sets, tmp_path):

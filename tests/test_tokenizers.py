@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pgolf_fast import bpb, caseops, denominator, tokenizers
 from pgolf_fast.documents import find_files, parse_chunk, read_chunks
 from pgolf_fast.errors import UserError
-from pgolf_fast.tokenizers import BOS, Tokenizer
+from pgolf_fast.shards import BOS
+from pgolf_fast.tokenizers import Tokenizer
 from tests import corpus
 
 BOTH = pytest.mark.parametrize("is_caseops", [False, True], ids=["plain", "caseops"])

@@ -17,7 +17,7 @@ from pgolf_fast import data_build, data_get, data_verify, demo_corpus, tokenizer
 from pgolf_fast.data_build import BuildConfig
 from pgolf_fast.data_get import GetConfig
 from pgolf_fast.data_verify import VerifyConfig
-from pgolf_fast.dataset import Record
+from pgolf_fast.dataset import Record, load_record
 from pgolf_fast.documents import find_files, parse_chunk, read_chunks
 from pgolf_fast.errors import UserError
 
@@ -125,10 +125,11 @@ def _progress(console: Console, title: str, *columns):
 
 
 def _build(verb: Build, console: Console) -> tuple[dict, int]:
-    begin = time.perf_counter()
+    begin, earlier = time.perf_counter(), load_record(verb.out)
     with _progress(console, "tokenizing", TaskProgressColumn()) as progress:
         record = data_build.build(verb.config, verb.out, progress)
-    return _show_record(record, verb.out, time.perf_counter() - begin, console), OK
+    seconds = 0.0 if record == earlier else time.perf_counter() - begin
+    return _show_record(record, verb.out, seconds, console), OK
 
 
 def _demo(verb: Demo, console: Console) -> tuple[dict, int]:
@@ -148,7 +149,8 @@ def _show_record(record: Record, out: Path, seconds: float, console: Console) ->
         table.add_row(name, *figures, counted, f"{split.dropped_documents:,}")
     console.print(table)
     text_mb = sum(split.text_bytes for split in record.splits.values()) / 1e6
-    console.print(f"{text_mb:,.1f} MB of text in {seconds:.1f} s; check it with: pgolf data verify {out}")
+    how = f"in {seconds:.1f} s" if seconds else "already there, nothing to do"
+    console.print(f"{text_mb:,.1f} MB of text {how}; check it with: pgolf data verify {out}", soft_wrap=True)
     splits = {name: dataclasses.asdict(split) for name, split in record.splits.items()}
     made = [dataclasses.asdict(shard) for shard in record.shards]
     return {"folder": str(out), "seconds": round(seconds, 3), "splits": splits, "shards": made}
