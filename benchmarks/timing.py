@@ -71,10 +71,15 @@ def _capture(function, rotations):
     """A CUDA graph of one rotation, or None where the function synchronises or otherwise refuses capture."""
     graph = torch.cuda.CUDAGraph()
     try:
+        # NOTE: a capture that fails leaves torch's random generator unusable, so what synchronises is found out before.
+        torch.cuda.set_sync_debug_mode("error")
+        function(0)
+        torch.cuda.set_sync_debug_mode("default")
         with torch.cuda.graph(graph):
             for i in range(rotations):
                 function(i)
     except RuntimeError:
+        torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         return None
     return graph

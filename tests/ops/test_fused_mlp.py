@@ -144,7 +144,7 @@ def test_bad_input_names_the_argument():
 def test_what_the_kernel_does_not_take_is_named():
     x, up, down = draw(4, 8, 16, 8, "cuda")
     for name, arguments in (
-        ("x: the kernel takes bfloat16, got float32", [t.float() for t in (x, up, down)]),
+        ("w_up: the kernel takes bfloat16, got float32", [t.float() for t in (x, up, down)]),
         ("w_up, w_down: .*multiples of 8", draw(4, 12, 16, 8, "cuda")),
         ("x: expected 16-byte aligned", [torch.randn(33, device="cuda").bfloat16()[1:].view(4, 8), up, down]),
     ):
