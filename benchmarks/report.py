@@ -38,7 +38,19 @@ def kernel_table(runs: list[dict]) -> str:
     return "\n".join([*lines, "", f"Medians of CUDA-graph replays, random data, contestants interleaved in one process, on {'; '.join(devices)}."])
 
 
-TABLES = {"kernels": lambda: kernel_table(kernel_results())}
+def parity_table(folder: Path = RESULTS) -> str:
+    """Training losses of our recipes beside the published scripts', at fixed steps."""
+    lines = ["| recipe | loss after step | ours | published script, by seed | difference to the nearest |", "|---|---:|---:|---|---:|"]
+    for path in sorted(folder.glob("parity_*.json")):
+        run = json.loads(path.read_text())
+        for step, loss in run["train_loss"].items():
+            published = [losses[step] for losses in run["published_script"].values()]
+            nearest = min(published, key=lambda p: abs(p - loss))
+            lines.append(f"| {run['recipe']} | {step} | {loss:.3f} | {', '.join(f'{p:.3f}' for p in published)} | {loss - nearest:+.3f} |")
+    return "\n".join(lines) if len(lines) > 2 else "No parity run is stored yet."
+
+
+TABLES = {"parity": parity_table, "kernels": lambda: kernel_table(kernel_results())}
 
 
 def rewrite(text: str) -> str:

@@ -1,5 +1,7 @@
 """The README's tables come from the stored results, losing rows included."""
 
+import json
+
 import pytest
 
 from benchmarks import report
@@ -18,6 +20,12 @@ def test_a_row_names_the_best_peer_and_the_share_of_the_floor():
 
 def test_losing_rows_stay():
     assert "| 0.50x |" in report.kernel_table([run(100.0, 50.0)])
+
+
+def test_parity_is_judged_against_the_nearest_seed(tmp_path):
+    run = {"recipe": "r", "train_loss": {"25": 4.84}, "published_script": {"a": {"25": 4.862}, "b": {"25": 4.822}}}
+    (tmp_path / "parity_r.json").write_text(json.dumps(run))
+    assert "| r | 25 | 4.840 | 4.862, 4.822 | +0.018 |" in report.parity_table(tmp_path)
 
 
 def test_only_the_text_between_the_markers_changes(monkeypatch):
