@@ -1,8 +1,8 @@
 """Quantized tensors <-> one file. The byte count is decided here.
 
-    head      4 bytes "PGLF", u16 version, u16 codec, u32 bytes of index, u32 streams; all little-endian
+    head      4 bytes "PGLF", u16 version, u16 codec, u32 bytes of index, u32 the same decoded, u32 streams; all little-endian
     lengths   u32 per stream
-    index     zlib over JSON: what the tensors are, and the caller's metadata
+    index     brotli over JSON: what the tensors are, and the caller's metadata
     streams   as the codec gave them
     digests   16 bytes BLAKE2b of the decoded content, 16 of everything before
 
@@ -16,24 +16,23 @@ import json
 import math
 import re
 import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pgolf_fast.codecs import CODECS, DEFAULT, Matrix, Shape
+from pgolf_fast.codecs import CODECS, DEFAULT, Matrix, Shape, brotli_compress, brotli_decompress
 from pgolf_fast.errors import UserError
 from pgolf_fast.quantize import Codes, LowRank, QuantizedTensors
 
 MAGIC = b"PGLF"
 VERSION = 1
-HEAD = struct.Struct("<4sHHII")
+HEAD = struct.Struct("<4sHHIII")
 DIGEST_BYTES = 16
-# Refused before anything is allocated. The cap of the challenge is 16 MB; one byte per weight decodes to several times that.
+# Refused before anything is allocated. The decoded bound is a byte for every bit that the challenge's cap allows.
 MAX_INDEX_BYTES = 2**20
 MAX_STREAMS = 2**12
-MAX_DECODED_BYTES = 2**29
+MAX_DECODED_BYTES = 2**27
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -67,9 +66,9 @@ def pack(tensors: QuantizedTensors, codec: str = DEFAULT, metadata: dict | None 
     number, coder = CODECS[codec]
     index, matrices, rest = _content(tensors, metadata)
     streams = coder.encode(matrices, rest)
-    packed_index = zlib.compress(index, 9)
-    body = HEAD.pack(MAGIC, VERSION, number, len(packed_index), len(streams)) + struct.pack(f"<{len(streams)}I", *map(len, streams))
-    body += packed_index + b"".join(streams) + _content_digest(index, [m.codes for m in matrices], rest)
+    packed_index = brotli_compress(index)
+    head = HEAD.pack(MAGIC, VERSION, number, len(packed_index), len(index), len(streams)) + struct.pack(f"<{len(streams)}I", *map(len, streams))
+    body = head + packed_index + b"".join(streams) + _content_digest(index, [m.codes for m in matrices], rest)
     data = body + _digest(body)
     if not same(unpack(data).tensors, tensors):
         raise RuntimeError(f"codec {codec}: the packed file does not decode to what was packed; this is a defect, please report it")
@@ -79,7 +78,7 @@ def pack(tensors: QuantizedTensors, codec: str = DEFAULT, metadata: dict | None 
 def estimate_bytes(tensors: QuantizedTensors, metadata: dict | None = None) -> int:
     """What `pack` with the default codec would give, from histograms, without coding."""
     index, matrices, rest = _content(tensors, metadata)
-    return round(CODECS[DEFAULT][1].estimate(matrices, rest)) + HEAD.size + len(zlib.compress(index, 9)) + 2 * DIGEST_BYTES
+    return round(CODECS[DEFAULT][1].estimate(matrices, rest)) + HEAD.size + len(brotli_compress(index)) + 2 * DIGEST_BYTES
 
 
 def _content(tensors, metadata) -> tuple[bytes, list[Matrix], bytes]:
@@ -94,8 +93,8 @@ def _content(tensors, metadata) -> tuple[bytes, list[Matrix], bytes]:
 
 def stream_bytes(data: bytes) -> dict[str, int]:
     """Compressed bytes by role of weights ("all" for a codec with one stream), "rest" for scales and floats, "metadata"."""
-    _, packed_index, streams, _ = _open(data)
-    roles = [s.role for s in _Layout(_parse_index(_inflate(packed_index))[0]).shapes()]
+    _, index, streams, _ = _open(data)
+    roles = [s.role for s in _Layout(_parse_index(index)[0]).shapes()]
     labels = [*dict.fromkeys(roles), "rest"] if len(streams) > 1 else ["all"]
     sizes = dict(zip(labels, map(len, streams), strict=True))
     return sizes | {"metadata": len(data) - sum(sizes.values())}
@@ -138,10 +137,9 @@ def _refuse_unless(condition: bool, message: str) -> None:
 
 
 def _unpack(data: bytes) -> Artifact:
-    number, packed_index, streams, digest = _open(data)
+    number, index, streams, digest = _open(data)
     names = [name for name, (n, _) in CODECS.items() if n == number]
     _refuse_unless(names, f"codec {number} is unknown to this version")
-    index = _inflate(packed_index)
     entries, metadata = _parse_index(index)
     layout = _Layout(entries)
     _refuse_unless(layout.total_bytes <= MAX_DECODED_BYTES, f"declares {layout.total_bytes} bytes of tensors, more than {MAX_DECODED_BYTES}")
@@ -151,28 +149,23 @@ def _unpack(data: bytes) -> Artifact:
 
 
 def _open(data: bytes) -> tuple[int, bytes, list[bytes], bytes]:
-    """The container: codec number, packed index, streams, digest of the content."""
+    """The container: codec number, index, streams, digest of the content."""
     _refuse_unless(len(data) >= HEAD.size + 2 * DIGEST_BYTES, f"{len(data)} bytes are too few for a file of this kind")
-    magic, version, number, index_size, num_streams = HEAD.unpack_from(data)
+    magic, version, number, packed_size, index_size, num_streams = HEAD.unpack_from(data)
     _refuse_unless(magic == MAGIC, "not a pgolf artifact (wrong first bytes)")
     _refuse_unless(version == VERSION, f"version {version}, this program reads version {VERSION}")
     _refuse_unless(num_streams <= MAX_STREAMS, f"declares {num_streams} streams")
+    _refuse_unless(index_size <= MAX_INDEX_BYTES, f"declares an index of {index_size} bytes, more than {MAX_INDEX_BYTES}")
     place = HEAD.size + 4 * num_streams
-    _refuse_unless(len(data) >= place + index_size + 2 * DIGEST_BYTES, "the file is cut short")
+    _refuse_unless(len(data) >= place + packed_size + 2 * DIGEST_BYTES, "the file is cut short")
     lengths = struct.unpack_from(f"<{num_streams}I", data, HEAD.size)
-    expected = place + index_size + sum(lengths) + 2 * DIGEST_BYTES
+    expected = place + packed_size + sum(lengths) + 2 * DIGEST_BYTES
     _refuse_unless(len(data) == expected, f"{len(data)} bytes, but its head declares {expected}: cut short or extended")
     _refuse_unless(_digest(data[:-DIGEST_BYTES]) == data[-DIGEST_BYTES:], "checksum mismatch: the file is damaged")
-    places = itertools.accumulate(lengths, initial=place + index_size)
+    index = brotli_decompress(data[place : place + packed_size], index_size)
+    places = itertools.accumulate(lengths, initial=place + packed_size)
     streams = [data[begin : begin + length] for begin, length in zip(places, lengths)]
-    return number, data[place : place + index_size], streams, data[-2 * DIGEST_BYTES : -DIGEST_BYTES]
-
-
-def _inflate(packed: bytes) -> bytes:
-    decoder = zlib.decompressobj()
-    index = decoder.decompress(packed, MAX_INDEX_BYTES)
-    _refuse_unless(decoder.eof and not decoder.unused_data, f"the index is cut short, followed by other bytes, or above {MAX_INDEX_BYTES} bytes")
-    return index
+    return number, index, streams, data[-2 * DIGEST_BYTES : -DIGEST_BYTES]
 
 
 def _digest(data: bytes) -> bytes:

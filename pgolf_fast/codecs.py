@@ -47,6 +47,22 @@ def _expect(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def brotli_decompress(stream: bytes, size: int) -> bytes:
+    decoder = brotli.Decompressor()
+    data = decoder.process(stream, output_buffer_limit=size + 1)
+    # The limit may hold back a few bytes that are already decoded.
+    while len(data) <= size and not decoder.is_finished():
+        more = decoder.process(b"", output_buffer_limit=size + 1 - len(data))
+        _expect(len(more) > 0, "brotli stream ends early")
+        data += more
+    _expect(len(data) == size and decoder.is_finished(), f"brotli stream does not hold {size} bytes")
+    return data
+
+
+def brotli_compress(data: bytes) -> bytes:
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
 # --- flat codecs ------------------------------------------------------------------------------------------------------
 
 
@@ -107,31 +123,15 @@ class Zstd(Flat):
         return zstandard.ZstdDecompressor().decompress(stream, allow_extra_data=False)
 
 
-def _brotli_decompress(stream: bytes, size: int) -> bytes:
-    decoder = brotli.Decompressor()
-    data = decoder.process(stream, output_buffer_limit=size + 1)
-    # The limit may hold back a few bytes that are already decoded.
-    while len(data) <= size and not decoder.is_finished():
-        more = decoder.process(b"", output_buffer_limit=size + 1 - len(data))
-        _expect(len(more) > 0, "brotli stream ends early")
-        data += more
-    _expect(len(data) == size and decoder.is_finished(), f"brotli stream does not hold {size} bytes")
-    return data
-
-
-def _brotli_compress(data: bytes) -> bytes:
-    return brotli.compress(data, quality=11, lgwin=24)
-
-
 @dataclass(frozen=True)
 class Brotli(Flat):
     """Quality 11, window 2^24."""
 
     def compress(self, data):
-        return _brotli_compress(data)
+        return brotli_compress(data)
 
     def decompress(self, stream, size):
-        return _brotli_decompress(stream, size)
+        return brotli_decompress(stream, size)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class ByRole:
     def encode(self, matrices: list[Matrix], rest: bytes) -> list[bytes]:
         roles = _by_role(matrices)
         with _workers() as pool:
-            return [*pool.map(self.encode_role, roles, roles.values()), _brotli_compress(rest)]
+            return [*pool.map(self.encode_role, roles, roles.values()), brotli_compress(rest)]
 
     def decode(self, streams: list[bytes], shapes: list[Shape], rest_size: int) -> tuple[list[np.ndarray], bytes]:
         roles = {}
@@ -169,7 +169,7 @@ class ByRole:
             decoded = self.decode_role(role, stream, [(shapes[i].rows, shapes[i].columns) for i in members])
             for i, matrix in zip(members, decoded):
                 codes[i] = matrix
-        return codes, _brotli_decompress(streams[-1], rest_size)
+        return codes, brotli_decompress(streams[-1], rest_size)
 
 
 def _by_role(matrices: list[Matrix]) -> dict[str, list[np.ndarray]]:
@@ -195,7 +195,7 @@ class Lrzip(ByRole):
         if role in self.sorted_roles:
             orders = [similarity_order(m) for m in matrices]
             matrices = [m[order] for m, order in zip(matrices, orders)]
-        permutations = _brotli_compress(b"".join(order.astype("<u2").tobytes() for order in orders))
+        permutations = brotli_compress(b"".join(order.astype("<u2").tobytes() for order in orders))
         data = b"".join(np.ascontiguousarray(m.T).tobytes() for m in matrices)
         return struct.pack("<I", len(permutations)) + permutations + _lrzip(["-z", "-L", "9", "-T", "-p", "1"], data)
 
@@ -203,7 +203,7 @@ class Lrzip(ByRole):
         _expect(len(stream) >= 4, "lrzip stream is cut short")
         (length,) = struct.unpack_from("<I", stream)
         num_rows = sum(rows for rows, _ in shapes) if role in self.sorted_roles else 0
-        permutations = np.frombuffer(_brotli_decompress(stream[4 : 4 + length], 2 * num_rows), "<u2")
+        permutations = np.frombuffer(brotli_decompress(stream[4 : 4 + length], 2 * num_rows), "<u2")
         flat = np.frombuffer(_lrzip(["-d"], stream[4 + length :], sum(rows * columns for rows, columns in shapes)), np.int8)
         matrices, row, place = [], 0, 0
         for rows, columns in shapes:
@@ -255,7 +255,7 @@ class Range(ByRole):
         """Bytes that encode would give, to a few hundredths of a percent, without coding."""
         with _workers() as pool:
             plans = pool.map(self._plan, _by_role(matrices).values())
-        return sum(self.HEAD.size + plan.bits / 8 for plan in plans) + len(_brotli_compress(rest))
+        return sum(self.HEAD.size + plan.bits / 8 for plan in plans) + len(brotli_compress(rest))
 
     def _plan(self, matrices):
         plans = [_RangePlan(matrices, by_row, by_column) for by_row in (False, True) for by_column in (False, True)]
@@ -270,7 +270,7 @@ class Range(ByRole):
         num_columns = sum(columns for _, columns in shapes) if mode & 2 else 0
         tables_size = num_contexts * alphabet
         side = stream[self.HEAD.size : self.HEAD.size + side_size]
-        side = np.frombuffer(_brotli_decompress(side, tables_size + num_rows + num_columns), np.uint8)
+        side = np.frombuffer(brotli_decompress(side, tables_size + num_rows + num_columns), np.uint8)
         tables = np.cumsum(side[:tables_size].reshape(num_contexts, alphabet), axis=1, dtype=np.uint8)
         _expect(int(tables.max()) < len(SHARES), "range stream has a wrong histogram")
         rows_left, columns_left = side[tables_size : tables_size + num_rows], side[tables_size + num_rows :]
@@ -366,7 +366,7 @@ class _RangePlan:
         self.contexts = np.clip(contexts.astype(np.int16) - self.first, 0, len(kept) - 1).astype(np.uint8)
         self.tables = _tables(kept)
         differences = np.diff(self.tables, axis=1, prepend=np.uint8(0))  # histograms are smooth
-        self.side = _brotli_compress(b"".join(a.tobytes() for a in (differences, *row_levels, *column_levels)))
+        self.side = brotli_compress(b"".join(a.tobytes() for a in (differences, *row_levels, *column_levels)))
         self.bits = _entropy_bits(kept) + 8 * len(self.side)
 
     def encode(self) -> bytes:

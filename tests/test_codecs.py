@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgolf_fast import codecs
-from pgolf_fast.codecs import CODECS, Matrix, Range, Shape, Zstd, _brotli_compress, _brotli_decompress, _levels
+from pgolf_fast.codecs import CODECS, Matrix, Range, Shape, Zstd, _levels, brotli_compress, brotli_decompress
 from pgolf_fast.errors import UserError
 
 needs_lrzip = pytest.mark.skipif(shutil.which("lrzip") is None, reason="the lrzip program is not installed")
@@ -103,7 +103,7 @@ def test_contexts_find_the_structure_that_is_there(rows, columns):
     p = np.diff(cdf, axis=-1)
     ideal = -(p * np.log2(np.maximum(p, 1e-300))).sum(-1).mean() * m.size / 8
     size = round_trip("range", [Matrix("a", m)], b"")
-    assert size < 1.025 * ideal  # in a matrix this small, levels and histograms are a percent
+    assert size < 1.03 * ideal  # in a matrix this small, levels and histograms are a percent
     if rows or columns:
         assert size < 0.99 * entropy_bytes(m)
     assert Range()._plan([m]).mode == (rows > 0) + 2 * (columns > 0)
@@ -181,13 +181,9 @@ def test_bombs_are_refused_before_they_grow():
     ):
         with pytest.raises(ValueError):
             codec.decode([stream], [Shape("a", 10, 10)], 0)
-    with pytest.raises(ValueError, match="window"):  # small content, but a decoder that would want two gigabytes
-        wide = zstandard.ZstdCompressionParameters(window_log=31)
-        writer = zstandard.ZstdCompressor(compression_params=wide).compressobj(size=100)
-        frame = bytearray(writer.compress(bytes(100)) + writer.flush())
-        parameters = zstandard.get_frame_parameters(bytes(frame))
-        assert parameters.content_size == 100
-        frame = b"\x28\xb5\x2f\xfd" + bytes([0x80, 0xA8]) + struct.pack("<I", 100) + b"\x01\x00\x00"
+    # A frame of 100 bytes whose window would take two gigabytes: magic, 4-byte size, window exponent 31, one empty last block.
+    frame = bytes.fromhex("28b52ffd 80 a8") + struct.pack("<I", 100) + bytes([1, 0, 0])
+    with pytest.raises(ValueError, match="window of 2147483648 bytes"):
         Zstd(()).decompress(frame, 100)
 
 
@@ -198,15 +194,15 @@ def test_lrzip_cannot_write_more_than_was_declared():
 
 
 def test_brotli_exact_size_only():
-    stream = _brotli_compress(b"x" * 1000)
-    assert _brotli_decompress(stream, 1000) == b"x" * 1000
+    stream = brotli_compress(b"x" * 1000)
+    assert brotli_decompress(stream, 1000) == b"x" * 1000
     for size in (0, 999, 1001):
         with pytest.raises((ValueError, brotli.error)):
-            _brotli_decompress(stream, size)
+            brotli_decompress(stream, size)
     with pytest.raises((ValueError, brotli.error)):
-        _brotli_decompress(stream[:-1], 1000)
+        brotli_decompress(stream[:-1], 1000)
     with pytest.raises((ValueError, brotli.error)):
-        _brotli_decompress(stream + b"more", 1000)
+        brotli_decompress(stream + b"more", 1000)
 
 
 def test_wrong_number_of_streams():
