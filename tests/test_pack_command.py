@@ -1,7 +1,7 @@
 """`pgolf quantize` and `pgolf pack`, from a checkpoint file to a packed one."""
 
+import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
@@ -9,15 +9,30 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.states import synthetic_state
+from pgolf_fast.__main__ import main
 from pgolf_fast.artifact import pack, unpack
 from pgolf_fast.ledger import CAP_BYTES
 from pgolf_fast.quantize import PUBLISHED, dequantize, quantize
 
 
-def pgolf(*arguments):
-    done = subprocess.run([sys.executable, "-m", "pgolf_fast", *map(str, arguments)], capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+@dataclasses.dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def pgolf(monkeypatch, capsys):
+    """The command line in this process: its output and exit code."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pgolf", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return Done(done.value.code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +42,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_from_checkpoint_to_packed_file(checkpoint, tmp_path):
+def test_from_checkpoint_to_packed_file(pgolf, checkpoint, tmp_path):
     done = pgolf("quantize", checkpoint, "--table", "legal-ttt-691", "--out", tmp_path / "q", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -47,14 +62,14 @@ def test_from_checkpoint_to_packed_file(checkpoint, tmp_path):
     assert all(torch.equal(t, expected[name]) for name, t in dequantize(loaded.tensors).items()) and set(loaded.tensors) == set(state)
 
 
-def test_over_the_cap_is_exit_code_1(tmp_path):
+def test_over_the_cap_is_exit_code_1(pgolf, tmp_path):
     random = torch.randint(-(2**31), 2**31 - 1, (CAP_BYTES // 4,), dtype=torch.int32).view(torch.float32)
     (tmp_path / "big").write_bytes(pack({"x": random}, "none"))
     done = pgolf("pack", tmp_path / "big", "--codec", "none")
     assert done.returncode == 1 and "OVER the cap" in done.stdout
 
 
-def test_hessians_decide_gptq(tmp_path):
+def test_hessians_decide_gptq(pgolf, tmp_path):
     save_file({"blocks.0.attn.c_q.weight": torch.randn(16, 32)}, tmp_path / "c")
     save_file({"blocks.0.attn.c_q.weight": torch.eye(32)}, tmp_path / "h")
     arguments = ("quantize", tmp_path / "c", "--table", "caseops-1934")
@@ -64,7 +79,7 @@ def test_hessians_decide_gptq(tmp_path):
     assert by_gptq.returncode == 0 and json.loads(by_gptq.stdout) == json.loads(by_rounding.stdout)
 
 
-def test_wrong_input_is_one_sentence(tmp_path):
+def test_wrong_input_is_one_sentence(pgolf, tmp_path):
     (tmp_path / "text").write_text("hello")
     for arguments, message in (
         (("quantize", tmp_path / "none", "--table", "caseops-1934"), "checkpoint: no file at"),
