@@ -160,22 +160,18 @@ class ByRole:
             return [*pool.map(self.encode_role, roles, roles.values()), brotli_compress(rest)]
 
     def decode(self, streams: list[bytes], shapes: list[Shape], rest_size: int) -> tuple[list[np.ndarray], bytes]:
-        roles = {}
-        for index, s in enumerate(shapes):
-            roles.setdefault(s.role, []).append(index)
+        roles = _by_role(shapes)
         _expect(len(streams) == len(roles) + 1, f"expected {len(roles) + 1} streams, found {len(streams)}")
-        codes = [None] * len(shapes)
-        for stream, role, members in zip(streams, roles, roles.values()):
-            decoded = self.decode_role(role, stream, [(shapes[i].rows, shapes[i].columns) for i in members])
-            for i, matrix in zip(members, decoded):
-                codes[i] = matrix
-        return codes, brotli_decompress(streams[-1], rest_size)
+        with _workers() as pool:
+            decoded = dict(zip(roles, map(iter, pool.map(self.decode_role, roles, streams, roles.values()))))
+        return [next(decoded[s.role]) for s in shapes], brotli_decompress(streams[-1], rest_size)
 
 
-def _by_role(matrices: list[Matrix]) -> dict[str, list[np.ndarray]]:
+def _by_role(items: list[Matrix] | list[Shape]) -> dict[str, list]:
+    """Role to its matrices' codes, or to their (rows, columns)."""
     roles = {}
-    for m in matrices:
-        roles.setdefault(m.role, []).append(m.codes)
+    for item in items:
+        roles.setdefault(item.role, []).append(item.codes if isinstance(item, Matrix) else (item.rows, item.columns))
     return roles
 
 
@@ -192,6 +188,7 @@ class Lrzip(ByRole):
     def encode_role(self, role, matrices):
         from pgolf_fast._host import similarity_order
 
+        _expect(all(len(m) <= 2**16 for m in matrices), f"role {role}: a row's place must fit 16 bits")
         orders = []
         if role in self.sorted_roles:
             orders = [similarity_order(m) for m in matrices]
@@ -201,6 +198,7 @@ class Lrzip(ByRole):
         return struct.pack("<I", len(permutations)) + permutations + _lrzip(["-z", "-L", "9", "-T", "-p", "1"], data)
 
     def decode_role(self, role, stream, shapes):
+        """The codes of each (rows, columns)."""
         _expect(len(stream) >= 4, "lrzip stream is cut short")
         (length,) = struct.unpack_from("<I", stream)
         num_rows = sum(rows for rows, _ in shapes) if role in self.sorted_roles else 0
@@ -236,6 +234,9 @@ def _lrzip(options: list[str], data: bytes, expected_size: int | None = None) ->
         _expect(done.returncode == 0 and target.exists(), f"lrzip failed: {(done.stderr + done.stdout).decode(errors='replace').strip()[:200]}")
         _expect(expected_size in (None, target.stat().st_size), f"lrzip stream does not hold {expected_size} bytes")
         return target.read_bytes()
+
+
+# --- the range codec --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -378,6 +379,8 @@ class _RangePlan:
         words = encoder.get_compressed().astype("<u4").tobytes()
         return Range.HEAD.pack(self.mode, self.lowest, self.highest, self.first, len(self.tables), len(self.side)) + self.side + words
 
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 # Name to (number in the artifact's header, codec). The published pipelines keep their settings.
 CODECS = {
