@@ -1,8 +1,10 @@
 """Codecs: exact both ways, every shape, every refusal."""
 
 import lzma
+import math
 import shutil
 import struct
+import tracemalloc
 
 import brotli
 import numpy as np
@@ -99,7 +101,7 @@ def test_contexts_find_the_structure_that_is_there(rows, columns):
     scale = 6 * np.exp(rows * g.normal(size=(768, 1)) + columns * g.normal(size=(1, 512)))
     m = np.clip(np.rint(scale * g.normal(size=(768, 512))), -127, 127).astype(np.int8)
     edges = (np.arange(-127, 129) - 0.5) / np.broadcast_to(scale, m.shape)[..., None]
-    cdf = 0.5 * (1 + np.vectorize(__import__("math").erf)(edges[::16, ::16] / 2**0.5))
+    cdf = 0.5 * (1 + np.vectorize(math.erf)(edges[::16, ::16] / 2**0.5))
     p = np.diff(cdf, axis=-1)
     ideal = -(p * np.log2(np.maximum(p, 1e-300))).sum(-1).mean() * m.size / 8
     size = round_trip("range", [Matrix("a", m)], b"")
@@ -179,8 +181,12 @@ def test_bombs_are_refused_before_they_grow():
         (CODECS["brotli-11"][1], brotli.compress(zeros, quality=5)),
         (CODECS["lzma-6"][1], lzma.compress(zeros, preset=0)),
     ):
+        tracemalloc.start()
         with pytest.raises(ValueError):
             codec.decode([stream], [Shape("a", 10, 10)], 0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**20, f"{codec} allocated {peak} bytes for 100"
     # A frame of 100 bytes whose window would take two gigabytes: magic, 4-byte size, window exponent 31, one empty last block.
     frame = bytes.fromhex("28b52ffd 80 a8") + struct.pack("<I", 100) + bytes([1, 0, 0])
     with pytest.raises(ValueError, match="window of 2147483648 bytes"):

@@ -129,6 +129,14 @@ def test_ties_keep_the_first_candidate_and_rows_on_the_floor_tie():
     assert not torch.equal(only(scheme, w)[0].codes, only(dataclasses.replace(scheme, percentiles=(0.98,)), w)[0].codes)
 
 
+def test_a_tie_between_different_codes_goes_to_the_first_candidate():
+    # 3.5 steps: the whole range rounds it up to 4, clipped to 3.25 it becomes 3, and both are half a step off.
+    w = torch.tensor([[3.5, 3.0]]) * torch.tensor(1 / 31).half().float()
+    for percentiles, codes in (((1.0, 0.5), [4, 3]), ((0.5, 1.0), [3, 3])):
+        scheme = dataclasses.replace(clip_search_of("gptq-lite-379"), percentiles=percentiles)
+        assert only(scheme, w)[0].codes[0].tolist() == codes
+
+
 # --- quantiles --------------------------------------------------------------------------------------------------------
 
 
