@@ -25,6 +25,7 @@ import numpy as np
 import zstandard
 
 from pgolf_fast.errors import UserError
+from pgolf_fast.host import host
 
 
 class Matrix(NamedTuple):
@@ -186,12 +187,10 @@ class Lrzip(ByRole):
     sorted_roles: tuple[str, ...] = ("tok_emb", "attn.c_q", "mlp.fc")
 
     def encode_role(self, role, matrices):
-        from pgolf_fast._host import similarity_order
-
         _expect(all(len(m) <= 2**16 for m in matrices), f"role {role}: a row's place must fit 16 bits")
         orders = []
         if role in self.sorted_roles:
-            orders = [similarity_order(m) for m in matrices]
+            orders = [host.similarity_order(m) for m in matrices]
             matrices = [m[order] for m, order in zip(matrices, orders)]
         permutations = brotli_compress(b"".join(order.astype("<u2").tobytes() for order in orders))
         data = b"".join(np.ascontiguousarray(m.T).tobytes() for m in matrices)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pgolf_fast import codecs
 from pgolf_fast.codecs import CODECS, Matrix, Range, Shape, Zstd, _levels, brotli_compress, brotli_decompress
 from pgolf_fast.errors import UserError
+from pgolf_fast.host import host
 
 needs_lrzip = pytest.mark.skipif(shutil.which("lrzip") is None, reason="the lrzip program is not installed")
 NAMES = [pytest.param(name, marks=needs_lrzip) if name == "lrzip" else name for name in CODECS]
@@ -138,22 +139,18 @@ def slow_similarity_order(codes):
 
 @pytest.mark.parametrize("rows,columns", [(1, 3), (2, 1), (17, 5), (40, 33), (30, 0)])
 def test_similarity_order(rows, columns):
-    from pgolf_fast._host import similarity_order
-
     codes = np.random.default_rng(rows).integers(-3, 3, (rows, columns)).astype(np.int8)  # few values: many ties
-    assert similarity_order(codes).tolist() == slow_similarity_order(codes)
+    assert host.similarity_order(codes).tolist() == slow_similarity_order(codes)
     wide = np.random.default_rng(rows).integers(-128, 128, (rows, columns)).astype(np.int8)
-    assert similarity_order(wide).tolist() == slow_similarity_order(wide)
+    assert host.similarity_order(wide).tolist() == slow_similarity_order(wide)
 
 
 def test_similarity_order_refuses():
-    from pgolf_fast._host import similarity_order
-
-    assert similarity_order(np.zeros((0, 4), np.int8)).tolist() == []
+    assert host.similarity_order(np.zeros((0, 4), np.int8)).tolist() == []
     with pytest.raises(ValueError, match="codes"):
-        similarity_order(np.zeros(4, np.int8))
+        host.similarity_order(np.zeros(4, np.int8))
     with pytest.raises(TypeError):
-        similarity_order(np.zeros((4, 4), np.int32))
+        host.similarity_order(np.zeros((4, 4), np.int32))
 
 
 @needs_lrzip
