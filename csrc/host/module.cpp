@@ -5,6 +5,7 @@ namespace pgolf {
 void register_caseops(pybind11::module_& m);
 void register_int6(pybind11::module_& m);
 void register_piece_spans(pybind11::module_& m);
+void register_rowsort(pybind11::module_& m);
 }
 
 PYBIND11_MODULE(_host, m) {
@@ -12,4 +13,5 @@ PYBIND11_MODULE(_host, m) {
     pgolf::register_caseops(m);
     pgolf::register_int6(m);
     pgolf::register_piece_spans(m);
+    pgolf::register_rowsort(m);
 }

@@ -1,0 +1,81 @@
+"""`pgolf pack`: quantized tensors to one file, and the ledger of bytes."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import pgolf_fast
+from pgolf_fast import artifact, codecs
+from pgolf_fast.errors import UserError
+from pgolf_fast.ledger import CAP_BYTES, CodeBytes, Ledger, code_files, count_code, ledger
+
+COUNTS = tuple(f.name for f in dataclasses.fields(CodeBytes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """Compress an artifact, check that it decodes exactly, and print the ledger of bytes against the cap."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ARTIFACT")]
+    """What `pgolf quantize --out` wrote, or any artifact: it is packed again."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the packed artifact there."""
+    codec: Literal[tuple(codecs.CODECS)] = codecs.DEFAULT
+    """How to compress; the published pipelines have their own names."""
+    code: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """The submission's folder or script, to be counted; pgolf_fast's own sources if left out."""
+    count: Literal[COUNTS] = "wrapped"
+    """Which count of code decides whether the cap is kept."""
+    json: bool = False
+    """Print the ledger as JSON."""
+
+
+def own_sources() -> dict[str, str]:
+    """This package's Python, and the native sources where it runs from a checkout."""
+    package = Path(pgolf_fast.__file__).parent
+    folders = [package, package.parent / "csrc"]
+    return {f"{f.name}/{name}": text for f in folders if f.is_dir() for name, text in code_files(f).items()}
+
+
+def ledger_table(found: Ledger) -> Table:
+    table = Table(title="bytes", title_justify="left", box=box.SIMPLE)
+    table.add_column("part", no_wrap=True)
+    for heading in COUNTS:
+        table.add_column(f"code {heading}", justify="right", no_wrap=True)
+    rows = [(f"weights: {role}", size) for role, size in found.weights.items()] + [("metadata", found.metadata)]
+    for label, size in rows:
+        table.add_row(label, *[f"{size:,}"] * len(COUNTS))
+    table.add_row("code", *[f"{getattr(found.code, c):,}" for c in COUNTS])
+    table.add_section()
+    table.add_row("total", *[f"{found.total(c):,}" for c in COUNTS])
+    table.add_row(f"headroom to {CAP_BYTES:,}", *[f"[{'red' if found.headroom(c) < 0 else 'green'}]{found.headroom(c):,}" for c in COUNTS])
+    return table
+
+
+def run(config: Pack, console: Console) -> tuple[dict, int]:
+    try:
+        data = config.source.read_bytes()
+    except OSError as error:
+        raise UserError(f"source: cannot read {config.source} ({error.strerror})") from None
+    loaded = artifact.unpack(data)
+    code = count_code(code_files(config.code) if config.code else own_sources())
+    begin = time.perf_counter()
+    with console.status(f"packing {len(loaded.tensors)} tensors with {config.codec}"):
+        packed = artifact.pack(loaded.tensors, config.codec, loaded.metadata)
+    seconds = time.perf_counter() - begin
+    found = ledger(packed, code)
+    console.print(ledger_table(found))
+    fits = found.headroom(config.count) >= 0
+    console.print(f"codec {config.codec}: {len(packed):,} bytes, packed and checked in {seconds:.1f} s")
+    console.print(f"[{'green' if fits else 'red'}]{'under' if fits else 'OVER'} the cap with code counted {config.count}")
+    if config.out:
+        config.out.write_bytes(packed)
+        console.print(f"written: {config.out}")
+    totals = {c: found.total(c) for c in COUNTS}
+    return {"bytes": len(packed), **dataclasses.asdict(found), "totals": totals, "fits": fits, "seconds": seconds}, 0 if fits else 1

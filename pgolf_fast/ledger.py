@@ -1,0 +1,88 @@
+"""Where the bytes of a submission go: weights by role, metadata, code, and the total against the cap.
+
+Code is counted three ways, because the challenge's own rulings differ:
+
+    literal  the main script as it is
+    wrapped  every counted file inside one self-extracting script, as the records ship theirs
+    strict   every counted file as it is
+"""
+
+import base64
+import json
+import lzma
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgolf_fast.artifact import estimate_bytes, stream_bytes
+from pgolf_fast.errors import UserError
+from pgolf_fast.quantize import QuantConfig, quantize
+
+CAP_BYTES = 16_000_000
+MAIN_SCRIPT = "train_gpt.py"
+CODE_SUFFIXES = {".py", ".pyi", ".toml", ".cu", ".cuh", ".cpp", ".cc", ".c", ".h", ".hpp", ".sh"}
+
+
+def forecast_bytes(state, config: QuantConfig) -> int:
+    """The artifact's size if training stopped now: plain rounding, and the entropy of the codes' histograms.
+
+    GPTQ moves the codes, but hardly their histogram.
+    """
+    tensors, _ = quantize(state, config, plain_rounding=True)
+    return estimate_bytes(tensors)
+
+
+@dataclass(frozen=True)
+class CodeBytes:
+    literal: int
+    wrapped: int
+    strict: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    weights: dict[str, int]  # by role, as compressed; "all" where the codec makes one stream of it
+    metadata: int
+    code: CodeBytes
+
+    def total(self, count: str) -> int:
+        return sum(self.weights.values()) + self.metadata + getattr(self.code, count)
+
+    def headroom(self, count: str) -> int:
+        return CAP_BYTES - self.total(count)
+
+
+def ledger(artifact: bytes, code: CodeBytes) -> Ledger:
+    sizes = stream_bytes(artifact)
+    return Ledger({role: size for role, size in sizes.items() if role != "metadata"}, sizes["metadata"], code)
+
+
+def code_files(root: Path) -> dict[str, str]:
+    """Name to text of the source files of a submission folder, or of one script."""
+    if root.is_file():
+        return {root.name: root.read_text(encoding="utf-8")}
+    if not root.is_dir():
+        raise UserError(f"code: nothing at {root}; give the submission's folder or its script")
+    paths = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in CODE_SUFFIXES)
+    visible = [p for p in paths if not any(part.startswith((".", "__pycache__")) for part in p.relative_to(root).parts)]
+    return {p.relative_to(root).as_posix(): p.read_text(encoding="utf-8") for p in visible}
+
+
+def count_code(files: dict[str, str]) -> CodeBytes:
+    """`literal` counts the file named train_gpt.py, or the only file; without either, there is no main script and all files count."""
+    sizes = {name: len(text.encode()) for name, text in files.items()}
+    strict = sum(sizes.values())
+    main = MAIN_SCRIPT if MAIN_SCRIPT in files else next(iter(files), "")
+    return CodeBytes(literal=sizes.get(MAIN_SCRIPT, strict), wrapped=len(wrap(files, main)) if files else 0, strict=strict)
+
+
+def wrap(files: dict[str, str], main: str) -> bytes:
+    """One script that unpacks `files` into a temporary folder and runs `main` from there."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    packed = base64.b85encode(lzma.compress(json.dumps(files, ensure_ascii=False).encode(), lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=filters))
+    return (
+        b"import base64,json,lzma,pathlib,runpy,sys,tempfile\n"
+        b"with tempfile.TemporaryDirectory() as d:\n"
+        b' for n,t in json.loads(lzma.decompress(base64.b85decode("' + packed + b'"))).items():\n'
+        b"  p=pathlib.Path(d,n);p.parent.mkdir(parents=True,exist_ok=True);p.write_text(t,encoding='utf-8')\n"
+        b" sys.path.insert(0,d);runpy.run_path(d+'/" + main.encode() + b"',run_name='__main__')\n"
+    )

@@ -1,0 +1,79 @@
+"""The ledger of bytes and the forecast of the packed size."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.states import synthetic_state
+from pgolf_fast.artifact import pack
+from pgolf_fast.errors import UserError
+from pgolf_fast.ledger import CAP_BYTES, CodeBytes, code_files, count_code, forecast_bytes, ledger, wrap
+from pgolf_fast.quantize import PUBLISHED, Gptq, quantize
+from tests.fuzz_artifact import example
+
+
+def test_cap_is_decimal():
+    assert CAP_BYTES == 16_000_000
+
+
+def test_totals_are_the_file_and_the_code():
+    data = pack(example())
+    found = ledger(data, CodeBytes(literal=10, wrapped=200, strict=3000))
+    assert [found.total(c) - len(data) for c in ("literal", "wrapped", "strict")] == [10, 200, 3000]
+    assert found.headroom("strict") == 16_000_000 - len(data) - 3000 and found.metadata > 0
+
+
+@pytest.fixture
+def submission(tmp_path):
+    files = {"train_gpt.py": "import sys\nfrom pkg.more import text\nprint(text, sys.argv[1:])\n", "pkg/more.py": "text = 'naïve'\n", "csrc/k.cu": "// k\n"}
+    other = {"README.md": "# read\n", "submission.json": "{}", "train_seed42.log": "x", ".hidden.py": "1", "__pycache__/a.py": "1"}
+    for name, text in (files | other).items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return tmp_path, files
+
+
+def test_code_is_counted_three_ways(submission):
+    folder, files = submission
+    assert code_files(folder) == files
+    code = count_code(code_files(folder))
+    sizes = {name: (folder / name).stat().st_size for name in files}
+    assert code.literal == sizes["train_gpt.py"] and code.strict == sum(sizes.values())
+    assert sizes["pkg/more.py"] == len("text = 'naïve'\n") + 1  # bytes, not characters
+    assert code.wrapped == len(wrap(files, "train_gpt.py"))
+    alone = count_code(code_files(folder / "train_gpt.py"))
+    assert alone.literal == alone.strict == sizes["train_gpt.py"]
+    assert count_code({}) == CodeBytes(0, 0, 0)
+    with pytest.raises(UserError, match="code: nothing at"):
+        code_files(folder / "nowhere")
+
+
+def test_the_wrapped_script_runs(submission, tmp_path_factory):
+    _, files = submission
+    script = tmp_path_factory.mktemp("elsewhere") / "train_gpt.py"
+    script.write_bytes(wrap(files, "train_gpt.py"))
+    done = subprocess.run([sys.executable, script, "--seed", "1"], capture_output=True, text=True, env={"PYTHONIOENCODING": "utf-8"})
+    assert done.stdout == "naïve ['--seed', '1']\n", done.stderr
+
+
+@pytest.mark.parametrize("table,family", [("legal-ttt-691", "sp1024-s"), ("gptq-lite-379", "sp1024-s"), ("gepa-598", "sp1024-g"), ("caseops-1934", "caseops")])
+def test_forecast_is_within_a_percent(table, family):
+    """Also for GPTQ under strongly correlated inputs, which the forecast does not see."""
+    state, config = synthetic_state(family, layers=2), PUBLISHED[table]
+    matrices = {name: w for name, w in state.items() if isinstance(config.scheme_of(name, w), Gptq)}
+    hessians = {name: correlated_hessian(w.shape[1]) for name, w in matrices.items()}
+    tensors, _ = quantize(state, config, hessians)
+    assert forecast_bytes(state, config) == pytest.approx(len(pack(tensors)), rel=0.01)
+
+
+@functools.cache
+def correlated_hessian(columns):
+    """Second moments of inputs that share a few strong directions, with a spread of scales."""
+    g = torch.Generator().manual_seed(columns)
+    x = torch.randn(2 * columns, columns, generator=g) + torch.randn(2 * columns, 8, generator=g) @ torch.randn(8, columns, generator=g)
+    x *= torch.exp(0.5 * torch.randn(columns, generator=g))
+    return x.T @ x / len(x)
