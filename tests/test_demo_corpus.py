@@ -1,5 +1,3 @@
-import time
-
 import pytest
 
 from pgolf_fast import demo_corpus
@@ -16,10 +14,8 @@ def test_documents_are_many_different_and_always_the_same():
 
 
 @pytest.mark.parametrize(("vocab_size", "is_caseops"), [(1024, False), (2048, True)])
-def test_a_set_is_made_in_half_a_minute_and_verifies(tmp_path, vocab_size, is_caseops):
-    begin = time.perf_counter()
+def test_a_set_is_made_and_verifies(tmp_path, vocab_size, is_caseops):
     record = demo_corpus.make(tmp_path, vocab_size, is_caseops)
-    assert time.perf_counter() - begin < 30
     assert record.splits["train"].tokens > 1_000_000 and record.splits["val"].documents >= 20
     report = verify(tmp_path, VerifyConfig(processes=1))
     assert report.is_ok, report.findings
