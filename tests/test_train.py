@@ -167,6 +167,21 @@ def test_no_run_ends_past_its_cap(data, tmp_path):
     assert "stopping_early: wallclock_cap" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_steps_still_on_the_device_are_training_time(data, tmp_path):
+    """On a clock that only waiting for a loss moves: whatever the loop is about to do, the wait is training's."""
+    trainer = make(data, tmp_path / "run", "train.val_every=3", "train.checkpoint_every=2", "train.warmup_steps=0")
+    seconds, get = [0.0], trainer.losses.get
+    trainer.clock._now, trainer.run_ahead = lambda: seconds[0], 2
+
+    def wait():
+        seconds[0] += 1
+        return get()
+
+    trainer.losses.get = wait
+    trainer.run()
+    assert {name: s for name, s in trainer.clock.ledger_s.items() if name != "set-up" and s} == {"train": 8}
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_evidence(data, tmp_path):
     trainer = make(data, tmp_path / "run")
     take_step = trainer.take_step
