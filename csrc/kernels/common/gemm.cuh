@@ -9,11 +9,11 @@
 //              [ warpgroup 1: 64 rows ]     B: kBlockN columns, half from each CTA
 //     CTA 1    [ the next 128 rows    ]     staging for C (and the auxiliary tile)
 //
-// Four stages: the copy engine answers after about 1700 clocks, a stage is consumed in 768 (192 columns) or 1024 (256),
-// and one stage is still being read when the next is. With three, half of the tensor cores' time is waiting.
+// Four stages, the most that fit: a stage is consumed in 768 clocks (192 columns) or 1024 (256), and one is still being read
+// when the next is.
 // 192 columns leave registers for two accumulators: the result of one tile is computed, staged and stored under the
-// products of the next, and the auxiliary tile comes into the same staging area before. With a short K that is a quarter of
-// the time. 256 columns, for a long K, are staged in two passes between two tiles.
+// products of the next, and the auxiliary tile comes into the same staging area before. 256 columns,
+// for a long K, are staged in two passes between two tiles.
 // Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
 //
 // What varies is the Op:
@@ -78,7 +78,7 @@ struct Work {
 // Stored outputs: whole tiles in turn; neighbours in n come first, they share their rows of A in the L2.
 // Added outputs: clusters / tiles clusters take an equal range of k each on every tile, all tiles at once, so that the L2
 // serves what several tiles read of the same k. The k left over at the end is shared out among the clusters left over.
-// (Cutting tiles x k evenly in one line misaligns the tiles, and reads everything from memory: 350 instead of 270 us.)
+// (Cutting tiles x k evenly in one line misaligns the tiles, and reads everything from memory: 350 instead of 300 us at 98,304 x 512 x 2048 on an H200.)
 template <class Op>
 struct Schedule {
     int tiles_n, k_blocks, pairs;
