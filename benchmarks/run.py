@@ -3,7 +3,6 @@
 import datetime
 import importlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 
 from benchmarks.timing import Ceilings, measure_ceilings, time_contestants  # noqa: F401  (pgolf bench takes all it needs from here)
 from pgolf_fast.ops import _library
+from pgolf_fast.runlog import commit, device_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,15 +26,6 @@ def op_names() -> list[str]:
 def tests_pass(op: str) -> bool:
     test = ROOT / "tests" / "ops" / f"test_{op}.py"
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(test)], cwd=ROOT, stdout=sys.stderr).returncode == 0
-
-
-def commit() -> str:
-    """The commit measured; PGOLF_COMMIT says it where the sources travel without their history."""
-    told = os.environ.get("PGOLF_COMMIT")
-    if told:
-        return told
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True)
-    return git.stdout.strip() or "unknown"
 
 
 def gpu_state(device: torch.device) -> dict:
@@ -52,11 +43,10 @@ def gpu_state(device: torch.device) -> dict:
 
 
 def environment(device: torch.device) -> dict:
-    on_gpu = device.type == "cuda"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        **(gpu_state(device) if on_gpu else {}),
+        "device": device_name(device),
+        **(gpu_state(device) if device.type == "cuda" else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "library": _library.build_info(),

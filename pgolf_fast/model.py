@@ -17,7 +17,7 @@ from torch import nn
 
 from pgolf_fast.errors import UserError
 from pgolf_fast.ops import fused_mlp, linear_softcap_cross_entropy, xsa_attention
-from pgolf_fast.settings import setting
+from pgolf_fast.settings import requirer, setting
 from pgolf_fast.tensor_names import published_views
 
 # NOTE: torch's own default for bfloat16 was 2**-7 in some versions, which flattens the first norm at init (its mean square is 2.5e-5).
@@ -81,10 +81,7 @@ class ModelConfig:
     tensor_names: Literal["standard", "gepa"] = setting("standard", "naming of the published checkpoint")
 
     def __post_init__(self):
-        def require(condition, field, message):
-            if not condition:
-                raise UserError(f"model.{field}: {message}")
-
+        require = requirer("model")
         for field in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
             require(getattr(self, field) > 0, field, f"expected at least 1, got {getattr(self, field)}")
         require(self.model_dim % self.num_heads == 0, "num_heads", f"{self.num_heads} does not divide model_dim {self.model_dim}")

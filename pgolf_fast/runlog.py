@@ -26,10 +26,16 @@ from pgolf_fast.ops import _library
 
 
 def commit() -> str:
-    """Commit of the source checkout, or the version of the installed package."""
+    """Commit of the source checkout, or the version of the installed package; PGOLF_COMMIT says it where sources travel without history."""
+    if told := os.environ.get("PGOLF_COMMIT"):
+        return told
     root = Path(pgolf_fast.__file__).parent.parent
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True)
     return git.stdout.strip() or f"pgolf_fast {pgolf_fast.__version__}"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def machine(device: torch.device, world_size: int) -> dict:
@@ -41,7 +47,7 @@ def machine(device: torch.device, world_size: int) -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "library": _library.build_info(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "device": device_name(device),
         "world_size": world_size,
     }
 

@@ -7,8 +7,7 @@ the elapsed time that goes in here is one rank's, given to all.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pgolf_fast.errors import UserError
-from pgolf_fast.settings import setting
+from pgolf_fast.settings import requirer, setting
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,7 @@ class ScheduleConfig:
     swa_below_lr: float = setting(0.2, "snapshots are taken where the learning-rate factor is below this")
 
     def __post_init__(self):
-        def require(condition, field, message):
-            if not condition:
-                raise UserError(f"schedule.{field}: {message}")
-
+        require = requirer("schedule")
         require(self.iterations > 0, "iterations", f"expected at least 1, got {self.iterations}")
         require(self.swa_every > 0, "swa_every", f"expected at least 1, got {self.swa_every}")
         limit, reserve = self.max_wallclock_seconds, self.reserve_seconds

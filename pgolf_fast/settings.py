@@ -6,6 +6,18 @@ imports only this; `recipe.py` gathers those classes and fills them in.
 
 import dataclasses
 
+from pgolf_fast.errors import UserError
+
+
+def requirer(stage):
+    """What a stage's class checks its settings with: require(condition, field, message)."""
+
+    def require(condition, field, message):
+        if not condition:
+            raise UserError(f"{stage}.{field}: {message}")
+
+    return require
+
 
 def setting(default, meaning, env=()):
     """A dataclass field that a recipe can set.

@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "bindings/checks.h"
+#include "bindings/softcap_ce_checks.h"
 
 namespace pgolf {
 
@@ -21,15 +21,7 @@ static void linear_softcap_ce_fwd_cuda(const Tensor& x, const Tensor& weight, co
     check_aligned(weight, "weight");
     STD_TORCH_CHECK(v % kLinearSoftcapCEVocabularyMultiple == 0, "weight: expected a multiple of ", kLinearSoftcapCEVocabularyMultiple, " rows");
     STD_TORCH_CHECK(cap > 0 && cap <= kLinearSoftcapCEMaxCap, "cap: expected in (0, ", kLinearSoftcapCEMaxCap, "]");
-    check(targets, "targets", ScalarType::Long, {n});
-    check_contiguous(targets, "targets");
-    check(workspace, "workspace", ScalarType::Byte, {-1});
-    check_aligned(workspace, "workspace");
-    STD_TORCH_CHECK(workspace.size(0) >= int64_t(sizeof(SoftcapCEWorkspace)), "workspace: expected ", sizeof(SoftcapCEWorkspace), " bytes");
-    STD_TORCH_CHECK(report.scalar_type() == ScalarType::Long && report.numel() == 3, "report: expected int64 [3]");
-    STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2");
-    if (reduction == int64_t(SoftcapCEReduction::kNone)) check(loss, "loss", ScalarType::Float, {n});
-    else check(loss, "loss", ScalarType::Float, {});
+    check_loss_arguments(targets, loss, workspace, report, reduction, n);
     const bool with_grad = g.numel() > 0;
     if (with_grad) {
         check(g, "g", ScalarType::BFloat16, {n, v});

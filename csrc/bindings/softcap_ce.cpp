@@ -1,7 +1,7 @@
 // Registers the softcapped cross-entropy: check, fill the params, launch.
 #include "kernels/softcap_ce.h"
 
-#include "bindings/checks.h"
+#include "bindings/softcap_ce_checks.h"
 
 namespace pgolf {
 
@@ -12,15 +12,7 @@ static void softcap_ce_fwd_cuda(const Tensor& logits, const Tensor& targets, con
     const int64_t n = logits.size(0), v = logits.size(1);
     STD_TORCH_CHECK(n < (int64_t(1) << 31) && v < (int64_t(1) << 30), "logits: too large");
     STD_TORCH_CHECK(logits.stride(1) == 1 || v == 1, "logits: expected contiguous rows");
-    check(targets, "targets", ScalarType::Long, {n});
-    check_contiguous(targets, "targets");
-    check(workspace, "workspace", ScalarType::Byte, {-1});
-    check_aligned(workspace, "workspace");
-    STD_TORCH_CHECK(workspace.size(0) >= int64_t(sizeof(SoftcapCEWorkspace)), "workspace: expected ", sizeof(SoftcapCEWorkspace), " bytes");
-    STD_TORCH_CHECK(report.scalar_type() == ScalarType::Long && report.numel() == 3, "report: expected int64 [3]");
-    STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2");
-    if (reduction == int64_t(SoftcapCEReduction::kNone)) check(loss, "loss", ScalarType::Float, {n});
-    else check(loss, "loss", ScalarType::Float, {});
+    check_loss_arguments(targets, loss, workspace, report, reduction, n);
     const bool with_grad = grad_logits.numel() > 0;
     if (with_grad) {
         check(grad_logits, "grad_logits", ScalarType::BFloat16, {n, v});

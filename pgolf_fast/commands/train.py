@@ -38,9 +38,8 @@ class Train:
 
 
 def _under_torchrun(gpus: int) -> None:
-    """Replaces this process by torchrun with the same arguments."""
-    arguments = [a for i, a in enumerate(sys.argv[1:]) if a != "--gpus" and not a.startswith("--gpus=") and sys.argv[i] != "--gpus"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "-m", "pgolf_fast", *arguments]
+    """Replaces this process by torchrun with the same arguments; its processes have a LOCAL_RANK and so do not come here again."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "-m", "pgolf_fast", *sys.argv[1:]]
     os.execv(sys.executable, command)
 
 
