@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
 
 from benchmarks.states import synthetic_state
-from pgolf_fast import artifact
 from pgolf_fast.artifact import HEAD, ArtifactError, pack, role, same, stream_bytes, unpack
 from pgolf_fast.codecs import CODECS
 from pgolf_fast.errors import UserError
