@@ -52,8 +52,12 @@ class Windows:
         return np.repeat(self.first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
     def batches(self, rows: int) -> Iterator["Windows"]:
-        for begin in range(0, len(self), rows):
-            yield self[begin : begin + rows]
+        """Parts of at most so many rows, in order; the rows of a part score equally many positions, so that none is padded."""
+        counts = self.end - self.first
+        breaks = [0, *(np.flatnonzero(counts[1:] != counts[:-1]) + 1), len(self)]
+        for begin, end in zip(breaks, breaks[1:]):
+            for row in range(begin, end, rows):
+                yield self[row : min(row + rows, end)]
 
 
 def sliding(num_positions: int, window: int, stride: int, start: int = 0, stop: int | None = None) -> Windows:
