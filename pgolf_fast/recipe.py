@@ -21,6 +21,7 @@ from pathlib import Path
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import ModelConfig
 from pgolf_fast.optim import OptimConfig
+from pgolf_fast.quantize import QuantizeConfig
 from pgolf_fast.schedule import ScheduleConfig
 from pgolf_fast.train import TrainConfig
 
@@ -35,6 +36,7 @@ class Recipe:
     schedule: ScheduleConfig = ScheduleConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
 
 
 class Setting(typing.NamedTuple):
