@@ -23,10 +23,15 @@ from torch import Tensor
 
 from pgolf_fast import dist
 from pgolf_fast.adapters import Adapters
-from pgolf_fast.data import pack_segments
+from pgolf_fast.data import Batch, pack_segments
+from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.replays import Replays
+from pgolf_fast.evaluation.score_first_sgd import Sgd, StepPlan, TttConfig
 from pgolf_fast.evaluation.windows import Windows
 from pgolf_fast.settings import requirer, setting
+from pgolf_fast.step import GraphedStep, Step
+
+SEGMENT_ENTRIES = 256  # of a row's documents: a multiple of it, one size for nearly every row of a pause
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def plan(lengths: np.ndarray, config: PhasedLoraConfig) -> Plan:
     size = config.batch_documents
     batches = [ascending[i : i + size] for i in range(0, len(ascending), size)]
     waiting = list(range(len(batches)))  # taken from the end
-    boundaries = [config.prefix_documents * k // config.phases for k in range(1, config.phases + 1)]
+    boundaries = [config.prefix_documents * k // config.phases for k in range(1, config.phases + 1)] if config.prefix_documents else []
     phases, scored = [], []
     while waiting:
         turns, num_scored = [], sum(len(batches[b]) for b in scored)
@@ -113,6 +118,21 @@ def _num_chunks(lengths: np.ndarray, config: PhasedLoraConfig) -> np.ndarray:
     return -(-lengths // config.chunk_tokens)
 
 
+class _PauseSgd(Sgd):
+    """Its gradient is the mean over the rows of all lanes."""
+
+    def __init__(self, model, config: PhasedLoraConfig):
+        super().__init__(model, TttConfig(momentum=config.global_momentum, grad_clip=config.global_clip))
+        self.rows_per_rank = config.lanes // dist.world_size()
+
+    def restart(self) -> None:
+        torch._foreach_zero_(list(self.momentum.values()))
+
+    def step(self) -> None:
+        torch._foreach_div_([p.grad for p in self.params.values()], self.rows_per_rank)
+        super().step()
+
+
 # --- the evaluator ------------------------------------------------------------------------------------------------------
 
 
@@ -120,12 +140,14 @@ class PhasedLora:
     """An `Evaluator`; see referee.py. Its referee is made with `evaluator.model`."""
 
     def __init__(self, model, config: PhasedLoraConfig):
-        model.requires_grad_(False)
-        if dist.world_size() > config.lanes:
-            raise ValueError(f"phased_lora.lanes: {config.lanes} lanes are work for so many ranks at most, and there are {dist.world_size()}")
+        if config.lanes % dist.world_size():
+            raise UserError(f"phased_lora.lanes: {config.lanes} lanes cannot be shared by {dist.world_size()} ranks; use a multiple of {dist.world_size()}")
         self.weights, self.config = model, config
         self.device = model.tok_emb.device
-        self.model = Replays(model, config.chunk_tokens) if self.device.type == "cuda" else model
+        on_gpu = self.device.type == "cuda"
+        self.sgd = (GraphedStep if on_gpu else Step)(model, _PauseSgd(model, config), config.window_tokens)
+        model.requires_grad_(False)
+        self.model = Replays(model, config.chunk_tokens) if on_gpu else model
         self.phase = self.round = 0  # next to be done
         self.lane_down: dict[int, Tensor] = {}  # what a lane's next batch starts from
         self.adapters: dict[int, Adapters] = {}  # by number of documents
@@ -152,6 +174,16 @@ class PhasedLora:
             self.lane_down = {}
             yield
 
+    def record(self, num_documents) -> None:
+        """On a GPU, every step that a stream of so many documents needs, on random ids: nothing is left to be recorded while scoring."""
+        if isinstance(self.model, Replays):
+            size, multiple = self.config.batch_documents, self.config.row_multiple
+            for rows in {min(size, num_documents), num_documents % size} - {0}:
+                adapters = self.adapters_for(lane=0, num_documents=rows)
+                for row in range(multiple, self.config.window_tokens + multiple, multiple):
+                    inputs = torch.randint(2, self.weights.config.vocab_size, (rows, row), device=self.device)
+                    self.model(inputs, positions=inputs[:, :1] % row, adapters=adapters, max_seqlen=self.config.window_tokens)
+
     # -- adapters, document by document
 
     def adapters_for(self, lane, num_documents) -> Adapters:
@@ -174,7 +206,7 @@ class PhasedLora:
         num_chunks = torch.from_numpy(counts).to(self.device)
         for number in range(counts.max()):
             row = min(config.chunk_tokens * (number + 1), config.window_tokens)
-            learns = number + 1 < counts.max()
+            learns = bool(number + 1 < counts.max())
             scored = referee.score(
                 chunk_windows(starts, ends, number, config),
                 row_tokens=-(-row // config.row_multiple) * config.row_multiple,
@@ -194,31 +226,27 @@ class PhasedLora:
     # -- all weights, at a pause
 
     def learn_globally(self, referee, texts):
-        """One pass of SGD over the texts one after the other, all ranks together."""
-        config, world, rank = self.config, dist.world_size(), dist.rank()
+        """One pass of SGD over the texts one after the other, all ranks together; the last chunk, whole or not, is left out."""
+        config = self.config
         stream = torch.cat([text.tokens for text in texts])
-        num_chunks = -(-(len(stream) - 1) // config.global_chunk_tokens)
-        parameters = list(self.weights.parameters())
-        optimizer = torch.optim.SGD(parameters, config.global_lr, config.global_momentum)
-        row_tokens = config.global_chunk_tokens // config.lanes
         host_stream = stream.cpu().numpy()
+        num_chunks = -(-(len(stream) - 1) // config.global_chunk_tokens)
+        row_tokens = config.global_chunk_tokens // config.lanes
+
+        def row(chunk, lane) -> Batch:
+            start = chunk * config.global_chunk_tokens + lane * row_tokens
+            segments = pack_segments(host_stream[start : start + row_tokens], config.window_tokens, SEGMENT_ENTRIES)
+            inputs, targets = (stream[i : i + row_tokens] for i in (start, start + 1))
+            return Batch(inputs, targets, torch.from_numpy(segments).to(self.device), 0)
+
         with referee.adapt(*texts):
             self.weights.requires_grad_(True)
-            for number in range(num_chunks - 1):  # the last one, whole or not, is left out
-                for lane in range(rank, config.lanes, world):
-                    start = number * config.global_chunk_tokens + lane * row_tokens
-                    row = slice(start, start + row_tokens)
-                    segments = torch.from_numpy(pack_segments(host_stream[row], config.window_tokens, multiple=64)).to(self.device)
-                    loss = self.weights(stream[None, row], stream[None, start + 1 : row.stop + 1], cu_seqlens=segments, max_seqlen=config.window_tokens)
-                    (loss / config.lanes).backward()
-                for arrival in [dist.sum_(p.grad) for p in parameters]:
-                    arrival.wait()
-                torch.nn.utils.clip_grad_norm_(parameters, config.global_clip)
-                optimizer.param_groups[0]["lr"] = config.global_lr * 0.5 * (1 + math.cos(math.pi * number / (num_chunks - 1)))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=False)
+            self.sgd.optimizer.restart()
+            for chunk in range(num_chunks - 1):
+                lr = config.global_lr * 0.5 * (1 + math.cos(math.pi * chunk / (num_chunks - 1)))
+                own_lanes = range(dist.rank(), config.lanes, dist.world_size())
+                self.sgd.run([row(chunk, lane) for lane in own_lanes], StepPlan(lr, fake_quant=False))
             self.weights.requires_grad_(False)
-            optimizer.zero_grad()
 
     # -- to stop and go on
 

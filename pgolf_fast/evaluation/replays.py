@@ -7,9 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WARM_UP_RUNS = 2  # eager runs before a recording, which leave nothing to be allocated or compiled
-
-
 class Recording(NamedTuple):
     forward: torch.cuda.CUDAGraph  # inputs, positions -> logits
     backward: torch.cuda.CUDAGraph  # grad_logits -> added to the adapters' gradients
@@ -71,10 +68,11 @@ class Replays(nn.Module):
         gradients = [leaf.grad for leaf in leaves]
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with self._compiled_model() as model:
-            for _ in range(WARM_UP_RUNS):
-                logits = model(inputs, positions=positions, adapters=adapters, max_seqlen=max_seqlen)
-                torch.autograd.grad(logits, leaves, torch.zeros_like(logits))
+            # A first run leaves nothing to be compiled or initialised while recording.
+            logits = model(inputs, positions=positions, adapters=adapters, max_seqlen=max_seqlen)
+            torch.autograd.grad(logits, leaves, torch.zeros_like(logits))
             del logits
+            torch.cuda.empty_cache()  # what that run held would double the peak
             # NOTE: recordings share one pool of memory, so a backward must follow its own forward before any other replay.
             with torch.cuda.graph(forward, pool=self.pool):
                 logits = model(inputs, positions=positions, adapters=adapters, max_seqlen=max_seqlen)
