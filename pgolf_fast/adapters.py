@@ -1,9 +1,10 @@
 """Low-rank adapters of the model's products, one set per row of the batch.
 
-    y = x W^T + scale (x down^T) up^T        down [B, rank, in], up [B, out, rank], W shared by all rows
+    y = x W^T + scale (x down) up        down [B, in, rank], up [B, rank, out], W shared by all rows
 
 Every visit of a block has its own: a looped block is corrected differently in each pass. The four corrections of
 attention read the same input, the block's normalised one (also that of the output product), so their `down` are one matrix.
+What products read of `up` is scaled already, so that no pass over activations multiplies by the scale.
 """
 
 from typing import NamedTuple
@@ -12,31 +13,25 @@ import torch
 from torch import Tensor
 
 
-def _corrected(y, narrow, up, scale):
-    return torch.baddbmm(y, narrow, up.mT, alpha=scale)
-
-
 class VisitAdapter(NamedTuple):
     """What one visit of a block reads."""
 
-    scale: float
-    attention_down: Tensor  # [B, 4 rank, C], for queries, keys, values, output
-    mlp_down: Tensor  # [B, rank, C]
-    q_up: Tensor  # [B, C, rank]
-    k_up: Tensor  # [B, kv_dim, rank]
-    v_up: Tensor  # [B, kv_dim, rank]
-    o_up: Tensor  # [B, C, rank]
-    mlp_up: Tensor  # [B, C, rank]
+    attention_down: Tensor  # [B, C, 4 rank], for queries, keys, values, output
+    mlp_down: Tensor  # [B, C, rank]
+    q_up: Tensor  # [B, rank, C]
+    k_up: Tensor  # [B, rank, kv_dim]
+    v_up: Tensor  # [B, rank, kv_dim]
+    o_up: Tensor  # [B, rank, C]
+    mlp_up: Tensor  # [B, rank, C]
 
     def correct_attention(self, q, k, v, n):
         """q, k and v [B, T, width] corrected from the block's input `n`, and the function that corrects the output product."""
-        *inner, for_output = torch.bmm(n, self.attention_down.mT).chunk(4, dim=-1)
-        ups = (self.q_up, self.k_up, self.v_up)
-        corrected = (_corrected(y, narrow, up, self.scale) for y, narrow, up in zip((q, k, v), inner, ups))
-        return *corrected, lambda y: _corrected(y, for_output, self.o_up, self.scale)
+        for_q, for_k, for_v, for_o = torch.bmm(n, self.attention_down).chunk(4, dim=-1)
+        q, k, v = q + torch.bmm(for_q, self.q_up), k + torch.bmm(for_k, self.k_up), v + torch.bmm(for_v, self.v_up)
+        return q, k, v, lambda y: y + torch.bmm(for_o, self.o_up)
 
     def correct_mlp(self, y, m):
-        return _corrected(y, torch.bmm(m, self.mlp_down.mT), self.mlp_up, self.scale)
+        return y + torch.bmm(torch.bmm(m, self.mlp_down), self.mlp_up)
 
 
 def _shapes(config, rows, rank, num_visits):
@@ -44,10 +39,10 @@ def _shapes(config, rows, rank, num_visits):
     dim, kv_dim = config.model_dim, config.kv_dim
     down, up = {}, {}
     for visit in range(num_visits):
-        down |= {(visit, "attention_down"): (rows, 4 * rank, dim), (visit, "mlp_down"): (rows, rank, dim)}
+        down |= {(visit, "attention_down"): (rows, dim, 4 * rank), (visit, "mlp_down"): (rows, dim, rank)}
         widths = {"q_up": dim, "k_up": kv_dim, "v_up": kv_dim, "o_up": dim, "mlp_up": dim}
-        up |= {(visit, name): (rows, width, rank) for name, width in widths.items()}
-    return down | {(None, "down"): (rows, rank, dim)}, up | {(None, "up"): (rows, config.vocab_size, rank)}
+        up |= {(visit, name): (rows, rank, width) for name, width in widths.items()}
+    return down | {(None, "down"): (rows, dim, rank)}, up | {(None, "up"): (rows, rank, config.vocab_size)}
 
 
 def _views(flat, shapes):
@@ -59,7 +54,7 @@ class Adapters:
     """The adapters of `rows` documents and their AdamW (without a first moment).
 
     All lie in one flat tensor per kind: `value` float32, first every `down`, then every `up`; `working`, the copy in
-    the model's dtype that products read; `gradient`; `moment`, of the squared gradient.
+    the model's dtype that products read; `gradient`, of that copy; `moment`, of the squared gradient of `value`.
     """
 
     def __init__(self, model, rows, rank, scale):
@@ -77,8 +72,7 @@ class Adapters:
         self.leaves = {name: view.detach().requires_grad_() for name, view in _views(self.working, down | up).items()}
         for leaf, gradient in zip(self.leaves.values(), _views(self.gradient, down | up).values()):
             leaf.grad = gradient  # backward adds to it in place
-        fields = VisitAdapter._fields[1:]
-        self.visits = [VisitAdapter(scale, *(self.leaves[visit, field] for field in fields)) for visit in range(len(visits))]
+        self.visits = [VisitAdapter(*(self.leaves[visit, field] for field in VisitAdapter._fields)) for visit in range(len(visits))]
         self.scale = scale
         self.update = torch.compile(_adamw_, dynamic=False) if device.type == "cuda" else _adamw_
 
@@ -94,28 +88,27 @@ class Adapters:
 
     def restart(self):
         """Ready for other documents: `down` stays, `up` and the optimizer's state are zero."""
-        self.value[self.num_down :] = 0
-        self.moment.zero_()
-        self.gradient.zero_()
-        self.steps.zero_()
-        self.working.copy_(self.value)
+        for tensor in (self.value[self.num_down :], self.working[self.num_down :], self.moment, self.gradient, self.steps):
+            tensor.zero_()
+        self.working[: self.num_down].copy_(self.down)
 
     def correct_head(self, logits, h):
-        down, up = self.leaves[None, "down"], self.leaves[None, "up"]
-        return _corrected(logits, torch.bmm(h, down.mT), up, self.scale)
+        return logits + torch.bmm(torch.bmm(h, self.leaves[None, "down"]), self.leaves[None, "up"])
 
     @torch.no_grad()
     def step(self, lr, beta2, epsilon, weight_decay):
         """Take one step down the gradient that `backward` has left, and clear it."""
         self.steps += 1
-        self.update(self.value, self.moment, self.working, self.gradient, self.steps, lr, beta2, epsilon, weight_decay)
+        for part, scale in ((slice(0, self.num_down), 1.0), (slice(self.num_down, None), self.scale)):
+            state = (tensor[part] for tensor in (self.value, self.moment, self.working, self.gradient))
+            self.update(*state, self.steps, scale, lr, beta2, epsilon, weight_decay)
 
 
-def _adamw_(value, moment, working, gradient, steps, lr, beta2, epsilon, weight_decay):
-    """AdamW with beta1 = 0, whose first moment is the gradient itself, and which so needs no store for it."""
-    slope = gradient.float()
+def _adamw_(value, moment, working, gradient, steps, scale, lr, beta2, epsilon, weight_decay):
+    """AdamW with beta1 = 0, whose first moment is the gradient itself, and which so needs no store for it. `working` is scale times `value`."""
+    slope = scale * gradient.float()
     moment.mul_(beta2).add_((1 - beta2) * slope * slope)
     root = moment.sqrt() / (1 - beta2**steps).sqrt()
     value.mul_(1 - lr * weight_decay).sub_(lr * slope / (root + epsilon))
-    working.copy_(value)
+    working.copy_(scale * value)
     gradient.zero_()

@@ -79,9 +79,9 @@ def split_downs(adapters, row):
     """The evaluator's first values of one document, by (visit, product)."""
     found = {}
     for visit, of_visit in enumerate(adapters.visits):
-        found |= {(visit, product): part.clone() for product, part in zip(PRODUCTS, of_visit.attention_down[row].detach().chunk(4))}
-        found[visit, "mlp"] = of_visit.mlp_down[row].detach().clone()
-    return found | {(None, "head"): adapters.leaves[None, "down"][row].detach().clone()}
+        found |= {(visit, product): part.clone() for product, part in zip(PRODUCTS, of_visit.attention_down[row].detach().T.chunk(4))}
+        found[visit, "mlp"] = of_visit.mlp_down[row].detach().T.clone()
+    return found | {(None, "head"): adapters.leaves[None, "down"][row].detach().T.clone()}
 
 
 def plain_losses(p, inputs, targets, segment, correct=oracle.uncorrected):
