@@ -32,16 +32,17 @@ class _Replay(torch.autograd.Function):
 
 
 class Replays(nn.Module):
-    """A GPT to whoever calls it with adapters.
+    """A GPT to whoever calls it with adapters."""
 
-    The elementwise chains of a block are compiled: one compilation serves all lengths, and none happens after the first shape.
-    """
-
-    def __init__(self, model, num_scored):
-        """num_scored  positions of a row that are scored at most"""
+    def __init__(self, model, num_scored, compiles):
+        """
+        num_scored  positions of a row that are scored at most
+        compiles    fuse the elementwise chains of a block; one compilation serves all lengths, and none happens after the first shape
+        """
         super().__init__()
         self.model, self.num_scored = model, num_scored
-        self.compiled = {name: torch.compile(getattr(model, name), dynamic=True) for name in ("_sequential", "_two_lanes", "_merge")}
+        parts = ("_sequential", "_two_lanes", "_merge") if compiles else ()
+        self.compiled = {name: torch.compile(getattr(model, name), dynamic=True) for name in parts}
         self.recordings: dict[tuple, Recording] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.anchor = torch.zeros((), device=model.tok_emb.device, requires_grad=True)
