@@ -153,17 +153,29 @@ __global__ void __launch_bounds__(kThreads)
         t.grad_is_bf16 ? direction_of_row<__nv_bfloat16, float>(t, row, scalars) : direction_of_row<float, float>(t, row, scalars);
 }
 
-__device__ __forceinline__ float rate_of(const StepSize& s, int64_t element) {
-    return s.rates[s.elements_per_rate == 0 ? 0 : element / s.elements_per_rate];
+// The rates of four elements, which may lie in two rows.
+__device__ __forceinline__ void load_rates(const StepSize& s, float factor, int64_t first, int count, float (&lr)[kVector]) {
+    if (s.elements_per_rate == 0) {
+        for (int i = 0; i < kVector; ++i) lr[i] = factor * s.rates[0];
+    } else {
+        for (int i = 0; i < kVector; ++i) lr[i] = factor * s.rates[(i < count ? first + i : first) / s.elements_per_rate];
+    }
 }
 
-__device__ __forceinline__ void move_average(float* average, int64_t first, int count, const float (&p)[kVector], float decay) {
-    if (average == nullptr) return;
-    float a[kVector];
-    load<float>(average, first, count, a);
-    for (int i = 0; i < kVector; ++i) a[i] += (1.f - decay) * (p[i] - a[i]);
-    store<float>(average, first, count, a);
-}
+// A running average: loaded with the rest, before anything is stored.
+struct Average {
+    float* base;
+    float values[kVector];
+
+    __device__ __forceinline__ Average(float* base, int64_t first, int count) : base(base) {
+        if (base != nullptr) load<float>(base, first, count, values);
+    }
+    __device__ __forceinline__ void follow(const float (&p)[kVector], float decay, int64_t first, int count) {
+        if (base == nullptr) return;
+        for (int i = 0; i < kVector; ++i) values[i] += (1.f - decay) * (p[i] - values[i]);
+        store<float>(base, first, count, values);
+    }
+};
 
 __global__ void __launch_bounds__(kThreads)
     muon_apply_kernel(__grid_constant__ const TensorTable<MuonApplyTensor> table, const float* lr_factor, float average_decay) {
@@ -171,15 +183,14 @@ __global__ void __launch_bounds__(kThreads)
     const MuonApplyTensor& t = entry_of_block(table, block);
     const float factor = *lr_factor;
     for_each_vector(block, t.elements, [&](int64_t first, int count) {
-        float p[kVector], u[kVector];
+        float p[kVector], u[kVector], lr[kVector];
         load<float>(t.param, first, count, p);
         load<__nv_bfloat16>(t.update, first, count, u);
-        for (int i = 0; i < kVector; ++i) {
-            const float lr = factor * rate_of(t.step_size, i < count ? first + i : first);
-            p[i] = p[i] * (1.f - lr * t.step_size.weight_decay) - lr * t.shape_factor * u[i];
-        }
+        Average average(t.average, first, count);
+        load_rates(t.step_size, factor, first, count, lr);
+        for (int i = 0; i < kVector; ++i) p[i] = p[i] * (1.f - lr[i] * t.step_size.weight_decay) - lr[i] * t.shape_factor * u[i];
         store<float>(t.param, first, count, p);
-        move_average(t.average, first, count, p, average_decay);
+        average.follow(p, average_decay, first, count);
     });
 }
 
@@ -188,29 +199,30 @@ __device__ __forceinline__ void adam_chunk(const AdamTensor& t, int block, const
     const float scale = *s.scale, factor = *s.lr_factor, beta1 = float(s.beta1), beta2 = float(s.beta2);
     const float rest1 = float(1 - s.beta1), rest2 = float(1 - s.beta2);
     for_each_vector(block, t.elements, [&](int64_t first, int count) {
-        float p[kVector], g[kVector], mean[kVector], square[kVector];
+        float p[kVector], g[kVector], mean[kVector], square[kVector], lr[kVector];
         load<T>(t.param, first, count, p);
         load<T>(t.grad, first, count, g);
         load<T>(t.mean, first, count, mean);
         load<T>(t.square, first, count, square);
+        Average average(t.average, first, count);
+        load_rates(t.step_size, factor, first, count, lr);
         for (int i = 0; i < kVector; ++i) {
             g[i] = Elements<T>::rounded(scale * g[i]);
             mean[i] = beta1 * mean[i] + rest1 * g[i];
             square[i] = beta2 * square[i] + rest2 * g[i] * g[i];
-            const float lr = factor * rate_of(t.step_size, i < count ? first + i : first);
             const float update = mean[i] / bias1 / (sqrtf(square[i] / bias2) + s.epsilon);
-            p[i] = Elements<T>::rounded(p[i] * (1.f - lr * t.step_size.weight_decay) - lr * update);
+            p[i] = Elements<T>::rounded(p[i] * (1.f - lr[i] * t.step_size.weight_decay) - lr[i] * update);
         }
         store<T>(t.mean, first, count, mean);
         store<T>(t.square, first, count, square);
         store<T>(t.param, first, count, p);
-        move_average(t.average, first, count, p, s.average_decay);
+        average.follow(p, s.average_decay, first, count);
     });
 }
 
 __global__ void __launch_bounds__(kThreads) adam_apply_kernel(__grid_constant__ const TensorTable<AdamTensor> table, const AdamScalars s) {
     __shared__ float bias[2];
-    if (threadIdx.x < 2) bias[threadIdx.x] = float(1 - pow(threadIdx.x == 0 ? s.beta1 : s.beta2, *s.step));
+    if (threadIdx.x % 32 == 0 && threadIdx.x < 64) bias[threadIdx.x / 32] = float(1 - pow(threadIdx.x == 0 ? s.beta1 : s.beta2, *s.step));
     __syncthreads();
     int block;
     const AdamTensor& t = entry_of_block(table, block);

@@ -15,7 +15,7 @@
 namespace pgolf {
 
 constexpr int kOptimizerMaxTensors = 48;  // per launch: the table travels as a kernel argument
-constexpr int kOptimizerChunk = 4096;     // elements of a CTA
+constexpr int kOptimizerChunk = 2048;     // elements of a CTA
 
 // A tensor's step size: rates[element / elements_per_rate].
 struct StepSize {

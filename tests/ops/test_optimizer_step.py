@@ -8,8 +8,8 @@ import torch
 from pgolf_fast.ops.optimizer_step import adam_apply_, gradient_norm, muon_apply_, muon_direction_
 from tests.compare import relative_error
 
-# Ends within, at and just past a kernel's chunk of 4,096 elements and a vector of 4; one element; two rates in one vector of four.
-SHAPES = [(1,), (3,), (2, 3), (4096,), (4097,), (11, 2, 512), (5, 1000, 12), (22, 256, 512)]
+# Ends within, at and just past a kernel's chunk of 2,048 elements and a vector of 4; one element; two rates in one vector of four.
+SHAPES = [(1,), (3,), (2, 3), (2048,), (2049,), (11, 2, 512), (5, 1000, 12), (22, 256, 512)]
 MATRICES = [(3, 40, 512), (2, 512, 128), (9, 7, 2048), (1, 1, 4)]
 
 
