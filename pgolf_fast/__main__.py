@@ -22,6 +22,7 @@ VERBS = {
     "pack": ("pack", "Pack", "compress quantized tensors into one file, with the ledger of bytes against the cap"),
     "quantize": ("quantize", "Quantize", "quantize a checkpoint, with the error of each tensor and a forecast of the size"),
     "recipes": ("recipes", "Recipes", "list the recipes, or every value of one and where it comes from"),
+    "report": ("report", "Report", "draw the curves, step times and sizes of runs, in one page"),
     "train": ("train", "Train", "train a recipe, on the CPU, one GPU or several"),
 }
 
