@@ -6,6 +6,7 @@ Exit codes: 0 done and fine, 1 the thing checked is wrong, 2 wrong usage or inpu
 
 import importlib
 import json
+import os
 import sys
 
 import tyro
@@ -33,6 +34,13 @@ def _usage() -> str:
     return "\n".join(["usage: pgolf VERB [arguments]   (pgolf VERB --help)", "", *lines])
 
 
+def _print_json(result) -> None:
+    try:
+        print(json.dumps(result), flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at exit
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -56,7 +64,7 @@ def main() -> None:
         print(f"pgolf {verb}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     if config.json:
-        print(json.dumps(result))
+        _print_json(result)
     raise SystemExit(code)
 
 
