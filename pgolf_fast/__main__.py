@@ -17,6 +17,7 @@ from pgolf_fast.errors import UserError
 # verb -> (module in pgolf_fast.commands, class of its arguments, what it does); a module is imported when its verb is used
 VERBS = {
     "bench": ("bench", "Bench", "benchmark ops against their peers, in one process, after their tests"),
+    "compare": ("compare", "Compare", "test whether one set of seeds scores better than another"),
     "data": ("data", "Data", "make, fetch and check data sets: build, get, verify, demo, train-tokenizer"),
     "demo": ("demo", "Demo", "the main job on an embedded default: doctor, ops, corpus, training"),
     "doctor": ("doctor", "Doctor", "check this machine: versions, devices, the path each op takes"),
@@ -52,7 +53,9 @@ def main() -> None:
         raise SystemExit(2)
     name, arguments_class, _ = VERBS[verb]
     module = importlib.import_module(f"pgolf_fast.commands.{name}")
-    config = tyro.cli(getattr(module, arguments_class), prog=f"pgolf {verb}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
+    # Parsers of arguments swallow the "--" that stands between the two sides of a comparison.
+    words = [module.BETWEEN if verb == "compare" and word == "--" else word for word in arguments[1:]]
+    config = tyro.cli(getattr(module, arguments_class), prog=f"pgolf {verb}", args=words, config=(tyro.conf.FlagCreatePairsOff,))
     # With --json, standard output holds the JSON and nothing else. Off a terminal, tables get room.
     console = Console(stderr=config.json, width=None if sys.stdout.isatty() else 140)
     try:

@@ -216,7 +216,8 @@ def page(runs: list[RunRecord], figures: dict[str, tuple[str, bytes]]) -> str:
     notes = dict.fromkeys(run.recipe.get("note", "") for run in runs)
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes if note]
-    parts.append(_table(["run", "seed", "steps", "training loss", "validation loss", "bits per byte", "training", "ms/step", "bytes"], _summary(runs)))
+    headings = ["run", "seed", "steps", "training loss", "validation loss", "bits per byte", "training", "ms/step", "bytes"]
+    parts.append(_table(headings, _summary(runs)))
     parts.append('<h2>Curves</h2><div class="figures">')
     for name, (svg, _) in figures.items():
         image = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
@@ -256,7 +257,8 @@ def _summary(runs):
         score = [f"{scored['val_loss']:.4f}", f"{scored['val_bpb']:.4f}"] if scored else ["–", "–"]
         size = f"{sum(run.sizes.values()):,}" if run.sizes else "–"
         steps = f"{last['step']:,}" + ("" if run.end else ", unfinished")
-        yield [_key(runs, run), str(run.seed), steps, f"{last['train_loss']:.4f}", *score, f"{last['train_s']:.1f} s", f"{1e3 * last['train_s'] / last['step']:.1f}", size]
+        clock = [f"{last['train_s']:.1f} s", f"{1e3 * last['train_s'] / last['step']:.1f}"]
+        yield [_key(runs, run), str(run.seed), steps, f"{last['train_loss']:.4f}", *score, *clock, size]
 
 
 def _time_ledger(runs) -> str:
