@@ -73,3 +73,12 @@ def gather(shard):
         return shard, _Done()
     whole = shard.new_empty((shard.shape[0] * world_size(), *shard.shape[1:]))
     return whole, _all_gather(whole, shard.contiguous(), async_op=True)
+
+
+def gather_objects(value) -> list:
+    """Every rank's small host value, in the order of ranks. Waits."""
+    if world_size() == 1:
+        return [value]
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone

@@ -227,6 +227,7 @@ class Optimizer:
         # Sums of clipped pieces, where several are clipped one by one on this rank.
         apart = config.grad_clip_scope == "piece" and config.grad_clip_norm > 0 and num_micro_batches > 1
         self.sums = [torch.zeros_like(buffer) for buffer in self.buffers] if apart else None
+        self.ema = {name: _wide(torch.empty_like(p)) for name, p in self.params.items()} if config.ema else {}
         self.reset()
 
     @torch.no_grad()
@@ -236,7 +237,8 @@ class Optimizer:
             state.zero_()
         for buffer in self.buffers + (self.sums or []):
             buffer.zero_()
-        self.ema = {name: _wide(p.detach()).clone() for name, p in self.params.items()} if self.config.ema else {}
+        for name, average in self.ema.items():
+            average.copy_(self.params[name])
         self.snapshots, self.num_snapshots = {}, 0
 
     @torch.no_grad()
