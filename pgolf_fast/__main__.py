@@ -21,6 +21,7 @@ VERBS = {
     "data": ("data", "Data", "make, fetch and check data sets: build, get, verify, demo, train-tokenizer"),
     "demo": ("demo", "Demo", "the main job on an embedded default: doctor, ops, corpus, training"),
     "doctor": ("doctor", "Doctor", "check this machine: versions, devices, the path each op takes"),
+    "eval": ("eval", "Eval", "score an artifact on a validation split: plain, sliding window, score-first test-time training"),
     "pack": ("pack", "Pack", "compress quantized tensors into one file, with the ledger of bytes against the cap"),
     "quantize": ("quantize", "Quantize", "quantize a checkpoint, with the error of each tensor and a forecast of the size"),
     "recipes": ("recipes", "Recipes", "list the recipes, or every value of one and where it comes from"),

@@ -82,3 +82,12 @@ def gather_objects(value) -> list:
     everyone = [None] * world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def any_rank(claim: bool, device) -> bool:
+    """Whether it holds on any rank. Waits."""
+    if world_size() == 1:
+        return claim
+    found = torch.tensor(int(claim), device=device)
+    max_(found)
+    return bool(found)

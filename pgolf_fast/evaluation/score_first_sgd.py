@@ -110,7 +110,8 @@ class ScoreFirstSgd:
         num_chunks = -(-referee.num_positions // length)
         while self.done < num_chunks:
             start, stop = self.done * length, min((self.done + 1) * length, referee.num_positions)
-            share_out(referee, sliding(referee.num_positions, self.seq_len, self.stride, start, stop), self.batch_rows)
+            windows = sliding(referee.num_positions, self.seq_len, self.stride, start, stop)
+            share_out(referee, windows, self.batch_rows, self.seq_len)
             if self.done < num_chunks - 1:  # what the last chunk teaches nobody would use
                 referee.meet()
                 text = referee.reveal(start, stop)

@@ -31,7 +31,7 @@ class SlidingWindow:
     def chunks(self, referee: Referee) -> Iterator[None]:
         windows = sliding(referee.num_positions, self.seq_len, self.stride)
         while self.done < len(windows):
-            share_out(referee, windows[self.done : self.done + STOP_WINDOWS], self.batch_rows)
+            share_out(referee, windows[self.done : self.done + STOP_WINDOWS], self.batch_rows, self.seq_len)
             self.done += STOP_WINDOWS
             yield
         if self.published_tail:
@@ -44,11 +44,12 @@ class SlidingWindow:
         self.done = state["done"]
 
 
-def share_out(referee: Referee, windows: Windows, batch_rows: int) -> None:
+def share_out(referee: Referee, windows: Windows, batch_rows: int, seq_len: int) -> None:
     """Scores this rank's contiguous part."""
+    # NOTE: short windows are padded to seq_len, because the rotary base follows the row's length.
     begin, end = (len(windows) * part // dist.world_size() for part in (dist.rank(), dist.rank() + 1))
     for batch in windows[begin:end].batches(batch_rows):
-        referee.score(batch)
+        referee.score(batch, row_tokens=seq_len)
 
 
 def score_published_tail(referee: Referee, seq_len: int, stride: int) -> None:
@@ -59,4 +60,4 @@ def score_published_tail(referee: Referee, seq_len: int, stride: int) -> None:
         n = referee.num_positions
         start = np.arange(max(n - seq_len, 0) + stride, n, stride, dtype=np.int64)
         if len(start):
-            referee.score_again(Windows(start, np.maximum(n - stride, start), np.full(len(start), n)))
+            referee.score_again(Windows(start, np.maximum(n - stride, start), np.full(len(start), n)), row_tokens=seq_len)
