@@ -16,6 +16,7 @@ from pgolf_fast.errors import UserError
 
 # verb -> (module in pgolf_fast.commands, class of its arguments, what it does); a module is imported when its verb is used
 VERBS = {
+    "audit": ("audit", "Audit", "run the challenge's rules against an evaluator or an artifact"),
     "bench": ("bench", "Bench", "benchmark ops against their peers, in one process, after their tests"),
     "compare": ("compare", "Compare", "test whether one set of seeds scores better than another"),
     "data": ("data", "Data", "make, fetch and check data sets: build, get, verify, demo, train-tokenizer"),

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgolf_fast import artifact, runlog
+from pgolf_fast import runlog
 from pgolf_fast.errors import UserError
 
 
@@ -16,7 +16,7 @@ class RunRecord:
     steps: list[dict]  # step, train_loss, lr_factor, train_s; each step once, in order
     validations: list[dict]  # step, val_loss, val_bpb, train_s
     end: dict | None  # the last event of a finished run
-    sizes: dict[str, int]  # compressed bytes by role of the packed artifact in the folder; empty without one
+    sizes: dict[str, int]  # bytes by part, from the ledger of `pgolf pack`; empty without one
 
     @property
     def name(self) -> str:
@@ -34,10 +34,10 @@ def _document(folder: Path, name: str) -> dict:
     try:
         return json.loads((folder / name).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / name}: cannot be read ({error}); a run of `pgolf train` writes it") from None
+        raise UserError(f"{folder / name}: cannot be read ({error}); `pgolf train` and `pgolf pack` write such files") from None
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_record(folder: Path) -> RunRecord:
     if not (folder / "events.jsonl").is_file():
         raise UserError(f"{folder}: no events.jsonl there; give the folder of a run of `pgolf train`")
     steps, validations, end = {}, {}, None
@@ -60,7 +60,8 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    packed = sorted(folder.glob("*.pglf"))
-    if len(packed) > 1:
-        raise UserError(f"{folder}: {len(packed)} packed artifacts ({', '.join(p.name for p in packed)}); keep the one that the run ships")
-    return artifact.stream_bytes(packed[0].read_bytes()) if packed else {}
+    name = "ledger.json"  # written by `pgolf pack RUN`
+    if not (folder / name).exists():
+        return {}
+    ledger = _document(folder, name)
+    return ledger["weights"] | {"metadata": ledger["metadata"], f"code, {ledger['count']}": ledger["code"][ledger["count"]]}

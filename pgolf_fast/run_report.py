@@ -155,12 +155,12 @@ CAPTIONS = {
     "step-time": "Time per step on that clock, between points and not from the start, so that a change in mid-run shows. "
     "The slowest twentieth may lie above the frame.",
     "learning-rate": "The factor on every group's learning rate.",
-    "sizes": "Compressed bytes of the packed artifact, by kind of tensor over all blocks.",
+    "sizes": "Bytes against the cap: the packed weights by kind of tensor over all blocks, and the code.",
 }
 
 
 def draw(runs: list[RunRecord]) -> dict[str, tuple[str, bytes]]:
-    """Figure name to (SVG text, PNG bytes), in the order of the page; sizes only where a run folder holds a packed artifact."""
+    """Figure name to (SVG text, PNG bytes), in the order of the page; sizes only where `pgolf pack` left its ledger in a run folder."""
     if len(runs) > len(COLOURS):
         raise UserError(f"runs: {len(runs)} in one figure cannot be told apart; give at most {len(COLOURS)}")
     matplotlib, figure_class = _matplotlib()
@@ -234,14 +234,16 @@ def page(runs: list[RunRecord], figures: dict[str, tuple[str, bytes]]) -> str:
 def _table(headings, rows) -> str:
     """Cells are text, or numbers already written; a cell that is a tuple is (html, text)."""
 
+    def is_number(value):
+        return isinstance(value, str) and (value[:1].isdigit() or value == "–")
+
     def cell(value):
         if isinstance(value, tuple):
             return f"<td>{value[0]}{html.escape(value[1])}</td>"
-        number = value[:1].isdigit() or value == "–"
-        return f'<td class="number">{html.escape(value)}</td>' if number else f"<td>{html.escape(value)}</td>"
+        return f'<td class="number">{html.escape(value)}</td>' if is_number(value) else f"<td>{html.escape(value)}</td>"
 
     rows = list(rows)
-    numeric = [all(not isinstance(r[i], tuple) and (r[i][:1].isdigit() or r[i] == "–") for r in rows) for i in range(len(headings))]
+    numeric = [all(is_number(row[i]) for row in rows) for i in range(len(headings))]
     head = "".join(f'<th class="number">{h}</th>' if n else f"<th>{h}</th>" for h, n in zip(headings, numeric))
     body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pgolf_fast.errors import UserError
-from pgolf_fast.run_record import read_run
+from pgolf_fast.run_record import read_record
 
 # Of machine.json: what changes loss or size by itself (torch 2.9 to 2.11 cost one team 0.0042 bits per byte).
 ENVIRONMENT = ("device", "world_size", "torch", "cuda", "library", "python")
@@ -44,7 +44,7 @@ def read_scores(text: str, metric: str) -> list[SeedScore]:
 
 
 def _of_run(folder: Path) -> SeedScore:
-    run = read_run(folder)
+    run = read_record(folder)
     if run.end is None:
         raise UserError(f"{folder}: the run has not finished, so it has no score; go on with `pgolf train --resume`")
     settings = {key: row["value"] for key, row in run.recipe["settings"].items()}

@@ -112,7 +112,7 @@ def power(old: Sample, new: Sample, margin: float, p: float, draws: int = 20000)
 
 
 def more_seeds(old: Sample, new: Sample, margin: float, p: float) -> int | None:
-    """Fewest further seeds for each side that would prove the gain, if it is as observed, four times in five; None: not even MAX_SEEDS would."""
+    """Fewest further seeds for each side that would prove the gain, if it is as observed, four times in five; None: not MAX_SEEDS."""
     if old.mean - new.mean <= margin:
         return None
     for more in range(1, MAX_SEEDS + 1):

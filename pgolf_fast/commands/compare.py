@@ -109,7 +109,9 @@ def show(result: dict, console: Console) -> None:
     console.print(f"gain {result['gain']:+.5f}, 95 % of [{low:+.5f}, {high:+.5f}]   Welch's t {result['t']:.2f}, df {result['df']:.2f}")
     verdicts = Table(box=box.SIMPLE)
     for heading in ("is new", "margin", "one-sided p", "needed", "verdict"):
-        verdicts.add_column(heading, justify="right" if heading in ("margin", "one-sided p", "needed") else "left", no_wrap=heading != "verdict")
+        verdicts.add_column(
+            heading, justify="right" if heading in ("margin", "one-sided p", "needed") else "left", no_wrap=heading != "verdict"
+        )
     for row in result["claims"]:
         margin, p = ("-", "-") if row["margin"] is None else (f"{row['margin']:.5f}", f"{row['p']:.2g}")
         verdicts.add_row(row["claim"], margin, p, f"< {row['needs_p']}", _advice(row, result["gain"]))

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pgolf_fast import run_report
 from pgolf_fast.errors import UserError
-from pgolf_fast.run_record import read_run
+from pgolf_fast.run_record import read_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Report:
 def run(config: Report, console: Console) -> tuple[dict, int]:
     if not config.runs:
         raise UserError("runs: give one or more run folders; `pgolf train` names its own when it ends")
-    records = [read_run(folder) for folder in config.runs]
+    records = [read_record(folder) for folder in config.runs]
     with console.status(f"drawing {len(records)} runs"):
         written = run_report.write(records, config.out)
     console.print(f"written: {written[0]}, and {len(written) - 1} figures beside it")
