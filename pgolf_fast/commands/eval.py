@@ -26,6 +26,7 @@ from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator, warm_up
 from pgolf_fast.evaluation.referee import Referee
+from pgolf_fast.shards import require_shards
 from pgolf_fast.tokenizers import Tokenizer
 
 EVALUATORS = recipe.SETTINGS["eval.evaluator"].kind.__args__
@@ -160,6 +161,7 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
 
 
 def _require_same_tokenizer(settings, config):
+    require_shards(config.data, "val")
     model = dataset.find_tokenizer(config.data, config.tokenizer)
     pieces = Tokenizer(model).vocab_size if model else None  # without one, load_validation says what is missing
     if pieces is not None and pieces != settings.model.vocab_size:
