@@ -10,7 +10,7 @@ from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.evaluation.windows import Windows, sliding
 
-STOP_WINDOWS = 8192  # of all ranks, between two places where the evaluation can stop
+STOP_WINDOWS = 1024  # of all ranks, between two places where the evaluation can stop
 
 
 class SlidingWindow:
