@@ -93,6 +93,13 @@ def test_the_recipes_own_evaluator_and_overrides(pgolf, artifact, data, tmp_path
     assert "published count" in err
 
 
+def test_the_negative_control_is_marked(pgolf, artifact, data, tmp_path):
+    code, out, _ = pgolf(artifact, "sdttt.enabled=true", "--data", data, "--out", tmp_path, "--evaluator", "plain", "--json")
+    (row,) = json.loads(out)["rows"]
+    assert code == 0 and "not legal" in row["weights"]
+    assert [p.name for p in tmp_path.glob("*.json")] == ["artifact-after-SDTTT-not-legal-plain.json"]
+
+
 def short(data, folder, num_tokens):
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes((data / "tokenizer.model").read_bytes())
