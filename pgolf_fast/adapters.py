@@ -10,7 +10,7 @@ What products read of `up` is scaled already, so that no pass over activations m
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class VisitAdapter(NamedTuple):
@@ -50,7 +50,7 @@ def _views(flat, shapes):
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
 
 
-class Adapters:
+class Adapters(nn.Module):
     """The adapters of `rows` documents and their AdamW (without a first moment).
 
     All lie in one flat tensor per kind: `value` float32, first every `down`, then every `up`; `working`, the copy in
@@ -58,6 +58,7 @@ class Adapters:
     """
 
     def __init__(self, model, rows, rank, scale):
+        super().__init__()
         config, visits = model.config, model.visits[True]
         device = model.tok_emb.device
         down, up = _shapes(config, rows, rank, len(visits))
@@ -69,8 +70,9 @@ class Adapters:
         self.gradient = torch.zeros_like(self.working)
         self.steps = torch.zeros((), device=device)
         # Leaves of autograd that are views of `working`: an update in place is seen by the next forward, also in a graph.
-        self.leaves = {name: view.detach().requires_grad_() for name, view in _views(self.working, down | up).items()}
-        for leaf, gradient in zip(self.leaves.values(), _views(self.gradient, down | up).values()):
+        self.leaves = {name: nn.Parameter(view) for name, view in _views(self.working, down | up).items()}
+        for (name, leaf), gradient in zip(self.leaves.items(), _views(self.gradient, down | up).values()):
+            self.register_parameter("_".join(map(str, name)), leaf)
             leaf.grad = gradient  # backward adds to it in place
         self.visits = [VisitAdapter(*(self.leaves[visit, field] for field in VisitAdapter._fields)) for visit in range(len(visits))]
         self.scale = scale

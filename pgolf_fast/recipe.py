@@ -22,6 +22,7 @@ from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import EvalConfig
 from pgolf_fast.evaluation.phased_lora import PhasedLoraConfig
 from pgolf_fast.evaluation.score_first_sgd import TttConfig
+from pgolf_fast.evaluation.self_distillation import SelfDistillationConfig
 from pgolf_fast.model import ModelConfig
 from pgolf_fast.optim import OptimConfig
 from pgolf_fast.quantize import QuantizeConfig
@@ -40,6 +41,7 @@ class Recipe:
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     quantize: QuantizeConfig = QuantizeConfig()
+    sdttt: SelfDistillationConfig = SelfDistillationConfig()
     eval: EvalConfig = EvalConfig()
     ttt: TttConfig = TttConfig()
     lora: PhasedLoraConfig = PhasedLoraConfig()
