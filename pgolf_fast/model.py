@@ -8,6 +8,7 @@ the same storage under the names of the published checkpoints (tensor_names.py).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from pgolf_fast.errors import UserError
 from pgolf_fast.ops import fused_mlp, linear_softcap_cross_entropy, xsa_attention
+from pgolf_fast.ops.fused_mlp import activation_ref
 from pgolf_fast.settings import requirer, setting
 from pgolf_fast.tensor_names import published_views
 
@@ -312,6 +314,7 @@ class Context(NamedTuple):
     values: dict[int, torch.Tensor]  # block to value embedding, [B, T, kv_dim]
     cu_seqlens: torch.Tensor | None
     max_seqlen: int | None
+    observe: Callable[[int, str, torch.Tensor], None] | None  # see GPT.stream
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -356,18 +359,22 @@ class GPT(nn.Module):
                 raise UserError(f"checkpoint tensor {name}: expected shape {list(view.shape)}, got {list(tensors[name].shape)}")
             view.copy_(tensors[name])
 
-    def forward(self, tokens, targets=None, *, reduction="mean", **how):
+    def forward(self, tokens, targets=None, *, reduction="mean", positions=None, **how):
         """Loss of predicting `targets`, or the softcapped logits.
 
         tokens     [B, T] int64
-        targets    [B, T] int64, or None for logits [B, T, V] in float32
-        reduction  "mean": the training loss, by the fused head; "none": each token's loss [B, T] in plain
+        targets    [B, S] int64, or None for logits [B, S, V] in float32
+        reduction  "mean": the training loss, by the fused head; "none": each token's loss [B, S] in plain
                    float32, which is what a score is made of, so that no kernel can move the ruler
+        positions  [B, S] int64, the positions of each row whose predictions are wanted; None: all, S = T
         how        see `stream`
         """
-        return self._head(rms(self.stream(tokens, **how)), targets, reduction)
+        x = self.stream(tokens, **how)
+        if positions is not None:
+            x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+        return self._head(rms(x), targets, reduction)
 
-    def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False):
+    def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None):
         """The residual stream [B, T, C] after the last block.
 
         cu_seqlens  int32 [documents + 1] for packed documents (then B = 1): they confine attention; what
@@ -375,11 +382,12 @@ class GPT(nn.Module):
         max_seqlen  longest document, a host number; fixed for a training run
         looped      run the loop (always, after training); without loops in the recipe it changes nothing
         fake_quant  late quantisation-aware training
+        observe     called as observe(block, "qkv", "o", "up" or "down", input) with what those matrices multiply, at every visit
         """
         blocks = self._blocks(fake_quant)
         x = x0 = self._embed(tokens, fake_quant)
         cos, sin = self._rotary_for(tokens, max_seqlen)
-        context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen)
+        context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen, observe)
         skip_weights = self.skip_weights.unbind(0)
         skip_gates = self.skip_gates.unbind(0) if self.config.skip_gates else [None] * len(skip_weights)
 
@@ -465,12 +473,12 @@ class GPT(nn.Module):
     def _sequential(self, block, x, context):
         x = self._remixed(block, x, context)
         x = (x + block.attn_scale * self._attention(block, self._normed(block, x), context)).to(x.dtype)
-        return (x + block.mlp_scale * self._mlp(block, self._normed(block, x))).to(x.dtype)
+        return (x + block.mlp_scale * self._mlp(block, self._normed(block, x), context)).to(x.dtype)
 
     def _two_lanes(self, block, lane0, lane1, context):
         """Attention reads lane 0, the MLP lane 1; both write both."""
         attention = self._attention(block, self._normed(block, self._remixed(block, lane0, context)), context)
-        mlp = self._mlp(block, self._normed(block, lane1))
+        mlp = self._mlp(block, self._normed(block, lane1), context)
         resid, post_attention, post_mlp = block.lane_resid[:, None], block.lane_post[0, :, None], block.lane_post[1, :, None]
         post_attention, post_mlp = post_attention * block.attn_scale, post_mlp * block.mlp_scale
         lane0, lane1 = (
@@ -493,15 +501,27 @@ class GPT(nn.Module):
             gate = torch.sigmoid(config.attn_gate_scale * linear(n[..., : config.gate_window], block.attn_gate))  # [B, T, H]
         xsa = block.index >= config.num_layers - config.xsa_last_n
         y = xsa_attention(q, k, v, xsa=xsa, gate=gate, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen)
+        if context.observe:
+            context.observe(block.index, "qkv", n)
+            context.observe(block.index, "o", y.flatten(-2))
         return linear(y.flatten(-2), block.w_o)
 
-    def _mlp(self, block, m):
+    def _mlp(self, block, m, context):
+        if context.observe:
+            context.observe(block.index, "up", m)
+            context.observe(block.index, "down", self._hidden(block, m))
         if self.config.activation != "star_relu2":
             return fused_mlp(m, block.w_up.to(m.dtype), block.w_down.to(m.dtype), self.config.activation)
         # W (a relu^2 + c) = (W diag(a)) relu^2 + W c: the learned scale and shift cost no pass over the hidden units.
         scaled_down = (block.w_down * block.star_scale).to(m.dtype)
         shift = block.w_down @ block.star_shift
         return fused_mlp(m, block.w_up.to(m.dtype), scaled_down, "relu2") + shift.to(m.dtype)
+
+    def _hidden(self, block, m):
+        """The hidden units as the second matrix sees them; the fused op keeps them to itself."""
+        if self.config.activation != "star_relu2":
+            return activation_ref(linear(m, block.w_up), self.config.activation)
+        return block.star_scale * activation_ref(linear(m, block.w_up), "relu2") + block.star_shift
 
     # -- head
 
