@@ -36,6 +36,7 @@ def cases(device):
 
             return run
 
+        @torch.no_grad()
         def backward(i, value_add=value_add):
             dq, dk, dv = d_packed[i].split(columns, dim=1)
             d_qkv = torch.empty_like(packed[i])
