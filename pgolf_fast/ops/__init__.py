@@ -1,6 +1,7 @@
 """The public ops. Each module holds, in this order: reference, schema and
 CPU implementation, CUDA paths, fake, autograd, public function."""
 
+from pgolf_fast.ops.embed_norm import embed_norm
 from pgolf_fast.ops.embedding import embedding, embedding_plan
 from pgolf_fast.ops.fused_mlp import fused_mlp
 from pgolf_fast.ops.int6_pack import pack_int6, unpack_int6
@@ -12,6 +13,7 @@ from pgolf_fast.ops.softcap_ce import softcap_cross_entropy
 from pgolf_fast.ops.xsa_attention import xsa_attention
 
 __all__ = [
+    "embed_norm",
     "embedding",
     "embedding_plan",
     "fused_mlp",

@@ -37,16 +37,16 @@ def embedding_plan(indices, num_rows):
     return ordered.to(torch.int32), order
 
 
-def _check_indices(indices, num_rows):
+def check_indices(indices, num_rows, argument="indices"):
     outside = (indices < 0) | (indices >= num_rows)
     if bool(outside.any()):
         row = int(outside.flatten().nonzero()[0])
-        raise IndexError(f"indices: row {row} holds {int(indices.flatten()[row])}, outside [0, {num_rows})")
+        raise IndexError(f"{argument}: row {row} holds {int(indices.flatten()[row])}, outside [0, {num_rows})")
 
 
 @torch.library.impl(library, "embedding_fwd", "CPU")
 def _fwd_cpu(indices, table, dtype):
-    _check_indices(indices, table.shape[0])
+    check_indices(indices, table.shape[0])
     return embedding_ref(indices, table, dtype)
 
 
