@@ -119,20 +119,20 @@ def _has_kernel_rows(x):
     return x.stride(1) == 1 and (x.shape[0] == 1 or (x.stride(0) % 8 == 0 and x.stride(0) > 0)) and x.data_ptr() % 16 == 0
 
 
-def _kernel_rows(x):
-    """The rows as the kernel reads them: in place, or copied where their strides or address forbid 16-byte accesses."""
-    return x if x is None or _has_kernel_rows(x) else x.clone(memory_format=torch.contiguous_format)
+def _kernel_rows(x, width=None):
+    """The first `width` columns (None: all) as the kernel reads them: in place, or copied where strides or address forbid 16-byte accesses."""
+    return x if x is None or _has_kernel_rows(x) else x[:, :width].clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.impl(library, "qk_norm_rope_fwd", "CUDA")
 def _fwd_cuda(qkv, gain, cos, sin, num_kv_heads, head_dim, value_add):
     if not _kernel_serves("qk_norm_rope_fwd", qkv, gain, cos, num_kv_heads, head_dim):
         return _forward_formula(qkv, gain, cos, sin, num_kv_heads, head_dim, value_add)
-    m = qkv.shape[0]
+    m, width = qkv.shape[0], (gain.shape[0] + 2 * num_kv_heads) * head_dim
     q, k = qkv.new_empty(m, gain.shape[0] * head_dim), qkv.new_empty(m, num_kv_heads * head_dim)
     v = None if value_add is None else torch.empty_like(k)
     torch.ops.pgolf_fast_sm90.qk_norm_rope_fwd(
-        _kernel_rows(qkv), gain.contiguous(), cos.contiguous(), sin.contiguous(), num_kv_heads, _kernel_rows(value_add), q, k, v
+        _kernel_rows(qkv, width), gain.contiguous(), cos.contiguous(), sin.contiguous(), num_kv_heads, _kernel_rows(value_add), q, k, v
     )
     return q, k, qkv.new_empty(0) if v is None else v
 
@@ -141,9 +141,10 @@ def _fwd_cuda(qkv, gain, cos, sin, num_kv_heads, head_dim, value_add):
 def _bwd_cuda(d_qkv, dq, dk, dv, qkv, gain, cos, sin, num_kv_heads, head_dim):
     if not _kernel_serves("qk_norm_rope_bwd", qkv, gain, cos, num_kv_heads, head_dim) or not _has_kernel_rows(d_qkv):
         return _backward_formula(d_qkv, dq, dk, dv, qkv, gain, cos, sin, num_kv_heads, head_dim)
+    width = (gain.shape[0] + 2 * num_kv_heads) * head_dim
     d_gain = torch.empty_like(gain, memory_format=torch.contiguous_format)
     torch.ops.pgolf_fast_sm90.qk_norm_rope_bwd(
-        _kernel_rows(dq), _kernel_rows(dk), _kernel_rows(dv), _kernel_rows(qkv), gain.contiguous(), cos.contiguous(), sin.contiguous(),
+        _kernel_rows(dq), _kernel_rows(dk), _kernel_rows(dv), _kernel_rows(qkv, width), gain.contiguous(), cos.contiguous(), sin.contiguous(),
         num_kv_heads, d_qkv, gain.new_empty(MAX_CTAS, gain.shape[0]), d_gain,
     )  # fmt: skip
     return d_gain
