@@ -18,10 +18,10 @@ QkRows rows_of(const Tensor& t, const char* argument, int64_t m, int64_t columns
     return {static_cast<__nv_bfloat16*>(t.data_ptr()), t.stride(0)};
 }
 
-const __nv_bfloat16* table(const Tensor& t, const char* argument, int64_t positions, int64_t half) {
-    check(t, argument, ScalarType::BFloat16, {positions, half});
+const __nv_bfloat16* table(const Tensor& t, const char* argument, int64_t positions) {
+    check(t, argument, ScalarType::BFloat16, {positions, kQkHalf});
     check_contiguous(t, argument);
-    if (half) check_aligned(t, argument);
+    check_aligned(t, argument);
     return static_cast<const __nv_bfloat16*>(t.data_ptr());
 }
 
@@ -35,17 +35,16 @@ float* floats(const Tensor& t, const char* argument, std::initializer_list<int64
 QkNormRopeParams params(const Tensor& qkv, const Tensor& gain, const Tensor& cos, const Tensor& sin, int64_t kv_heads, const Tensor& q, const Tensor& k,
                         const optional<Tensor>& v) {
     QkNormRopeParams p{};
-    const int64_t m = qkv.size(0), q_heads = gain.size(0), positions = cos.size(0), half = cos.size(1);
+    const int64_t m = qkv.size(0), q_heads = gain.size(0), positions = cos.size(0);
     STD_TORCH_CHECK(m > 0 && m < (int64_t(1) << 31), "qkv: expected 1 to 2^31 rows, got ", m);
     STD_TORCH_CHECK(q_heads > 0 && kv_heads > 0 && q_heads + 2 * kv_heads <= kQkMaxHeads, "gain: the kernel takes up to ", kQkMaxHeads, " heads in all");
-    STD_TORCH_CHECK(half % 8 == 0 && half <= kQkHeadDim / 2, "cos: the kernel takes 0, 8, 16, 24 or 32 columns, got ", half);
     STD_TORCH_CHECK(positions > 0 && positions < (int64_t(1) << 31), "cos: expected 1 to 2^31 positions, got ", positions);
     p.m = uint32_t(m), p.positions = uint32_t(positions);
-    p.q_heads = int(q_heads), p.kv_heads = int(kv_heads), p.half = int(half);
+    p.q_heads = int(q_heads), p.kv_heads = int(kv_heads);
     p.qkv = rows_of(qkv, "qkv", m, (q_heads + 2 * kv_heads) * kQkHeadDim);
     p.gain = floats(gain, "gain", {q_heads});
-    p.cos = table(cos, "cos", positions, half);
-    p.sin = table(sin, "sin", positions, half);
+    p.cos = table(cos, "cos", positions);
+    p.sin = table(sin, "sin", positions);
     p.q = rows_of(q, "q", m, q_heads * kQkHeadDim);
     p.k = rows_of(k, "k", m, kv_heads * kQkHeadDim);
     if (v) p.v = rows_of(*v, "v", m, kv_heads * kQkHeadDim);

@@ -17,7 +17,7 @@ from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import accumulation_dtype, library, require, require_device, require_dtype
 
 EPSILON = 2.0**-23
-KERNEL_HEAD_DIM = 64
+KERNEL_HEAD_DIM, KERNEL_HALF = 64, 8  # the kernel's: 16 of 64 dimensions rotate
 MAX_HEADS = 24  # kQkMaxHeads
 MAX_CTAS = 1056  # kQkMaxCtas
 
@@ -111,8 +111,8 @@ library.impl("qk_norm_rope_bwd_", _backward_formula, "CPU")
 
 def _kernel_serves(name, qkv, gain, cos, num_kv_heads, head_dim):
     heads = gain.shape[0] + 2 * num_kv_heads
-    fits = qkv.dtype == torch.bfloat16 and head_dim == KERNEL_HEAD_DIM and cos.shape[1] % 8 == 0 and heads <= MAX_HEADS and qkv.shape[0] > 0
-    return fits and _library.uses_kernel(name, qkv.device)
+    shapes_fit = (head_dim, cos.shape[1]) == (KERNEL_HEAD_DIM, KERNEL_HALF) and heads <= MAX_HEADS and qkv.shape[0] > 0
+    return shapes_fit and qkv.dtype == torch.bfloat16 and _library.uses_kernel(name, qkv.device)
 
 
 def _has_kernel_rows(x):
@@ -186,7 +186,7 @@ def qk_norm_rope(qkv, gain, cos, sin, num_kv_heads, head_dim=64, value_add=None)
     """Normalised, rotated queries and keys, and the values, from the packed product `qkv`.
 
     qkv           [M, W], float, W >= (Hq + 2 Hk) D: queries, keys, values, then columns that are not read. A slice of a wider
-                  matrix is fine. The kernel serves bfloat16, D = 64, half a multiple of 8 and up to 24 heads in all
+                  matrix is fine. The kernel serves bfloat16, D = 64, half = 8 and up to 24 heads in all
     gain          [Hq], float32 (float64 for float64 qkv)
     cos, sin      [T, half], the dtype of qkv; row m has position m mod T; 2 half leading dimensions rotate
     num_kv_heads  Hk
