@@ -1,6 +1,7 @@
 // A thread keeps its head and its sixteen channels for the whole kernel and walks over the rows.
 #include "kernels/qk_norm_rope.h"
 
+#include "kernels/common/launch.h"
 #include "kernels/common/vector8.cuh"
 
 namespace pgolf {
@@ -69,7 +70,8 @@ struct Rotation {
     bool rotates;
 
     // NOTE: loaded with the row, not where it is used: its latency would be waited for once per row.
-    __device__ __forceinline__ Rotation(const QkNormRopeParams& p, const Place& place, uint32_t position) : rotates(place.lane == 0 && !place.is_value) {
+    __device__ __forceinline__ Rotation(const QkNormRopeParams& p, const Place& place, uint32_t position)
+        : rotates(place.lane == 0 && !place.is_value) {
         if (!rotates) return;
         cosine = __ldg(reinterpret_cast<const uint4*>(p.cos) + position);
         sine = __ldg(reinterpret_cast<const uint4*>(p.sin) + position);
@@ -187,13 +189,9 @@ struct Launch {
 
 template <typename Kernel>
 cudaError_t persistent_launch(Kernel kernel, const QkNormRopeParams& p, Launch& launch) {
-    int device = 0, num_sms = 0, per_sm = 0;
     launch.threads = (p.q_heads + (p.v.data ? 2 : 1) * p.kv_heads) * kHeadLanes * kCtaRows;
-    if (cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-    if (cudaError_t status = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device); status != cudaSuccess) return status;
-    if (cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, launch.threads, 0); status != cudaSuccess) return status;
-    const int64_t wanted = (int64_t(p.m) + kCtaRows - 1) / kCtaRows;
-    launch.ctas = int(min(wanted, int64_t(min(num_sms * per_sm, kQkMaxCtas))));
+    if (cudaError_t status = resident_ctas(kernel, launch.threads, launch.ctas); status != cudaSuccess) return status;
+    launch.ctas = int(min((p.m + kCtaRows - 1) / kCtaRows, uint32_t(min(launch.ctas, kQkMaxCtas))));
     return cudaSuccess;
 }
 

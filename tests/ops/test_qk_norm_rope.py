@@ -141,7 +141,7 @@ def test_backward_writes_its_columns_only(device, with_values, in_place):
     del inputs["value_add"]
     width = inputs["qkv"].shape[1]
     incoming = torch.randn(50, width).bfloat16().to(device)
-    dq, dk, dv, rest = incoming.split([8 * D, 4 * D, 4 * D, 16], dim=1)
+    dq, dk, dv, _ = incoming.split([8 * D, 4 * D, 4 * D, 16], dim=1)
     expected = torch.full((50, width), 7.0).bfloat16().to(device)
     d_gain = OPS.qk_norm_rope_bwd_(expected, dq.clone(), dk.clone(), dv.clone() if with_values else None, *inputs.values())
     assert (expected[:, 16 * D :] == 7).all()
