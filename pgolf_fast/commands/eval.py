@@ -116,7 +116,8 @@ def _run(config, console, artifact: Path, device):
     for weights, name in wanted:
         row = _score(config, console, artifact, weights, name, settings, validation, device, out, shared_s)
         if row is None:
-            console.print(f"stopped; the same command goes on from here (its state is in {out})")
+            if dist.rank() == 0:
+                console.print(f"stopped; the same command goes on from here (its state is in {out})")
             return {"rows": [dataclasses.asdict(r) for r in rows], "is_complete": False}, 130
         rows.append(row)
     if dist.rank() == 0:

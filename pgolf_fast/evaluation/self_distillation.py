@@ -7,7 +7,6 @@ worse (1.1428 to 1.1431). The referee cannot express it: this function takes the
 import copy
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 
 from pgolf_fast import dist
