@@ -258,6 +258,25 @@ def test_warm_up_leaves_no_trace(kind):
     assert evaluate(evaluator, Referee(gpt, stream.validation(320))).result == expected
 
 
+# -- a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sliding", "sgd"])
+def test_on_a_gpu(kind):
+    """Recorded optimizer steps and all, in float32: what the CPU finds."""
+    _, evaluator, referee = make(kind)
+    evaluate(evaluator, referee)
+    device = torch.device("cuda")
+    gpt = stream.model().to(device)
+    ttt = dataclasses.replace(TTT, chunk_tokens=4 * WINDOW)
+    evaluator = ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, ttt) if kind == "sgd" else SlidingWindow(WINDOW, STRIDE, 96)
+    warm_up(evaluator, gpt, 300, device)
+    found = Referee(gpt, stream.validation(320), device)
+    evaluate(evaluator, found)
+    np.testing.assert_allclose(found.ledger.losses, referee.ledger.losses, atol=5e-3)
+
+
 # -- ranks
 
 
