@@ -1,6 +1,6 @@
 """Self-distillation on the validation text (SDTTT, PR #379): a negative control, never a score.
 
-It trains on targets before they are scored, so what is scored afterwards is not legal; the published run switched it off, because it made the
+It trains on targets before they are scored, so what is scored afterwards is not legal; the published run switched it off, as it made the
 score worse (1.1428 to 1.1431). The referee cannot express it: this function takes the tokens themselves, and what follows it is marked.
 """
 
