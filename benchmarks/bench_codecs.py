@@ -1,7 +1,7 @@
 """Every codec on full-size models: bytes, and processor seconds to pack and to unpack.
 
     python -m benchmarks.bench_codecs                                              synthetic models, all codecs
-    python -m benchmarks.bench_codecs --checkpoint FILE --table NAME [--hessians FILE]
+    python -m benchmarks.bench_codecs --artifact FILE...                           the content of artifacts, of whatever codec
     python -m benchmarks.bench_codecs --save                                       keep the table in benchmarks/CODECS.md
 
 Synthetic weights are Gaussian (benchmarks/states.py says how): they rank the coders' speed and their plain coding
@@ -24,7 +24,6 @@ import numpy as np
 from benchmarks.states import synthetic_state
 from pgolf_fast import artifact
 from pgolf_fast.codecs import CODECS, Flat, Shape
-from pgolf_fast.commands.quantize import load_tensors
 from pgolf_fast.quantize import PUBLISHED, quantize
 
 TABLE_FILE = Path(__file__).parent / "CODECS.md"
@@ -72,28 +71,23 @@ def measure(codec, matrices, rest) -> tuple[int, float, float]:
 
 
 def models(arguments):
-    if arguments.checkpoint:
-        hessians = load_tensors(arguments.hessians, "hessians") if arguments.hessians else None
-        yield f"{arguments.checkpoint.name}, {arguments.table}", load_tensors(arguments.checkpoint, "checkpoint"), arguments.table, hessians
-        return
-    for family, table in MODELS:
-        if arguments.table in (table, None):
-            yield f"SYNTHETIC {family}, {table}", synthetic_state(family), table, None
+    """(label, quantized tensors)"""
+    for path in arguments.artifact:
+        loaded = artifact.unpack(path.read_bytes())
+        yield loaded.metadata.get("recipe", path.name), loaded.tensors
+    for family, table in () if arguments.artifact else MODELS:
+        tensors, _ = quantize(synthetic_state(family), PUBLISHED[table], plain_rounding=True)
+        yield f"SYNTHETIC {family}, {table}", tensors
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--table", choices=PUBLISHED)
-    parser.add_argument("--hessians", type=Path)
+    parser.add_argument("--artifact", type=Path, nargs="+", default=[])
     parser.add_argument("--codec", action="append", choices=list(contestants()))
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
-    if arguments.checkpoint and not arguments.table:
-        parser.error("--checkpoint needs --table")
     lines = ["| model | codec | bytes | bits per weight | pack, CPU s | unpack, CPU s |", "|---|---|---:|---:|---:|---:|"]
-    for label, state, table, hessians in models(arguments):
-        tensors, _ = quantize(state, PUBLISHED[table], hessians, plain_rounding=hessians is None)
+    for label, tensors in models(arguments):
         _, matrices, rest = artifact._content(tensors, None)
         num_codes = sum(m.codes.size for m in matrices)
         for name, codec in contestants().items():

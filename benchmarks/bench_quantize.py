@@ -15,10 +15,10 @@ import torch
 from benchmarks.run import RESULTS, environment
 from pgolf_fast import artifact, export
 from pgolf_fast.bpb import BitsPerByte, Score
-from pgolf_fast.commands.pack import ARTIFACT, own_sources
+from pgolf_fast.commands.pack import ARTIFACT
 from pgolf_fast.commands.quantize import choose_device
 from pgolf_fast.data import Validation, load_validation, pack_segments
-from pgolf_fast.ledger import CAP_BYTES, count_code, forecast_bytes, ledger
+from pgolf_fast.ledger import CAP_BYTES, count_code, forecast_bytes, ledger, own_sources
 
 # Bits per byte after quantization minus before, of runs of full length.
 PUBLISHED_GAP = {

@@ -99,7 +99,7 @@ def big_rules(variant):
 
 
 def clip_search_of(variant):
-    return PUBLISHED[variant].scheme_of("blocks.0.attn.c_q.weight", torch.empty(512, 512))
+    return PUBLISHED[variant].rule_of("blocks.0.attn.c_q.weight", torch.empty(512, 512)).scheme
 
 
 def test_the_three_clip_searches_differ_where_they_should():
@@ -287,7 +287,7 @@ def test_payload_of_the_full_models_to_the_byte(family, table, num_parameters, n
 def test_schemes_of_each_table():
     def kinds(table, family):
         config = PUBLISHED[table]
-        return {name: config.scheme_of(name, t) for name, t in synthetic_state(family, layers=1).items()}
+        return {name: config.rule_of(name, t).scheme for name, t in synthetic_state(family, layers=1).items()}
 
     s = kinds("legal-ttt-691", "sp1024-s")
     assert s["bigram.proj.weight"] == Keep("float16")  # exactly 65,536 elements: kept
