@@ -76,3 +76,21 @@ def gather(shard):
         return shard, DONE
     whole = shard.new_empty((shard.shape[0] * world_size(), *shard.shape[1:]))
     return whole, _all_gather(whole, shard.contiguous(), async_op=True)
+
+
+def gather_objects(value) -> list:
+    """Every rank's small host value, in the order of ranks. Waits."""
+    if world_size() == 1:
+        return [value]
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def any_rank(claim: bool, device) -> bool:
+    """Whether it holds on any rank. Waits."""
+    if world_size() == 1:
+        return claim
+    found = torch.tensor(int(claim), device=device)
+    max_(found)
+    return bool(found)

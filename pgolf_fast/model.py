@@ -359,16 +359,20 @@ class GPT(nn.Module):
                 raise UserError(f"checkpoint tensor {name}: expected shape {list(view.shape)}, got {list(tensors[name].shape)}")
             view.copy_(tensors[name])
 
-    def forward(self, tokens, targets=None, *, reduction="mean", **how):
+    def forward(self, tokens, targets=None, *, reduction="mean", positions=None, **how):
         """Loss of predicting `targets`, or the softcapped logits.
 
         tokens     [B, T] int64
-        targets    [B, T] int64, or None for logits [B, T, V] in float32
-        reduction  "mean": the training loss, by the fused head; "none": each token's loss [B, T] in plain
+        targets    [B, S] int64, or None for logits [B, S, V] in float32
+        reduction  "mean": the training loss, by the fused head; "none": each token's loss [B, S] in plain
                    float32, which is what a score is made of, so that no kernel can move the ruler
+        positions  [B, S] int64, the positions of each row whose predictions are wanted; None: all, S = T
         how        see `stream`
         """
-        return self._head(rms(self.stream(tokens, **how)), targets, reduction)
+        x = self.stream(tokens, **how)
+        if positions is not None:
+            x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+        return self._head(rms(x), targets, reduction)
 
     def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None):
         """The residual stream [B, T, C] after the last block.

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgolf_fast.errors import UserError
+from pgolf_fast.evaluation.evaluate import EvalConfig
+from pgolf_fast.evaluation.score_first_sgd import TttConfig
 from pgolf_fast.model import ModelConfig
 from pgolf_fast.optim import OptimConfig
 from pgolf_fast.quantize import QuantizeConfig
@@ -37,6 +39,8 @@ class Recipe:
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     quantize: QuantizeConfig = QuantizeConfig()
+    eval: EvalConfig = EvalConfig()
+    ttt: TttConfig = TttConfig()
 
 
 class Setting(typing.NamedTuple):
@@ -103,6 +107,14 @@ def from_values(values: Mapping[str, object], source: str) -> Recipe:
         stage, field = key.split(".")
         stages[stage][field] = _value(key, value, source, is_text=False)
     return Recipe(**{stage.name: stage.type(**stages[stage.name]) for stage in dataclasses.fields(Recipe)})
+
+
+def overridden(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """A recipe, with `setting=value` overrides of the command line."""
+    changed = values(recipe)
+    for _, layer in _override_layers(overrides):
+        changed |= layer
+    return from_values(changed, "command line")
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
