@@ -7,6 +7,7 @@ quantizing is timed twice, the first time with whatever a process does once. Art
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -119,7 +120,9 @@ def main():
         print(f"  bpb {row['bpb']}  gap {row['gap_bpb']:.4f} (published {row['published_gap_bpb']})\n  seconds: {seconds}", flush=True)
         if arguments.save:
             slug = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
-            record = {"environment": environment(device), "train_command": json.loads((folder / "machine.json").read_text())["command"], **row}
+            command = " ".join(["python -m benchmarks.bench_quantize", *sys.argv[1:]])
+            trained = json.loads((folder / "machine.json").read_text())["command"]
+            record = {"environment": environment(device) | {"command": command}, "train_command": " ".join(["pgolf", *trained[1:]]), **row}
             (RESULTS / f"quantize_{row['recipe']}.{slug}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

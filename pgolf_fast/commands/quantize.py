@@ -41,7 +41,7 @@ class Quantize:
     """Of a run: search clips, steps and bits for the least loss on training text under so many bytes, code counted as wrapped; 16000000 is the cap."""
     plain_rounding: bool = False
     """Round to nearest what GPTQ would round, without calibration."""
-    table: Literal[(None, *PUBLISHED)] = None
+    table: Literal[tuple(PUBLISHED)] | None = None
     """Of a checkpoint: whose schemes to use."""
     hessians: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Of a checkpoint: a safetensors file with one Hessian per matrix that GPTQ rounds, under the matrix's name."""
@@ -115,15 +115,14 @@ def quantize_run(config, console):
     source = export.read_run(config.source)
     if config.fit and config.plain_rounding:
         raise UserError("fit: searches with GPTQ, not with plain rounding; leave one of the two out")
-    described, searched = export.metadata(source.name, source.recipe), {}
+    searched = {}
     with progress_bar(console) as progress:
         if config.fit:
             made, searched = fit_run(config, source, progress, console)
-            described["fit"] = searched["chosen"]["schemes"]
         else:
             made = export.quantize_run(source, choose_device(config.device), config.data, config.plain_rounding, progress)
-    (config.source / QUANTIZED).write_bytes(artifact.pack(made.tensors, "none", described))
-    forecast = artifact.estimate_bytes(made.tensors)
+    (config.source / QUANTIZED).write_bytes(artifact.pack(made.tensors, "none", export.metadata(source.name, source.recipe)))
+    forecast = artifact.estimate_bytes(made.tensors, export.metadata(source.name, source.recipe))
     cap_s = source.recipe.schedule.max_wallclock_seconds
     report = {
         "weights": source.weights,
