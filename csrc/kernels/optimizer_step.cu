@@ -45,6 +45,7 @@ template <class T>
 __device__ __forceinline__ void load(const void* base, int64_t first, int count, float (&x)[kVector]) {
     const T* p = static_cast<const T*>(base) + first;
     if (count == kVector) return Elements<T>::load(p, x);
+#pragma unroll
     for (int i = 0; i < kVector; ++i) x[i] = i < count ? float(p[i]) : 0.f;
 }
 
@@ -52,7 +53,9 @@ template <class T>
 __device__ __forceinline__ void store(void* base, int64_t first, int count, const float (&x)[kVector]) {
     T* p = static_cast<T*>(base) + first;
     if (count == kVector) return Elements<T>::store(p, x);
-    for (int i = 0; i < count; ++i) p[i] = T(x[i]);
+#pragma unroll  // NOTE: a loop to `count` would put x into local memory
+    for (int i = 0; i < kVector; ++i)
+        if (i < count) p[i] = T(x[i]);
 }
 
 // The tensor that this block works on, and which of the tensor's blocks it is.
@@ -92,6 +95,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(__grid_constant__ con
     for_each_vector(block, t.elements, [&](int64_t first, int count) {
         float g[kVector];
         t.is_bf16 ? load<__nv_bfloat16>(t.grad, first, count, g) : load<float>(t.grad, first, count, g);
+#pragma unroll
         for (int i = 0; i < kVector; ++i) sum += g[i] * g[i];
     });
     const double total = block_sum(sum);
@@ -156,8 +160,10 @@ __global__ void __launch_bounds__(kThreads)
 // The rates of four elements, which may lie in two rows.
 __device__ __forceinline__ void load_rates(const StepSize& s, float factor, int64_t first, int count, float (&lr)[kVector]) {
     if (s.elements_per_rate == 0) {
+#pragma unroll
         for (int i = 0; i < kVector; ++i) lr[i] = factor * s.rates[0];
     } else {
+#pragma unroll
         for (int i = 0; i < kVector; ++i) lr[i] = factor * s.rates[(i < count ? first + i : first) / s.elements_per_rate];
     }
 }
@@ -172,6 +178,7 @@ struct Average {
     }
     __device__ __forceinline__ void follow(const float (&p)[kVector], float decay, int64_t first, int count) {
         if (base == nullptr) return;
+#pragma unroll
         for (int i = 0; i < kVector; ++i) values[i] += (1.f - decay) * (p[i] - values[i]);
         store<float>(base, first, count, values);
     }
@@ -188,6 +195,7 @@ __global__ void __launch_bounds__(kThreads)
         load<__nv_bfloat16>(t.update, first, count, u);
         Average average(t.average, first, count);
         load_rates(t.step_size, factor, first, count, lr);
+#pragma unroll
         for (int i = 0; i < kVector; ++i) p[i] = p[i] * (1.f - lr[i] * t.step_size.weight_decay) - lr[i] * t.shape_factor * u[i];
         store<float>(t.param, first, count, p);
         average.follow(p, average_decay, first, count);
@@ -206,6 +214,7 @@ __device__ __forceinline__ void adam_chunk(const AdamTensor& t, int block, const
         load<T>(t.square, first, count, square);
         Average average(t.average, first, count);
         load_rates(t.step_size, factor, first, count, lr);
+#pragma unroll
         for (int i = 0; i < kVector; ++i) {
             g[i] = Elements<T>::rounded(scale * g[i]);
             mean[i] = beta1 * mean[i] + rest1 * g[i];
