@@ -71,21 +71,13 @@ def fit(
         return mean_loss(model, rows)
 
     published = {name: rules.rule_of(name, t) for name, t in state.items()}
-    searched = [rule for rule in rules.rules if hasattr(rule.scheme, "variants") and rule in published.values()]
+    own = {rule: {name: t for name, t in state.items() if published[name] == rule} for rule in rules.rules if rule in published.values()}
+    searched = [rule for rule in own if hasattr(rule.scheme, "variants")]
     described = metadata(run.name, run.recipe)
     unquantized = loss(state)
-    options, rest_bytes = [], artifact.estimate_bytes(quantize(state, rules, plain_rounding=True)[0], described)
-    as_published = rest_bytes
-    for rule in searched:
-        own = {name: t for name, t in state.items() if published[name] == rule}
-        found = _options(rule.scheme, own, lambda weights: loss(state | weights) - unquantized, progress)
-        rest_bytes -= found[0].bytes
-        options.append(_front(found))
-    choices = [
-        Choice(tuple(o.schemes[0] for o in option), rest_bytes + sum(o.bytes for o in option), unquantized + sum(o.loss for o in option))
-        for option in itertools.product(*options)
-    ]
-    frontier = _front(choices)
+    as_published = artifact.estimate_bytes(quantize(state, rules, plain_rounding=True)[0], described)
+    options = [_options(rule.scheme, own[rule], lambda weights: loss(state | weights) - unquantized, progress) for rule in searched]
+    frontier = _combine(options, as_published, unquantized)
 
     def measure(schemes):
         chosen = _with(rules, searched, schemes)
@@ -106,7 +98,7 @@ def fit(
         # The forecast is right to a few hundredths of a percent: what is far over need not be packed.
         if choice.bytes <= 1.01 * room_bytes and len(artifact.pack(tensors, metadata=described)) <= room_bytes:
             return Fit(chosen, tensors, errors, tuple(searched), unquantized, frontier, [t[3] for t in tried], choice)
-    least = math.ceil(min(c.bytes for c in choices))
+    least = math.ceil(frontier[0].bytes)
     raise UserError(f"fit: nothing found under {room_bytes:,} bytes beside the code; the smallest choice is forecast at {least:,}: use a smaller model")
 
 
@@ -140,6 +132,15 @@ def _options(scheme, own, rise_of, progress) -> list[Choice]:
         found.append(Choice((variant,), published_bytes * own_entropy / entropy, published_rise * own_error / squared_error))
         progress("searching", i + 1, len(variants))
     return found
+
+
+def _combine(options: list[list[Choice]], as_published: float, unquantized: float) -> list[Choice]:
+    """The frontier of one variant for every rule; the first of a rule's options is the published one."""
+    rest_bytes = as_published - sum(of_rule[0].bytes for of_rule in options)
+    return _front([
+        Choice(tuple(c.schemes[0] for c in picked), rest_bytes + sum(c.bytes for c in picked), unquantized + sum(c.loss for c in picked))
+        for picked in itertools.product(*map(_front, options))
+    ])
 
 
 def _squared_error(errors):

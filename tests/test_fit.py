@@ -25,6 +25,9 @@ def folder(request, tmp_path_factory):
     return folder
 
 
+once = pytest.mark.parametrize("folder", ["caseops-1934"], indirect=True)  # what takes its time and is the same for both
+
+
 @pytest.fixture(scope="module")
 def run(folder):
     return export.read_run(folder)
@@ -61,9 +64,8 @@ def test_least_measured_loss_of_what_fits(run, published_bytes, tight):
         assert same(quantize(run.state, found.rules)[0], found.tensors)
 
 
+@once
 def test_more_room_is_a_smaller_error(run, published_bytes, tight):
-    if run.recipe.quantize.table != "caseops-1934":
-        pytest.skip("once is enough, and takes its time")
     """A quarter more bytes: the weights come nearer, and the loss stays within noise of the unquantized one."""
     wide = fit(run, "cpu", published_bytes * 5 // 4)
 
@@ -75,9 +77,8 @@ def test_more_room_is_a_smaller_error(run, published_bytes, tight):
     assert abs(wide.chosen.loss - wide.unquantized_loss) < abs(tight.measured[0].loss - tight.unquantized_loss) + 1e-3
 
 
+@once
 def test_the_same_choice_again(run, published_bytes, tight):
-    if run.recipe.quantize.table != "caseops-1934":
-        pytest.skip("once is enough, and takes its time")
     again = fit(run, "cpu", published_bytes - 2000)
     assert again.chosen == tight.chosen and again.frontier == tight.frontier and same(again.tensors, tight.tensors)
 
@@ -88,9 +89,8 @@ def test_predicted_bytes_are_near_the_measured_ones(tight):
         assert predicted[choice.schemes] == pytest.approx(choice.bytes, rel=0.05)
 
 
+@once
 def test_too_little_room_is_told(run):
-    if run.recipe.quantize.table != "caseops-1934":
-        pytest.skip("once is enough, and takes its time")
     with pytest.raises(UserError, match="fit: nothing found under 3,000 bytes beside the code; the smallest choice is forecast at"):
         fit(run, "cpu", 3000)
 
