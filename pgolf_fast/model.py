@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pgolf_fast import fused_blocks
 from pgolf_fast.errors import UserError
 from pgolf_fast.ops import fused_mlp, linear_softcap_cross_entropy, xsa_attention
 from pgolf_fast.settings import requirer, setting
@@ -324,6 +325,7 @@ class GPT(nn.Module):
         self.config = config
         self.stream_dtype = stream_dtype
         self.visits = {looped: visits(config, looped) for looped in (False, True)}
+        self.fused_blocks: bool | None = None  # None: where the kernels serve the stream
         self._rotary = {}
         for name, (shape, _) in parameter_table(config).items():
             dtype = torch.bfloat16 if name in config.bf16_tensors else torch.float32
@@ -376,10 +378,16 @@ class GPT(nn.Module):
         looped      run the loop (always, after training); without loops in the recipe it changes nothing
         fake_quant  late quantisation-aware training
         """
-        blocks = self._blocks(fake_quant)
-        x = x0 = self._embed(tokens, fake_quant)
+        x0 = self._embed(tokens, fake_quant)
         cos, sin = self._rotary_for(tokens, max_seqlen)
         context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen)
+        if self.fused_blocks is None and fused_blocks.serve(self.config, x0) or self.fused_blocks:
+            return self._fused_visits(context, looped, fake_quant)
+        return self._visits(context, looped, fake_quant)
+
+    def _visits(self, context, looped, fake_quant):
+        """The definition of the blocks, for any device and dtype."""
+        x, blocks = context.x0, self._blocks(fake_quant)
         skip_weights = self.skip_weights.unbind(0)
         skip_gates = self.skip_gates.unbind(0) if self.config.skip_gates else [None] * len(skip_weights)
 
@@ -500,6 +508,64 @@ class GPT(nn.Module):
         scaled_down = (block.w_down * block.star_scale).to(m.dtype)
         shift = block.w_down @ block.star_shift
         return fused_mlp(m, block.w_up.to(m.dtype), scaled_down, "relu2") + shift.to(m.dtype)
+
+    # -- the same by fused_blocks.py
+
+    def _fused_visits(self, context, looped, fake_quant):
+        visits = self.visits[looped]
+        plan = fused_blocks.Plan(
+            visits, self.config, context.x0.shape[:2], context.cos, context.sin, tuple(context.values), context.cu_seqlens,
+            context.max_seqlen or context.x0.shape[1],
+        )  # fmt: skip
+        packed, coefficients = self._packed(fake_quant), self._coefficients(visits)
+        weights = fused_blocks.Weights(**packed, q_gain=self.q_gain, **coefficients)
+        return fused_blocks.run(plan, weights, context.x0, list(context.values.values()))
+
+    def _packed(self, fake_quant):
+        """The matrices as the fused blocks multiply by them. Scales of a product's channels are folded into its matrix."""
+        config, layers = self.config, self.config.num_layers
+        qo, kv, up, down = (_matrix(w, fake_quant) for w in (self.qo, self.kv, self.mlp_up, self.mlp_down))
+        qkv = [qo[:layers], kv[:layers], kv[layers:]]
+        if config.attn_gate:
+            qkv.append(F.pad(self.attn_gate, (0, config.model_dim - config.gate_window)))
+        shift = None
+        if config.activation == "star_relu2":
+            # As in _mlp.
+            shift = self.mlp_scale * (down @ self.star_shift[..., None])[..., 0]
+            down = down * self.star_scale[:, None]
+        return {
+            "qkv": torch.cat(qkv, dim=1),
+            "o": self.attn_scale[..., None] * qo[layers:],
+            "up": up,
+            "down": self.mlp_scale[..., None] * down,
+            "shift": shift,
+        }
+
+    def _coefficients(self, visits):
+        """What enters and leaves the blocks of all visits, a row of channels for each summand (fused_blocks.Weights)."""
+
+        def of_blocks(stack):
+            rows = stack.unbind(0)
+            return torch.stack([rows[visit.block] for visit in visits])
+
+        # A merge before the block, keep * stream + take * skip, is part of the mix and of what lane 0 carries past it.
+        keep, take = torch.ones_like(self.skip_weights), self.skip_weights
+        if self.config.skip_gates:
+            keep = torch.sigmoid(self.skip_gates)
+            take = (1 - keep) * self.skip_weights
+        half = len(visits) // 2
+        before, after = self.skip_weights.new_ones(half, 1), self.skip_weights.new_ones(len(visits) - 2 * half, 1)
+        around = [rows.expand(-1, self.config.model_dim) for rows in (before, after)]
+        keep, take = (torch.cat([around[0], rows[:half], around[1]]) for rows in (keep, take))
+        stream, embedded = of_blocks(self.resid_mix).unbind(1)
+        found = {"mix": torch.stack([stream * keep, embedded, stream * take], dim=1), "lane0": None, "lane1": None}
+        if self.config.parallel_start:
+            resid = of_blocks(self.lane_resid)
+            post = of_blocks(self.lane_post)[..., None].expand(-1, -1, -1, self.config.model_dim)  # [visit, attention or MLP, lane, C]
+            carried = resid[:, 0, None]
+            found["lane0"] = torch.stack([carried * keep, post[:, 0, 0], post[:, 1, 0], carried * take], dim=1)
+            found["lane1"] = torch.stack([resid[:, 1, None].expand_as(keep), post[:, 0, 1], post[:, 1, 1]], dim=1)
+        return found
 
     # -- head
 

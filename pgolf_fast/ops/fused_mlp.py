@@ -28,6 +28,11 @@ library.define(
     "fused_mlp_bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation)"
     " -> (Tensor dx, Tensor dw_up, Tensor dw_down)"
 )
+# The weight gradients are added to dw_up and dw_down, in the accumulation dtype: float32 for bf16.
+library.define(
+    "fused_mlp_bwd_add(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation,"
+    " Tensor(a!) dw_up, Tensor(b!) dw_down) -> Tensor dx"
+)
 
 
 def _forward_formula(x, w_up, w_down, activation):
@@ -41,8 +46,16 @@ def _backward_formula(dy, x, u, w_up, w_down, activation):
     return du @ w_up, du.T @ x, dy.T @ activation_ref(u, ACTIVATIONS[activation])
 
 
+def _backward_add_formula(dy, x, u, w_up, w_down, activation, dw_up, dw_down):
+    dx, *added = _backward_formula(dy, x, u, w_up, w_down, activation)
+    for total, part in zip((dw_up, dw_down), added):
+        total += part
+    return dx
+
+
 library.impl("fused_mlp_fwd", _forward_formula, "CPU")
 library.impl("fused_mlp_bwd", _backward_formula, "CPU")
+library.impl("fused_mlp_bwd_add", _backward_add_formula, "CPU")
 
 
 @torch.library.impl(library, "fused_mlp_fwd", "CUDA")
@@ -59,12 +72,20 @@ def _fwd_cuda(x, w_up, w_down, activation):
 def _bwd_cuda(dy, x, u, w_up, w_down, activation):
     if not _library.uses_kernel("fused_mlp_bwd", x.device):
         return _backward_formula(dy, x, u, w_up, w_down, activation)
-    du, dx = torch.empty_like(u), x.new_empty(x.shape)
-    # The kernel adds to them, in an order that varies.
     dw_up, dw_down = (torch.zeros_like(w, dtype=torch.float32) for w in (w_up, w_down))
-    tensors = [t.contiguous() for t in (dy, x, u, w_up, w_down)]
-    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(*tensors, activation, du, dx, dw_up, dw_down)
+    dx = _bwd_add_cuda(dy, x, u, w_up, w_down, activation, dw_up, dw_down)
     return dx, dw_up.to(w_up.dtype), dw_down.to(w_down.dtype)
+
+
+@torch.library.impl(library, "fused_mlp_bwd_add", "CUDA")
+def _bwd_add_cuda(dy, x, u, w_up, w_down, activation, dw_up, dw_down):
+    if not _library.uses_kernel("fused_mlp_bwd", x.device):
+        return _backward_add_formula(dy, x, u, w_up, w_down, activation, dw_up, dw_down)
+    du, dx = torch.empty_like(u), x.new_empty(x.shape)
+    tensors = [t.contiguous() for t in (dy, x, u, w_up, w_down)]
+    # The kernel adds to the weight gradients in an order that varies.
+    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(*tensors, activation, du, dx, dw_up, dw_down)
+    return dx
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_fwd")
@@ -75,6 +96,11 @@ def _fwd_fake(x, w_up, w_down, activation):
 @torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_bwd")
 def _bwd_fake(dy, x, u, w_up, w_down, activation):
     return x.new_empty(x.shape), w_up.new_empty(w_up.shape), w_down.new_empty(w_down.shape)
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_bwd_add")
+def _bwd_add_fake(dy, x, u, w_up, w_down, activation, dw_up, dw_down):
+    return x.new_empty(x.shape)
 
 
 def _save(ctx, inputs, output):
