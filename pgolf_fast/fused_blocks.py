@@ -75,16 +75,16 @@ class _Blocks(torch.autograd.Function):
         forward = _Forward(plan, weights, x0, values, tape)
         out = forward.run()
         ctx.plan, ctx.tape, ctx.operands = plan, tape, forward.operands
-        ctx.save_for_backward(x0, *weights)
+        ctx.save_for_backward(*weights)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        x0, *weights = ctx.saved_tensors
+        weights = ctx.saved_tensors
         if ctx.tape is None:
             raise RuntimeError("the blocks' activations were freed by the first backward; run the forward again")
         tape, ctx.tape = ctx.tape, None
-        backward = _Backward(ctx.plan, Weights(*weights), ctx.operands, x0, tape)
+        backward = _Backward(ctx.plan, Weights(*weights), ctx.operands, tape)
         dx0 = backward.run(dout)
         return None, dx0, *backward.gradients, *(backward.dvalues.get(block) for block in ctx.plan.value_blocks)
 
@@ -109,28 +109,12 @@ class Attended(NamedTuple):
     own: torch.Tensor
 
 
-class Sequential(NamedTuple):
-    """What the backward of a visit needs; `skip` and `streams` as they came in."""
-
-    stream: torch.Tensor
-    skip: torch.Tensor | None
+class Mixed(NamedTuple):
+    tensors: tuple[torch.Tensor, ...]
+    rows: tuple[int, ...]  # of coefficients, one for each tensor
     mixed: torch.Tensor
-    attended: Attended
-    x1: torch.Tensor
-    n1: torch.Tensor
-    u: torch.Tensor
-
-
-class TwoLanes(NamedTuple):
-    lane0: torch.Tensor
-    lane1: torch.Tensor
-    skip: torch.Tensor | None
-    mixed: torch.Tensor
-    attended: Attended
-    attention: torch.Tensor
-    n1: torch.Tensor
-    u: torch.Tensor
-    mlp: torch.Tensor
+    normed: torch.Tensor | None
+    rstd: torch.Tensor | None
 
 
 def _heads(packed, config, tokens):
@@ -157,40 +141,40 @@ class _Forward:
             self.tape.append(entry)
 
     def run(self):
-        stream, lane1, kept = self.x0, None, []
+        stream, lane1, kept = (self.x0,), None, []  # each stream as the tensors that sum to it
         for i, visit in enumerate(self.plan.visits):
-            skip = kept.pop() if visit.skip is not None else None
+            skip = kept.pop() if visit.skip is not None else ()
             if visit.two_lanes:
                 stream, lane1 = self.two_lanes(i, visit.block, stream, stream if lane1 is None else lane1, skip)
             else:
                 stream = self.sequential(i, visit.block, stream, skip)
             if visit.first_half:
                 kept.append(stream)
-        return stream if lane1 is None else 0.5 * (stream + lane1)
-
-    def mix(self, i, block, stream, skip):
-        """The block's input and its norm."""
-        tensors, coefficients = _present((stream, self.x0, skip), self.weights.mix[i])
-        return mix_norm(tensors, coefficients, self.plan.norm_scale(block))
+        out, *_ = mix_norm_fwd((*stream, *(lane1 or ())), None, (0,) * 5, None)
+        return out if lane1 is None else 0.5 * out
 
     def sequential(self, i, block, stream, skip):
-        mixed, n = self.mix(i, block, stream, skip)
-        attended = self.attend(block, n)
-        x1 = project(attended.y, self.operands.o[block], residual=mixed)
-        _, n1 = mix_norm((x1,), None, self.plan.norm_scale(block))
-        mlp, u = self.mlp(block, n1)
-        self.keep(Sequential(stream, skip, mixed, attended, x1, n1, u))
-        return x1 + mlp
+        scale = self.plan.norm_scale(block)
+        entered = _mix(self.weights.mix[i], (stream, (self.x0,), skip), scale)
+        attended = self.attend(block, entered.normed)
+        x1 = project(attended.y, self.operands.o[block], residual=entered.mixed)
+        between = _mix(None, ((x1,),), scale)
+        mlp, u = self.mlp(block, between.normed)
+        self.keep((entered, attended, between, u))
+        return x1, mlp
 
     def two_lanes(self, i, block, lane0, lane1, skip):
         """Attention reads lane 0, the MLP lane 1; both write both."""
-        mixed, n = self.mix(i, block, lane0, skip)
-        attended = self.attend(block, n)
+        scale = self.plan.norm_scale(block)
+        entered = _mix(self.weights.mix[i], (lane0, (self.x0,), skip), scale)
+        attended = self.attend(block, entered.normed)
         attention = project(attended.y, self.operands.o[block])
-        _, n1 = mix_norm((lane1,), None, self.plan.norm_scale(block))
-        mlp, u = self.mlp(block, n1)
-        self.keep(TwoLanes(lane0, lane1, skip, mixed, attended, attention, n1, u, mlp))
-        return mix(*_present((lane0, attention, mlp, skip), self.weights.lane0[i])), mix((lane1, attention, mlp), self.weights.lane1[i])
+        between = _mix(None, (lane1,), scale)
+        mlp, u = self.mlp(block, between.normed)
+        left0 = _mix(self.weights.lane0[i], (lane0, (attention,), (mlp,), skip))
+        left1 = _mix(self.weights.lane1[i], ((between.mixed,), (attention,), (mlp,)))
+        self.keep((entered, attended, between, u, left0, left1))
+        return (left0.mixed,), (left1.mixed,)
 
     def attend(self, block, n):
         config, plan = self.config, self.plan
@@ -205,72 +189,76 @@ class _Forward:
         y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, _is_xsa(config, block), config.head_dim**-0.5)
         return Attended(n, qkv, q, k, gate, y.flatten(0, 1).flatten(1), lse, own)
 
-    def mlp(self, block, n1):
-        y, u = ops.fused_mlp_fwd(n1, self.operands.up[block], self.operands.down[block], _activation(self.config))
+    def mlp(self, block, n):
+        y, u = ops.fused_mlp_fwd(n, self.operands.up[block], self.operands.down[block], _activation(self.config))
         if self.weights.shift is not None:
             y += self.weights.shift[block].to(y.dtype)
         return y, u
 
 
 class _Backward:
-    def __init__(self, plan, weights, operands, x0, tape):
-        self.plan, self.config, self.weights, self.operands, self.x0, self.tape = plan, plan.config, weights, operands, x0, tape
+    """Gradients of streams are one tensor each: the terms of a stream share it."""
+
+    def __init__(self, plan, weights, operands, tape):
+        self.plan, self.config, self.weights, self.operands, self.tape = plan, plan.config, weights, operands, tape
         self.gradients = Weights(*(None if w is None else torch.zeros_like(w) for w in weights))
-        self.dx0 = torch.zeros_like(x0)
+        self.dx0 = None
         self.dvalues = {}
 
     def run(self, dout):
-        kept = []  # gradients of kept streams, as their skips report them: the last kept reports first
-        dlane1 = None
-        if self.plan.visits[-1].two_lanes:
-            dout = dlane1 = 0.5 * dout
-        dstream = dout
-        dkept = []
-        for i, visit in reversed(list(enumerate(self.plan.visits))):
-            entry = self.tape.pop()
-            if visit.first_half:
-                dstream = dstream + dkept.pop()
+        """The gradient of x0."""
+        visits = self.plan.visits
+        dstream, dlane1, dkept = dout, None, []  # dkept: of streams kept for a skip, the first kept at the bottom
+        if visits[-1].two_lanes:
+            dstream = dlane1 = 0.5 * dout
+        for i, visit in reversed(list(enumerate(visits))):
+            was_kept = i > 0 and visits[i - 1].first_half
+            from_skip = dkept.pop() if was_kept and visit.skip is None else None
             if visit.two_lanes:
-                dstream, dlane1, dskip = self.two_lanes(i, visit.block, dstream, dlane1, entry)
+                dstream, dlane1, dskip = self.two_lanes(i, visit.block, dstream, dlane1)
             else:
-                if dlane1 is not None:
-                    dstream, dlane1 = dstream + dlane1, None
-                dstream, dskip = self.sequential(i, visit.block, dstream, entry)
+                dstream, dskip = self.sequential(i, visit.block, dstream, from_skip)
             if visit.skip is not None:
                 dkept.append(dskip)
-        return self.dx0 + dstream if dlane1 is None else self.dx0 + dstream + dlane1
+                from_skip = dkept.pop() if was_kept else None  # the skip of the visit just before
+                dstream = dstream if from_skip is None else dstream + from_skip
+            if visit.two_lanes and not visits[i - 1].two_lanes:
+                dstream, dlane1 = dstream + dlane1, None
+        return self.dx0 + dstream
 
-    def sequential(self, i, block, dx2, saved):
-        dn1 = self.mlp(block, dx2, saved.n1, saved.u)
-        dx1 = norm_backward(dx2, dn1, saved.x1, self.plan.norm_scale(block))
-        dn = self.attend(block, dx1, saved.attended)
-        return self.unmix(i, block, dx1, dn, saved, saved.stream)
+    def sequential(self, i, block, dx2, from_skip):
+        entered, attended, between, u = self.tape.pop()
+        dn = self.mlp(block, dx2, between.normed, u)
+        (dx1,) = self.unnorm(block, between, dx2, dn)
+        dn = self.attend(block, dx1, attended)
+        return self.unmix_entered(i, block, entered, dx1, dn, from_skip, None)
 
-    def two_lanes(self, i, block, dlane0, dlane1, saved):
-        gradients, weights = self.gradients, self.weights
-        dlane0, dattention, dmlp, dskip = self.unmix_lane(
-            dlane0, (saved.lane0, saved.attention, saved.mlp, saved.skip), weights.lane0[i], gradients.lane0[i]
-        )
-        dlane1, more_dattention, more_dmlp = self.unmix_lane(dlane1, (saved.lane1, saved.attention, saved.mlp), weights.lane1[i], gradients.lane1[i])
-        dn1 = self.mlp(block, dmlp + more_dmlp, saved.n1, saved.u)
-        dlane1 = norm_backward(dlane1, dn1, saved.lane1, self.plan.norm_scale(block))
-        dn = self.attend(block, dattention + more_dattention, saved.attended)
-        more_dlane0, more_dskip = self.unmix(i, block, None, dn, saved, saved.lane0)
-        return dlane0 + more_dlane0, dlane1, None if dskip is None else dskip + more_dskip
+    def two_lanes(self, i, block, dlane0, dlane1):
+        entered, attended, between, u, left0, left1 = self.tape.pop()
+        dlane0, dattention, dmlp, *dskip = self.unmix(i, "lane0", left0, dlane0)
+        dlane1, dattention, dmlp = self.unmix(i, "lane1", left1, dlane1, accumulate=[None, dattention, dmlp])
+        dn = self.mlp(block, dmlp, between.normed, u)
+        (dlane1,) = self.unnorm(block, between, dlane1, dn)
+        dn = self.attend(block, dattention, attended)
+        dlane0, dskip = self.unmix_entered(i, block, entered, None, dn, dlane0, *(dskip or [None]))
+        return dlane0, dlane1, dskip
 
-    def unmix_lane(self, dmixed, tensors, coefficients, dcoefficients):
-        present, rows = _present(tensors, coefficients)
-        _, drows = _present(tensors, dcoefficients)
-        gradients = iter(mix_backward(dmixed, present, rows, drows))
-        return [None if t is None else next(gradients) for t in tensors]
+    def unmix_entered(self, i, block, entered, dmixed, dn, dstream, dskip):
+        """Gradients of the stream and of the skip, added to what they have already; that of x0 is added up over the visits."""
+        accumulate = [dstream, self.dx0] + [dskip] * (len(set(entered.rows)) - 2)
+        dstream, self.dx0, *dskip = self.unmix(i, "mix", entered, dmixed, dn, self.plan.norm_scale(block), accumulate)
+        return dstream, dskip[0] if dskip else None
 
-    def unmix(self, i, block, dmixed, dn, saved, stream):
-        """Gradients of the stream and of the skip that the block's input was mixed of; that of x0 is added up."""
-        dmixed = norm_backward(dmixed, dn, saved.mixed, self.plan.norm_scale(block))
-        tensors = (stream, self.x0, saved.skip)
-        dstream, dx0, dskip = self.unmix_lane(dmixed, tensors, self.weights.mix[i], self.gradients.mix[i])
-        self.dx0 += dx0
-        return dstream, dskip
+    def unmix(self, i, name, mix, dmixed, dn=None, scale=None, accumulate=None):
+        """Gradients of what was mixed, one for each coefficient row, and of the coefficients."""
+        num_rows = mix.rows[-1] + 1
+        coefficients = getattr(self.weights, name)[i, :num_rows]
+        gradients, dcoefficients = mix_norm_bwd(dmixed, dn, None, mix.rstd, mix.tensors, coefficients, mix.rows, scale, accumulate or [None] * num_rows)
+        getattr(self.gradients, name)[i, :num_rows] = dcoefficients
+        return gradients
+
+    def unnorm(self, block, mix, dmixed, dn):
+        return mix_norm_bwd(dmixed, dn, mix.mixed, mix.rstd, (), None, (), self.plan.norm_scale(block), [None])[0]
 
     def attend(self, block, dx1, saved):
         config, plan = self.config, self.plan
@@ -309,10 +297,12 @@ def _activation(config):
     return ACTIVATIONS.index("leaky_relu2" if config.activation == "leaky_relu2" else "relu2")
 
 
-def _present(tensors, rows):
-    """The tensors that are not None, and their rows of coefficients."""
-    chosen = [j for j, t in enumerate(tensors) if t is not None]
-    return [tensors[j] for j in chosen], [rows[j] for j in chosen]
+def _mix(coefficients, summands, norm_scale=None):
+    """Sum of `summands`, tuples of tensors each with a row of coefficients (none, or 1), and its norm if a scale is given."""
+    tensors = tuple(t for terms in summands for t in terms)
+    rows = tuple(row if coefficients is not None else 0 for row, terms in enumerate(summands) for _ in terms)
+    used = None if coefficients is None else coefficients[: rows[-1] + 1]
+    return Mixed(tensors, rows, *mix_norm_fwd(tensors, used, rows, norm_scale))
 
 
 # --- to be replaced by kernels
@@ -322,31 +312,32 @@ def _wide(x):
     return x.to(accumulation_dtype(x.dtype))
 
 
-def mix(tensors, coefficients):
-    return sum(c * _wide(t) for c, t in zip(coefficients, tensors)).to(tensors[0].dtype)
-
-
-def mix_norm(tensors, coefficients, norm_scale):
-    mixed = tensors[0] if coefficients is None else mix(tensors, coefficients)
-    w = _wide(mixed)
-    return mixed, (w * norm_scale * torch.rsqrt(w.square().mean(-1, keepdim=True) + EPS)).to(mixed.dtype)
-
-
 EPS = 2.0**-23
 
 
-def norm_backward(dmixed, dn, mixed, norm_scale):
-    w, g = _wide(mixed), _wide(dn) * norm_scale
-    rstd = torch.rsqrt(w.square().mean(-1, keepdim=True) + EPS)
-    d = rstd * (g - w * rstd.square() * (g * w).mean(-1, keepdim=True))
-    return (d if dmixed is None else d + dmixed).to(dn.dtype)
+def mix_norm_fwd(tensors, coefficients, rows, norm_scale):
+    mixed = sum(_wide(t) if coefficients is None else coefficients[r] * _wide(t) for t, r in zip(tensors, rows)).to(tensors[0].dtype)
+    if norm_scale is None:
+        return mixed, None, None
+    rstd = torch.rsqrt(_wide(mixed).square().mean(-1) + EPS)
+    return mixed, (_wide(mixed) * norm_scale * rstd[:, None]).to(mixed.dtype), rstd
 
 
-def mix_backward(dmixed, tensors, coefficients, dcoefficients):
-    d = _wide(dmixed)
-    for t, dc in zip(tensors, dcoefficients):
-        dc += (d * t).sum(0)
-    return [(c * d).to(dmixed.dtype) for c in coefficients]
+def mix_norm_bwd(dmixed, dn, mixed, rstd, tensors, coefficients, rows, norm_scale, accumulate):
+    if mixed is None:
+        mixed, *_ = mix_norm_fwd(tensors, coefficients, rows, None)
+    d = 0 if dmixed is None else _wide(dmixed)
+    if dn is not None:
+        n, g = _wide(mixed) * rstd[:, None], _wide(dn)
+        d = d + norm_scale * rstd[:, None] * (g - n * (n * g).mean(-1, keepdim=True))
+    gradients = [d if coefficients is None else coefficients[r] * d for r in range(len(accumulate))]
+    gradients = [(g if a is None else g + a).to(mixed.dtype) for g, a in zip(gradients, accumulate)]
+    dcoefficients = None
+    if tensors:
+        dcoefficients = torch.zeros_like(coefficients)
+        for t, r in zip(tensors, rows):
+            dcoefficients[r] += (d * t).sum(0)
+    return gradients, dcoefficients
 
 
 def _norm_rotate(x, gain, cos, sin):
