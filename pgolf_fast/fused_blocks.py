@@ -11,8 +11,9 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from pgolf_fast.ops import _library
+from pgolf_fast.ops import _library, fused_mlp, mix_norm, xsa_attention  # noqa: F401  the ops that the node calls
 from pgolf_fast.ops._library import accumulation_dtype
 from pgolf_fast.ops.fused_mlp import ACTIVATIONS
 from pgolf_fast.ops.products import add_weight_gradient, project, project_backward
@@ -23,7 +24,8 @@ ops = torch.ops.pgolf_fast
 class Weights(NamedTuple):
     """In the accumulation dtype; every field is an input of the node and receives a gradient. Absent parts are None."""
 
-    qkv: torch.Tensor  # [layers, C + 2 kv_dim (+ heads), C]: queries, keys, values, logits of the attention gate
+    qkv: torch.Tensor  # [layers, C + 2 kv_dim, C]: queries, keys, values
+    gate: torch.Tensor | None  # [layers, heads, gate_window]
     o: torch.Tensor  # [layers, C, C], rows times attn_scale
     up: torch.Tensor  # [layers, hidden, C]
     down: torch.Tensor  # [layers, C, hidden], rows times mlp_scale, columns times star_scale
@@ -125,10 +127,6 @@ def _heads(packed, config, tokens):
     return [part.unflatten(-1, (-1, config.head_dim)) for part in parts]
 
 
-def _gate_columns(packed, config):
-    return packed[:, config.model_dim + 2 * config.kv_dim :]
-
-
 class _Forward:
     def __init__(self, plan, weights, x0, values, tape):
         self.plan, self.config, self.weights, self.x0, self.tape = plan, plan.config, weights, x0, tape
@@ -144,13 +142,15 @@ class _Forward:
         stream, lane1, kept = (self.x0,), None, []  # each stream as the tensors that sum to it
         for i, visit in enumerate(self.plan.visits):
             skip = kept.pop() if visit.skip is not None else ()
+            if visit.two_lanes and lane1 is None:
+                stream = lane1 = (_mix(None, (stream,)).mixed,)
             if visit.two_lanes:
-                stream, lane1 = self.two_lanes(i, visit.block, stream, stream if lane1 is None else lane1, skip)
+                stream, lane1 = self.two_lanes(i, visit.block, stream, lane1, skip)
             else:
                 stream = self.sequential(i, visit.block, stream, skip)
             if visit.first_half:
                 kept.append(stream)
-        out, *_ = mix_norm_fwd((*stream, *(lane1 or ())), None, (0,) * 5, None)
+        out = _mix(None, (stream, lane1 or ())).mixed
         return out if lane1 is None else 0.5 * out
 
     def sequential(self, i, block, stream, skip):
@@ -185,7 +185,8 @@ class _Forward:
         q, k = qk_norm_rope(qkv, self.weights.q_gain[block], plan)
         gate = None
         if config.attn_gate:
-            gate = torch.sigmoid(config.attn_gate_scale * _gate_columns(qkv, config)).view(*plan.tokens, -1)
+            logits = F.linear(n[:, : config.gate_window], self.weights.gate[block].to(n.dtype))
+            gate = torch.sigmoid(config.attn_gate_scale * logits).view(*plan.tokens, -1)
         y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, _is_xsa(config, block), config.head_dim**-0.5)
         return Attended(n, qkv, q, k, gate, y.flatten(0, 1).flatten(1), lse, own)
 
@@ -249,16 +250,17 @@ class _Backward:
         dstream, self.dx0, *dskip = self.unmix(i, "mix", entered, dmixed, dn, self.plan.norm_scale(block), accumulate)
         return dstream, dskip[0] if dskip else None
 
-    def unmix(self, i, name, mix, dmixed, dn=None, scale=None, accumulate=None):
+    def unmix(self, i, name, mix, dmixed, dn=None, scale=1.0, accumulate=None):
         """Gradients of what was mixed, one for each coefficient row, and of the coefficients."""
         num_rows = mix.rows[-1] + 1
         coefficients = getattr(self.weights, name)[i, :num_rows]
-        gradients, dcoefficients = mix_norm_bwd(dmixed, dn, None, mix.rstd, mix.tensors, coefficients, mix.rows, scale, accumulate or [None] * num_rows)
+        accumulate = accumulate or [None] * num_rows
+        gradients, dcoefficients = ops.mix_norm_bwd(dmixed, dn, None, mix.rstd, mix.tensors, coefficients, mix.rows, scale, accumulate)
         getattr(self.gradients, name)[i, :num_rows] = dcoefficients
         return gradients
 
     def unnorm(self, block, mix, dmixed, dn):
-        return mix_norm_bwd(dmixed, dn, mix.mixed, mix.rstd, (), None, (), self.plan.norm_scale(block), [None])[0]
+        return ops.mix_norm_bwd(dmixed, dn, mix.mixed, mix.rstd, [], None, [], self.plan.norm_scale(block), [None])[0]
 
     def attend(self, block, dx1, saved):
         config, plan = self.config, self.plan
@@ -271,14 +273,17 @@ class _Backward:
             dy, saved.q, saved.k, v, saved.gate, y, saved.lse, saved.own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
         )
         dqkv = qk_norm_rope_backward(dq, dk, dv, saved.qkv, self.weights.q_gain[block], self.gradients.q_gain[block], plan)
-        if config.attn_gate:
-            gate = saved.gate.flatten(0, 1)
-            _gate_columns(dqkv, config).copy_(config.attn_gate_scale * dgate.flatten(0, 1) * gate * (1 - gate))
         if block in plan.value_blocks:
             dvalue = dv.flatten(0, 1).flatten(1)
             self.dvalues[block] = self.dvalues[block] + dvalue if block in self.dvalues else dvalue
         add_weight_gradient(self.gradients.qkv[block], dqkv, saved.n)
-        return project_backward(dqkv, self.operands.qkv[block])
+        dn = project_backward(dqkv, self.operands.qkv[block])
+        if config.attn_gate:
+            gate, window = saved.gate.flatten(0, 1), config.gate_window
+            dlogits = config.attn_gate_scale * dgate.flatten(0, 1) * gate * (1 - gate)
+            self.gradients.gate[block] += dlogits.T @ saved.n[:, :window]
+            dn[:, :window] += dlogits @ self.weights.gate[block].to(dn.dtype)
+        return dn
 
     def mlp(self, block, dy, n1, u):
         if self.weights.shift is not None:
@@ -298,11 +303,12 @@ def _activation(config):
 
 
 def _mix(coefficients, summands, norm_scale=None):
-    """Sum of `summands`, tuples of tensors each with a row of coefficients (none, or 1), and its norm if a scale is given."""
-    tensors = tuple(t for terms in summands for t in terms)
-    rows = tuple(row if coefficients is not None else 0 for row, terms in enumerate(summands) for _ in terms)
+    """Sum of `summands`, tuples of tensors each with a row of coefficients (none: ones), and its norm if a scale is given."""
+    tensors = [t for terms in summands for t in terms]
+    rows = [0 if coefficients is None else row for row, terms in enumerate(summands) for _ in terms]
     used = None if coefficients is None else coefficients[: rows[-1] + 1]
-    return Mixed(tensors, rows, *mix_norm_fwd(tensors, used, rows, norm_scale))
+    mixed, normed, rstd = ops.mix_norm_fwd(tensors, used, rows, norm_scale)
+    return Mixed(tensors, rows, tensors[0] if mixed.numel() == 0 else mixed, normed, rstd)
 
 
 # --- to be replaced by kernels
@@ -313,31 +319,6 @@ def _wide(x):
 
 
 EPS = 2.0**-23
-
-
-def mix_norm_fwd(tensors, coefficients, rows, norm_scale):
-    mixed = sum(_wide(t) if coefficients is None else coefficients[r] * _wide(t) for t, r in zip(tensors, rows)).to(tensors[0].dtype)
-    if norm_scale is None:
-        return mixed, None, None
-    rstd = torch.rsqrt(_wide(mixed).square().mean(-1) + EPS)
-    return mixed, (_wide(mixed) * norm_scale * rstd[:, None]).to(mixed.dtype), rstd
-
-
-def mix_norm_bwd(dmixed, dn, mixed, rstd, tensors, coefficients, rows, norm_scale, accumulate):
-    if mixed is None:
-        mixed, *_ = mix_norm_fwd(tensors, coefficients, rows, None)
-    d = 0 if dmixed is None else _wide(dmixed)
-    if dn is not None:
-        n, g = _wide(mixed) * rstd[:, None], _wide(dn)
-        d = d + norm_scale * rstd[:, None] * (g - n * (n * g).mean(-1, keepdim=True))
-    gradients = [d if coefficients is None else coefficients[r] * d for r in range(len(accumulate))]
-    gradients = [(g if a is None else g + a).to(mixed.dtype) for g, a in zip(gradients, accumulate)]
-    dcoefficients = None
-    if tensors:
-        dcoefficients = torch.zeros_like(coefficients)
-        for t, r in zip(tensors, rows):
-            dcoefficients[r] += (d * t).sum(0)
-    return gradients, dcoefficients
 
 
 def _norm_rotate(x, gain, cos, sin):

@@ -525,16 +525,14 @@ class GPT(nn.Module):
         """The matrices as the fused blocks multiply by them. Scales of a product's channels are folded into its matrix."""
         config, layers = self.config, self.config.num_layers
         qo, kv, up, down = (_matrix(w, fake_quant) for w in (self.qo, self.kv, self.mlp_up, self.mlp_down))
-        qkv = [qo[:layers], kv[:layers], kv[layers:]]
-        if config.attn_gate:
-            qkv.append(F.pad(self.attn_gate, (0, config.model_dim - config.gate_window)))
         shift = None
         if config.activation == "star_relu2":
             # As in _mlp.
             shift = self.mlp_scale * (down @ self.star_shift[..., None])[..., 0]
             down = down * self.star_scale[:, None]
         return {
-            "qkv": torch.cat(qkv, dim=1),
+            "qkv": torch.cat([qo[:layers], kv[:layers], kv[layers:]], dim=1),
+            "gate": self.attn_gate if config.attn_gate else None,
             "o": self.attn_scale[..., None] * qo[layers:],
             "up": up,
             "down": self.mlp_scale[..., None] * down,

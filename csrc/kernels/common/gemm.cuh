@@ -21,10 +21,13 @@
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
 //     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value
+//     Arguments, finish()         if declared: what a thread does with all its accumulators of a tile before they are staged
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
 //                                 tiles is then cut into one equal share per cluster, so that a few tiles with a long K
 //                                 (a weight gradient) keep every multiprocessor busy; the order of the additions varies.
 #pragma once
+#include <type_traits>
+
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/wgmma.cuh"
 
@@ -67,6 +70,19 @@ struct Maps {
 struct Shape {
     int m, n, k;
 };
+
+// Op::Arguments, or nothing.
+struct NoArguments {};
+template <class Op, class = void>
+struct ArgumentsOf {
+    using Type = NoArguments;
+};
+template <class Op>
+struct ArgumentsOf<Op, std::void_t<typename Op::Arguments>> {
+    using Type = typename Op::Arguments;
+};
+template <class Op>
+using Arguments = typename ArgumentsOf<Op>::Type;
 
 // A tile of the cluster pair, and the k blocks of it to sum.
 struct Work {
@@ -228,6 +244,7 @@ struct Consumer {
 
     const Maps& maps;
     const Shape& shape;
+    const Arguments<Op>& arguments;
     uint8_t* stages;
     uint8_t* staging;  // this warpgroup's
     Barriers& bars;
@@ -238,8 +255,9 @@ struct Consumer {
     uint32_t aux_parity = 0;
 
     // `group` is broadcast, so that the compiler keeps descriptors in uniform registers.
-    __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging, Barriers& bars)
-        : maps(maps), shape(shape), stages(stages), bars(bars), group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
+    __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, const Arguments<Op>& arguments, uint8_t* stages, uint8_t* staging,
+                                        Barriers& bars)
+        : maps(maps), shape(shape), arguments(arguments), stages(stages), bars(bars), group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
           warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), lane_row(warp * 16 + (lane / 8 % 2) * 8 + lane % 8), lane_chunk(lane / 16) {
         this->staging = staging + group * L::kPassBlocks * kStagingBlockBytes;
     }
@@ -311,6 +329,11 @@ struct Consumer {
             ptx::named_sync(1 + group, 128);
         }
     }
+    // All accumulators of a tile are final.
+    __device__ __forceinline__ void finish(float (&acc)[kAccumulators], const Work& work) {
+        if constexpr (!std::is_same_v<Arguments<Op>, NoArguments>)
+            Op::finish(arguments, acc, work.m0 + group * 64 + warp * 16 + lane / 4, work.n0, shape.m);
+    }
     // Result of 16 columns, into the staging area.
     __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i) {
         const uint32_t address = ptx::smem_u32(staging) + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
@@ -349,6 +372,7 @@ struct Consumer {
             if constexpr (L::kStaged) {
 #pragma unroll
                 for (int pass = 0; pass < L::kPasses; ++pass) {
+                    if (pass == 0) finish(acc, work);
                     offer_staging();
                     await_staging();
 #pragma unroll
@@ -377,6 +401,7 @@ struct Consumer {
         offer_staging();
 #pragma unroll
         for (int i = 1; i < kTaken; ++i) multiply(acc, unused, true);
+        finish(finished, before);
         await_staging();
 #pragma unroll
         for (int i = kTaken; i < kStored; ++i) {
@@ -392,6 +417,7 @@ struct Consumer {
         wgmma::pin(acc);
         release();
         offer_staging();
+        finish(acc, work);
         await_staging();
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) stage_chunk(acc, 0, i);
@@ -424,7 +450,7 @@ struct Consumer {
 
 template <class Op>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ Maps maps, const Shape shape) {
+    gemm_kernel(const __grid_constant__ Maps maps, const Shape shape, const __grid_constant__ Arguments<Op> arguments) {
     extern __shared__ uint8_t raw[];
     // NOTE: 1024-aligned in the shared window, which is the same in both CTAs of the cluster.
     uint8_t* stages = raw + (1024 - ptx::smem_u32(raw) % 1024) % 1024;
@@ -445,7 +471,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
         if (threadIdx.x / 32 == kConsumers * 4 && ptx::elect_one()) produce<Op>(maps, shape, stages, staging, bars);
     } else {
         ptx::registers_increase<Layout<Op>::kConsumerRegisters>();
-        Consumer<Op>(maps, shape, stages, staging, bars).run();
+        Consumer<Op>(maps, shape, arguments, stages, staging, bars).run();
     }
     // A CTA stays while its neighbour may still write into it or signal it.
     ptx::cluster_sync();
@@ -458,7 +484,8 @@ inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int6
 
 // A, B as their majors say; C [m, n] bf16, or float32 [m, n] or [n, m] that is added to; aux [m, n]; all with contiguous rows.
 template <class Op>
-cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream) {
+cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream,
+                   const Arguments<Op>& arguments = {}) {
     if (shape.m == 0 || shape.k == 0) return cudaSuccess;
     constexpr int kSharedBytes = Layout<Op>::kSharedBytes;
     Maps maps{};
@@ -480,7 +507,7 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
         const int64_t pairs = int64_t((shape.m + kCluster * kBlockM - 1) / (kCluster * kBlockM)) * ((shape.n + Op::kBlockN - 1) / Op::kBlockN);
         clusters = int(pairs < clusters ? pairs : clusters);
     }
-    gemm_kernel<Op><<<kCluster * clusters, kThreads, kSharedBytes, stream>>>(maps, shape);
+    gemm_kernel<Op><<<kCluster * clusters, kThreads, kSharedBytes, stream>>>(maps, shape, arguments);
     return cudaGetLastError();
 }
 
