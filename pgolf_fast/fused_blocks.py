@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from pgolf_fast.ops import _library, fused_mlp, mix_norm, xsa_attention  # noqa: F401  the ops that the node calls
-from pgolf_fast.ops._library import accumulation_dtype
+from pgolf_fast.ops import _library
 from pgolf_fast.ops.fused_mlp import ACTIVATIONS
+from pgolf_fast.ops.mix_norm import KERNEL_WIDTH as MIX_WIDTH
 from pgolf_fast.ops.products import add_weight_gradient, project, project_backward
+from pgolf_fast.ops.qkv import kernel_fits as qkv_kernel_fits
 
 ops = torch.ops.pgolf_fast
 
@@ -42,7 +43,7 @@ class Plan(NamedTuple):
     visits: tuple
     config: object  # ModelConfig
     tokens: torch.Size  # (B, T)
-    cos: torch.Tensor
+    cos: torch.Tensor  # [T, half]
     sin: torch.Tensor
     value_blocks: tuple[int, ...]  # the blocks whose values receive an embedding
     cu_seqlens: torch.Tensor | None
@@ -54,8 +55,8 @@ class Plan(NamedTuple):
 
 def serve(config, x) -> bool:
     """Whether the kernels take this stream: chosen by device, dtype and widths, never by a failure."""
-    widths = (config.model_dim, config.kv_dim, config.hidden_dim)
-    fits = x.is_cuda and x.dtype == torch.bfloat16 and config.head_dim == 64 and all(w % 64 == 0 for w in widths) and x.numel() > 0
+    fits = x.is_cuda and x.dtype == torch.bfloat16 and x.numel() > 0 and config.hidden_dim % 8 == 0
+    fits = fits and config.model_dim == MIX_WIDTH and qkv_kernel_fits(config.head_dim, config.rope_dims)
     return fits and _library.uses_kernel("product_forward", x.device)
 
 
@@ -103,8 +104,7 @@ class Operands(NamedTuple):
 class Attended(NamedTuple):
     n: torch.Tensor
     qkv: torch.Tensor
-    q: torch.Tensor
-    k: torch.Tensor
+    rstd: torch.Tensor
     gate: torch.Tensor | None
     y: torch.Tensor
     lse: torch.Tensor
@@ -178,17 +178,16 @@ class _Forward:
 
     def attend(self, block, n):
         config, plan = self.config, self.plan
-        qkv = project(n, self.operands.qkv[block])
-        _, _, v = _heads(qkv, config, plan.tokens)
+        qkv, rstd = ops.qkv_forward(n, self.operands.qkv[block], self.weights.q_gain[block], plan.cos, plan.sin, config.num_kv_heads)
+        q, k, v = _heads(qkv, config, plan.tokens)
         if block in self.values:
             v += self.values[block].view(v.shape)
-        q, k = qk_norm_rope(qkv, self.weights.q_gain[block], plan)
         gate = None
         if config.attn_gate:
             logits = F.linear(n[:, : config.gate_window], self.weights.gate[block].to(n.dtype))
             gate = torch.sigmoid(config.attn_gate_scale * logits).view(*plan.tokens, -1)
         y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, _is_xsa(config, block), config.head_dim**-0.5)
-        return Attended(n, qkv, q, k, gate, y.flatten(0, 1).flatten(1), lse, own)
+        return Attended(n, qkv, rstd, gate, y.flatten(0, 1).flatten(1), lse, own)
 
     def mlp(self, block, n):
         y, u = ops.fused_mlp_fwd(n, self.operands.up[block], self.operands.down[block], _activation(self.config))
@@ -265,17 +264,17 @@ class _Backward:
     def attend(self, block, dx1, saved):
         config, plan = self.config, self.plan
         add_weight_gradient(self.gradients.o[block], dx1, saved.y)
-        dy = project_backward(dx1, self.operands.o[block]).view(saved.q.shape)
-        _, _, v = _heads(saved.qkv, config, plan.tokens)
-        y = saved.y.view(saved.q.shape)
+        q, k, v = _heads(saved.qkv, config, plan.tokens)
+        dy, y = (rows.view(q.shape) for rows in (project_backward(dx1, self.operands.o[block]), saved.y))
         xsa, scale = _is_xsa(config, block), config.head_dim**-0.5
-        dq, dk, dv, dgate = ops.xsa_attention_bwd(
-            dy, saved.q, saved.k, v, saved.gate, y, saved.lse, saved.own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
+        *dheads, dgate = ops.xsa_attention_bwd(
+            dy, q, k, v, saved.gate, y, saved.lse, saved.own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
         )
-        dqkv = qk_norm_rope_backward(dq, dk, dv, saved.qkv, self.weights.q_gain[block], self.gradients.q_gain[block], plan)
+        dq, dk, dv = (d.flatten(0, 1).flatten(1) for d in dheads)
+        gain, dgain = self.weights.q_gain[block], self.gradients.q_gain[block]
+        dqkv = ops.qkv_backward(dq, dk, dv, saved.qkv, saved.rstd, gain, plan.cos, plan.sin, dgain)
         if block in plan.value_blocks:
-            dvalue = dv.flatten(0, 1).flatten(1)
-            self.dvalues[block] = self.dvalues[block] + dvalue if block in self.dvalues else dvalue
+            self.dvalues[block] = self.dvalues[block] + dv if block in self.dvalues else dv
         add_weight_gradient(self.gradients.qkv[block], dqkv, saved.n)
         dn = project_backward(dqkv, self.operands.qkv[block])
         if config.attn_gate:
@@ -309,45 +308,3 @@ def _mix(coefficients, summands, norm_scale=None):
     used = None if coefficients is None else coefficients[: rows[-1] + 1]
     mixed, normed, rstd = ops.mix_norm_fwd(tensors, used, rows, norm_scale)
     return Mixed(tensors, rows, tensors[0] if mixed.numel() == 0 else mixed, normed, rstd)
-
-
-# --- to be replaced by kernels
-
-
-def _wide(x):
-    return x.to(accumulation_dtype(x.dtype))
-
-
-EPS = 2.0**-23
-
-
-def _norm_rotate(x, gain, cos, sin):
-    half = cos.shape[-1]
-    x = _wide(x)
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    x = torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
-    return x if gain is None else x * gain[:, None]
-
-
-def qk_norm_rope(qkv, gain, plan):
-    q, k, _ = _heads(qkv, plan.config, plan.tokens)
-    return _norm_rotate(q, gain, plan.cos, plan.sin).to(qkv.dtype), _norm_rotate(k, None, plan.cos, plan.sin).to(qkv.dtype)
-
-
-def qk_norm_rope_backward(dq, dk, dv, qkv, gain, dgain, plan):
-    dqkv = torch.empty_like(qkv)
-    dq_out, dk_out, dv_out = _heads(dqkv, plan.config, plan.tokens)
-    q, k, _ = _heads(qkv, plan.config, plan.tokens)
-    dv_out.copy_(dv)
-    half = plan.cos.shape[-1]
-    for x, d, out, g in ((q, dq, dq_out, gain), (k, dk, dk_out, None)):
-        x, d = _wide(x), _wide(d)
-        if g is not None:
-            dgain += (d * _norm_rotate(x, None, plan.cos, plan.sin)).sum((0, 1, 3))
-            d = d * g[:, None]
-        a, b, rest = d.split([half, half, d.shape[-1] - 2 * half], dim=-1)
-        d = torch.cat([a * plan.cos - b * plan.sin, a * plan.sin + b * plan.cos, rest], dim=-1)
-        rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-        out.copy_(rstd * (d - x * rstd.square() * (d * x).mean(-1, keepdim=True)))
-    return dqkv

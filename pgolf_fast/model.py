@@ -514,7 +514,7 @@ class GPT(nn.Module):
     def _fused_visits(self, context, looped, fake_quant):
         visits = self.visits[looped]
         plan = fused_blocks.Plan(
-            visits, self.config, context.x0.shape[:2], context.cos, context.sin, tuple(context.values), context.cu_seqlens,
+            visits, self.config, context.x0.shape[:2], context.cos.squeeze(1), context.sin.squeeze(1), tuple(context.values), context.cu_seqlens,
             context.max_seqlen or context.x0.shape[1],
         )  # fmt: skip
         packed, coefficients = self._packed(fake_quant), self._coefficients(visits)
