@@ -267,12 +267,12 @@ class _Backward:
         q, k, v = _heads(saved.qkv, config, plan.tokens)
         dy, y = (rows.view(q.shape) for rows in (project_backward(dx1, self.operands.o[block]), saved.y))
         xsa, scale = _is_xsa(config, block), config.head_dim**-0.5
-        *dheads, dgate = ops.xsa_attention_bwd(
+        dqkv, dgate = ops.xsa_attention_bwd_packed(
             dy, q, k, v, saved.gate, y, saved.lse, saved.own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
         )
-        dq, dk, dv = (d.flatten(0, 1).flatten(1) for d in dheads)
-        gain, dgain = self.weights.q_gain[block], self.gradients.q_gain[block]
-        dqkv = ops.qkv_backward(dq, dk, dv, saved.qkv, saved.rstd, gain, plan.cos, plan.sin, dgain)
+        dqkv = dqkv.view_as(saved.qkv)
+        dv = dqkv[:, -config.kv_dim :]
+        ops.qkv_backward(dqkv, saved.qkv, saved.rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.gradients.q_gain[block])
         if block in plan.value_blocks:
             self.dvalues[block] = self.dvalues[block] + dv if block in self.dvalues else dv
         add_weight_gradient(self.gradients.qkv[block], dqkv, saved.n)

@@ -42,16 +42,13 @@ void forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int64
     check_launch(qkv_forward(p, here.stream), "qkv_forward");
 }
 
-void backward(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor dqkv, Tensor dgain) {
+void backward(Tensor dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor dgain) {
     QkvBackwardParams p{};
-    const int64_t kv_heads = dk.size(1) / kQkvHeadDim;
-    fill(p, qkv, gain, cos, sin, rstd, kv_heads);
-    p.dq = matrix(dq, "dq", p.m, p.q_heads * kQkvHeadDim);
-    p.dk = matrix(dk, "dk", p.m, kv_heads * kQkvHeadDim);
-    p.dv = matrix(dv, "dv", p.m, kv_heads * kQkvHeadDim);
+    fill(p, qkv, gain, cos, sin, rstd, rstd.size(1) - gain.size(0));
+    STD_TORCH_CHECK(rstd.size(1) <= 32, "rstd: the kernel takes at most 32 heads, got ", rstd.size(1));
     p.dqkv = matrix(dqkv, "dqkv", p.m, qkv.size(1));
     p.dgain = floats(dgain, "dgain", {p.q_heads});
-    OnDeviceOf here(dq);
+    OnDeviceOf here(qkv);
     check_launch(qkv_backward(p, here.stream), "qkv_backward");
 }
 
@@ -61,8 +58,7 @@ void backward(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor rstd, Tensor g
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def("qkv_forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int kv_heads, Tensor(a!) qkv, Tensor(b!) rstd) -> ()");
     m.def(
-        "qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(a!) dqkv,"
-        " Tensor(b!) dgain) -> ()");
+        "qkv_backward(Tensor(a!) dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(b!) dgain) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("qkv_forward", TORCH_BOX(&pgolf::forward));

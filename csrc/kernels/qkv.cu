@@ -71,7 +71,7 @@ struct Qkv {
 // ---- backward: a warp per row, eight dimensions a lane, eight lanes a head, so four heads at a time.
 
 constexpr int kWarps = 8;
-constexpr int kMaxGroups = 8;  // of four query heads
+constexpr int kMaxGroups = 8;  // of four heads
 
 __device__ __forceinline__ void unpack8(float (&x)[8], const uint4& packed) {
 #pragma unroll
@@ -81,60 +81,65 @@ __device__ __forceinline__ void unpack8(float (&x)[8], const uint4& packed) {
     }
 }
 
+// kGroups: of four heads, the last perhaps not full.
+template <int kGroups>
 __global__ void __launch_bounds__(32 * kWarps) qkv_backward_kernel(const QkvBackwardParams p) {
-    extern __shared__ float s_dgain[];  // [q_heads]
-    for (int i = threadIdx.x; i < p.q_heads; i += 32 * kWarps) s_dgain[i] = 0.f;
+    __shared__ float s_dgain[4 * kMaxGroups];
+    if (threadIdx.x < 4 * kMaxGroups) s_dgain[threadIdx.x] = 0.f;
     __syncthreads();
     const int lane = threadIdx.x % 32, part = lane % 8;
     const int heads = p.q_heads + 2 * p.kv_heads, normed_heads = p.q_heads + p.kv_heads;
-    float dgain[kMaxGroups] = {};
+    float gain[kGroups], over_gain[kGroups], dgain[kGroups] = {};
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+        const int head = 4 * group + lane / 8;
+        gain[group] = head < p.q_heads ? p.gain[head] : 1.f;
+        over_gain[group] = gain[group] != 0.f ? 1.f / gain[group] : 0.f;
+    }
     for (int row = blockIdx.x * kWarps + threadIdx.x / 32; row < p.m; row += gridDim.x * kWarps) {
+        const int64_t at = int64_t(row) * heads * kQkvHeadDim + 8 * lane;
+        uint4 d8[kGroups] = {}, x8[kGroups] = {};
+        float rstd[kGroups] = {};
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            const int head = 4 * group + lane / 8;
+            if (head >= normed_heads) continue;
+            d8[group] = *reinterpret_cast<const uint4*>(p.dqkv + at + 256 * group);
+            x8[group] = __ldg(reinterpret_cast<const uint4*>(p.qkv + at + 256 * group));
+            rstd[group] = __ldg(p.rstd + int64_t(row) * normed_heads + head);
+        }
         float cos[8], sin[8];
         const int position = row % p.positions;
         unpack8(cos, __ldg(reinterpret_cast<const uint4*>(p.cos + position * kHalf)));
         unpack8(sin, __ldg(reinterpret_cast<const uint4*>(p.sin + position * kHalf)));
 #pragma unroll
-        for (int group = 0; group < kMaxGroups; ++group) {
-            const int head = 4 * group + lane / 8;
-            if (4 * group >= heads) break;
-            const bool is_here = head < heads, is_q = head < p.q_heads, is_normed = head < normed_heads;
-            const int64_t at = (int64_t(row) * heads + head) * kQkvHeadDim + 8 * part;
-            uint4 d8 = {}, x8 = {};
-            if (is_here) {
-                const __nv_bfloat16* from = is_q ? p.dq + (int64_t(row) * p.q_heads + head) * kQkvHeadDim
-                                            : is_normed ? p.dk + (int64_t(row) * p.kv_heads + head - p.q_heads) * kQkvHeadDim
-                                                        : p.dv + (int64_t(row) * p.kv_heads + head - normed_heads) * kQkvHeadDim;
-                d8 = __ldg(reinterpret_cast<const uint4*>(from + 8 * part));
-            }
-            if (is_normed) x8 = __ldg(reinterpret_cast<const uint4*>(p.qkv + at));
+        for (int group = 0; group < kGroups; ++group) {
             float d[8], x[8], dot = 0.f;
-            unpack8(d, d8);
-            unpack8(x, x8);
+            unpack8(d, d8[group]);
+            unpack8(x, x8[group]);
 #pragma unroll
             for (int j = 0; j < 8; ++j) dot = fmaf(d[j], x[j], dot);
 #pragma unroll
             for (int offset = 4; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-            const float gain = is_q ? __ldg(p.gain + head) : 1.f;
-            dot *= gain != 0.f ? 1.f / gain : 0.f;
-            if (is_q) dgain[group] += dot;
-            const float rstd = is_normed ? __ldg(p.rstd + int64_t(row) * normed_heads + head) : 1.f;
-            const float along = is_normed ? dot * (1.f / kQkvHeadDim) : 0.f;
+            dot *= over_gain[group];
+            dgain[group] += dot;
+            const float scale = rstd[group] * gain[group], along = -rstd[group] * dot * (1.f / kQkvHeadDim);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                d[j] = rstd * (gain * d[j] - along * x[j]);
+                d[j] = fmaf(scale, d[j], along * x[j]);
                 const float other = __shfl_xor_sync(0xffffffffu, d[j], 1);
-                if (is_normed && part < 2) d[j] = part == 0 ? d[j] * cos[j] - other * sin[j] : other * sin[j] + d[j] * cos[j];
+                if (part < 2) d[j] = fmaf(part == 0 ? -other : other, sin[j], d[j] * cos[j]);
             }
-            if (is_here)
-                *reinterpret_cast<uint4*>(p.dqkv + at) = {ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]), ptx::pack_bf16(d[4], d[5]),
-                                                          ptx::pack_bf16(d[6], d[7])};
+            if (4 * group + lane / 8 < normed_heads)
+                *reinterpret_cast<uint4*>(p.dqkv + at + 256 * group) = {ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]),
+                                                                        ptx::pack_bf16(d[4], d[5]), ptx::pack_bf16(d[6], d[7])};
         }
     }
 #pragma unroll
-    for (int group = 0; group < kMaxGroups; ++group)
-        if (part == 0 && 4 * group + lane / 8 < p.q_heads) atomicAdd(s_dgain + 4 * group + lane / 8, dgain[group]);
+    for (int group = 0; group < kGroups; ++group)
+        if (part == 0) atomicAdd(s_dgain + 4 * group + lane / 8, dgain[group]);
     __syncthreads();
-    for (int i = threadIdx.x; i < p.q_heads; i += 32 * kWarps) atomicAdd(p.dgain + i, s_dgain[i]);
+    if (threadIdx.x < p.q_heads) atomicAdd(p.dgain + threadIdx.x, s_dgain[threadIdx.x]);
 }
 
 }  // namespace
@@ -147,13 +152,17 @@ cudaError_t qkv_forward(const QkvForwardParams& p, cudaStream_t stream) {
 
 cudaError_t qkv_backward(const QkvBackwardParams& p, cudaStream_t stream) {
     if (p.m == 0) return cudaSuccess;
-    if (p.q_heads + 2 * p.kv_heads > 4 * kMaxGroups) return cudaErrorInvalidValue;
+    using Kernel = void (*)(QkvBackwardParams);
+    constexpr Kernel kernels[kMaxGroups] = {qkv_backward_kernel<1>, qkv_backward_kernel<2>, qkv_backward_kernel<3>, qkv_backward_kernel<4>,
+                                            qkv_backward_kernel<5>, qkv_backward_kernel<6>, qkv_backward_kernel<7>, qkv_backward_kernel<8>};
+    const int groups = (p.q_heads + p.kv_heads + 3) / 4;
+    if (groups > kMaxGroups) return cudaErrorInvalidValue;
     int device = 0, sms = 0;
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     if (status != cudaSuccess) return status;
-    const int ctas = min(8 * sms, (p.m + kWarps - 1) / kWarps);
-    qkv_backward_kernel<<<ctas, 32 * kWarps, p.q_heads * sizeof(float), stream>>>(p);
+    const int ctas = min(4 * sms, (p.m + kWarps - 1) / kWarps);
+    kernels[groups - 1]<<<ctas, 32 * kWarps, 0, stream>>>(p);
     return cudaGetLastError();
 }
 

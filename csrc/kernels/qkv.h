@@ -29,12 +29,11 @@ struct QkvForwardParams {
 };
 
 struct QkvBackwardParams {
-    const __nv_bfloat16 *dq, *dk, *dv;  // [m, heads 64]
-    const __nv_bfloat16* qkv;           // of the forward
+    __nv_bfloat16* dqkv;       // [m, W]: in, the gradients of q, k and v; out, of raw. Those of v stay
+    const __nv_bfloat16* qkv;  // of the forward
     const float *rstd, *gain;
     const __nv_bfloat16 *cos, *sin;
-    __nv_bfloat16* dqkv;                // [m, W]: the gradient of raw
-    float* dgain;                       // [q_heads], added to, in no fixed order
+    float* dgain;              // [q_heads], added to, in no fixed order
     int m, q_heads, kv_heads, positions;
 };
 

@@ -20,9 +20,9 @@ HEAD_DIM, ROTATED = 64, 16  # of the kernel
 # n [M, C], weight [(Hq + 2 Hk) D, C], gain [Hq] in the accumulation dtype, cos and sin [positions, half]; row r is at position r % positions.
 # qkv [M, (Hq + 2 Hk) D], rstd [M, Hq + Hk] in the accumulation dtype
 library.define("qkv_forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int kv_heads) -> (Tensor qkv, Tensor rstd)")
-# dq [M, Hq D], dk and dv [M, Hk D]; dgain is added to. Returns the gradient of raw.
+# dqkv holds the gradients of q, k and v, and afterwards that of raw; dgain is added to.
 library.define(
-    "qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(a!) dgain) -> Tensor dqkv"
+    "qkv_backward(Tensor(a!) dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(b!) dgain) -> ()"
 )
 
 
@@ -61,16 +61,15 @@ def _forward_formula(n, weight, gain, cos, sin, kv_heads):
     return torch.cat([qk, v], dim=1).flatten(1).to(n.dtype), rstd
 
 
-def _backward_formula(dq, dk, dv, qkv, rstd, gain, cos, sin, dgain):
+def _backward_formula(dqkv, qkv, rstd, gain, cos, sin, dgain):
     wide, normed = accumulation_dtype(qkv.dtype), rstd.shape[1]
     gains = _all_gains(gain, normed - gain.shape[0])
-    qk = qkv.to(wide).unflatten(-1, (2 * normed - gain.shape[0], -1))[:, :normed]
-    d = torch.cat([dq, dk], dim=1).to(wide).view(qk.shape)
+    d, qk = (t.to(wide).unflatten(-1, (2 * normed - gain.shape[0], -1))[:, :normed] for t in (dqkv, qkv))
     along = (d * qk).sum(-1, keepdim=True) * torch.where(gains != 0, 1 / gains, 0)
     dgain += along[:, : gain.shape[0], 0].sum(0)
     cos, sin = _tables(cos, sin, qkv.shape[0], wide)
     draw = rstd[..., None] * _rotated(gains * d - qk * along / qk.shape[-1], cos, -sin)
-    return torch.cat([draw.flatten(1).to(qkv.dtype), dv], dim=1)
+    dqkv[:, : normed * draw.shape[-1]] = draw.flatten(1)
 
 
 library.impl("qkv_forward", _forward_formula, "CPU")
@@ -96,12 +95,10 @@ def _forward_cuda(n, weight, gain, cos, sin, kv_heads):
 
 
 @torch.library.impl(library, "qkv_backward", "CUDA")
-def _backward_cuda(dq, dk, dv, qkv, rstd, gain, cos, sin, dgain):
+def _backward_cuda(dqkv, qkv, rstd, gain, cos, sin, dgain):
     if not _kernel_serves("qkv_backward", qkv.shape[1], 2 * rstd.shape[1] - gain.shape[0], cos):
-        return _backward_formula(dq, dk, dv, qkv, rstd, gain, cos, sin, dgain)
-    dqkv = torch.empty_like(qkv)
-    torch.ops.pgolf_fast_sm90.qkv_backward(dq, dk, dv, qkv, rstd, gain, cos, sin, dqkv, dgain)
-    return dqkv
+        return _backward_formula(dqkv, qkv, rstd, gain, cos, sin, dgain)
+    torch.ops.pgolf_fast_sm90.qkv_backward(dqkv, qkv, rstd, gain, cos, sin, dgain)
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::qkv_forward")
@@ -110,5 +107,5 @@ def _forward_fake(n, weight, gain, cos, sin, kv_heads):
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::qkv_backward")
-def _backward_fake(dq, dk, dv, qkv, rstd, gain, cos, sin, dgain):
-    return torch.empty_like(qkv)
+def _backward_fake(dqkv, qkv, rstd, gain, cos, sin, dgain):
+    pass
