@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pgolf_fast.ops import _library
 from pgolf_fast.ops.fused_mlp import ACTIVATIONS
 from pgolf_fast.ops.mix_norm import KERNEL_WIDTH as MIX_WIDTH
-from pgolf_fast.ops.products import add_weight_gradient, project, project_backward
+from pgolf_fast.ops.products import add_weight_gradient, project, project_backward, project_residual_rstd
 from pgolf_fast.ops.qkv import kernel_fits as qkv_kernel_fits
 
 ops = torch.ops.pgolf_fast
@@ -157,10 +157,9 @@ class _Forward:
         scale = self.plan.norm_scale(block)
         entered = _mix(self.weights.mix[i], (stream, (self.x0,), skip), scale)
         attended = self.attend(block, entered.normed)
-        x1 = project(attended.y, self.operands.o[block], residual=entered.mixed)
-        between = _mix(None, ((x1,),), scale)
-        mlp, u = self.mlp(block, between.normed)
-        self.keep((entered, attended, between, u))
+        x1, rstd1 = project_residual_rstd(attended.y, self.operands.o[block], entered.mixed)
+        mlp, u = self.mlp(block, x1, rstd1)
+        self.keep((entered, attended, x1, rstd1, u))
         return x1, mlp
 
     def two_lanes(self, i, block, lane0, lane1, skip):
@@ -169,11 +168,11 @@ class _Forward:
         entered = _mix(self.weights.mix[i], (lane0, (self.x0,), skip), scale)
         attended = self.attend(block, entered.normed)
         attention = project(attended.y, self.operands.o[block])
-        between = _mix(None, (lane1,), scale)
-        mlp, u = self.mlp(block, between.normed)
+        rstd1 = ops.row_rstd(*lane1)
+        mlp, u = self.mlp(block, *lane1, rstd1)
         left0 = _mix(self.weights.lane0[i], (lane0, (attention,), (mlp,), skip))
-        left1 = _mix(self.weights.lane1[i], ((between.mixed,), (attention,), (mlp,)))
-        self.keep((entered, attended, between, u, left0, left1))
+        left1 = _mix(self.weights.lane1[i], (lane1, (attention,), (mlp,)))
+        self.keep((entered, attended, *lane1, rstd1, u, left0, left1))
         return (left0.mixed,), (left1.mixed,)
 
     def attend(self, block, n):
@@ -189,8 +188,10 @@ class _Forward:
         y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, _is_xsa(config, block), config.head_dim**-0.5)
         return Attended(n, qkv, rstd, gate, y.flatten(0, 1).flatten(1), lse, own)
 
-    def mlp(self, block, n):
-        y, u = ops.fused_mlp_fwd(n, self.operands.up[block], self.operands.down[block], _activation(self.config))
+    def mlp(self, block, x, rstd):
+        """Of the norm of x, whose rows' factors the first product applies."""
+        up, down = self.operands.up[block], self.operands.down[block]
+        y, u = ops.scaled_mlp_fwd(x, rstd, self.plan.norm_scale(block), up, down, _activation(self.config))
         if self.weights.shift is not None:
             y += self.weights.shift[block].to(y.dtype)
         return y, u
@@ -227,18 +228,16 @@ class _Backward:
         return self.dx0 + dstream
 
     def sequential(self, i, block, dx2, from_skip):
-        entered, attended, between, u = self.tape.pop()
-        dn = self.mlp(block, dx2, between.normed, u)
-        (dx1,) = self.unnorm(block, between, dx2, dn)
+        entered, attended, x1, rstd1, u = self.tape.pop()
+        dx1 = self.mlp(block, dx2, dx2, x1, rstd1, u)
         dn = self.attend(block, dx1, attended)
         return self.unmix_entered(i, block, entered, dx1, dn, from_skip, None)
 
     def two_lanes(self, i, block, dlane0, dlane1):
-        entered, attended, between, u, left0, left1 = self.tape.pop()
+        entered, attended, lane1, rstd1, u, left0, left1 = self.tape.pop()
         dlane0, dattention, dmlp, *dskip = self.unmix(i, "lane0", left0, dlane0)
         dlane1, dattention, dmlp = self.unmix(i, "lane1", left1, dlane1, accumulate=[None, dattention, dmlp])
-        dn = self.mlp(block, dmlp, between.normed, u)
-        (dlane1,) = self.unnorm(block, between, dlane1, dn)
+        dlane1 = self.mlp(block, dmlp, dlane1, lane1, rstd1, u)
         dn = self.attend(block, dattention, attended)
         dlane0, dskip = self.unmix_entered(i, block, entered, None, dn, dlane0, *(dskip or [None]))
         return dlane0, dlane1, dskip
@@ -257,9 +256,6 @@ class _Backward:
         gradients, dcoefficients = ops.mix_norm_bwd(dmixed, dn, None, mix.rstd, mix.tensors, coefficients, mix.rows, scale, accumulate)
         getattr(self.gradients, name)[i, :num_rows] = dcoefficients
         return gradients
-
-    def unnorm(self, block, mix, dmixed, dn):
-        return ops.mix_norm_bwd(dmixed, dn, mix.mixed, mix.rstd, [], None, [], self.plan.norm_scale(block), [None])[0]
 
     def attend(self, block, dx1, saved):
         config, plan = self.config, self.plan
@@ -284,12 +280,15 @@ class _Backward:
             dn[:, :window] += dlogits @ self.weights.gate[block].to(dn.dtype)
         return dn
 
-    def mlp(self, block, dy, n1, u):
+    def mlp(self, block, dy, dx, x, rstd, u):
+        """dx, the gradient that x has already, plus that through the norm and the MLP."""
         if self.weights.shift is not None:
             self.gradients.shift[block] += dy.sum(0, dtype=self.gradients.shift.dtype)
         up, down = self.operands.up[block], self.operands.down[block]
         sums = self.gradients.up[block], self.gradients.down[block]
-        return ops.fused_mlp_bwd_add(dy, n1, u, up, down, _activation(self.config), *sums)
+        scaled = ops.scaled_mlp_bwd(dy, x, rstd, self.plan.norm_scale(block), u, up, down, _activation(self.config), *sums)
+        (dx,), _ = ops.mix_norm_bwd(dx, scaled, x, rstd, [], None, [], None, [None])
+        return dx
 
 
 def _is_xsa(config, block):

@@ -27,8 +27,17 @@ FusedMlpParams shapes(const Tensor& first, const Tensor& w_up, const Tensor& w_d
     return p;
 }
 
-void fwd(Tensor x, Tensor w_up, Tensor w_down, int64_t activation, Tensor u, Tensor y) {
+void row_factors(FusedMlpParams& p, const std::optional<Tensor>& rstd, double scale) {
+    p.scale = float(scale);
+    if (!rstd) return;
+    check(*rstd, "rstd", ScalarType::Float, {p.m});
+    check_contiguous(*rstd, "rstd");
+    p.rstd = static_cast<const float*>(rstd->data_ptr());
+}
+
+void fwd(Tensor x, std::optional<Tensor> rstd, double scale, Tensor w_up, Tensor w_down, int64_t activation, Tensor u, Tensor y) {
     FusedMlpParams p = shapes(x, w_up, w_down, activation);
+    row_factors(p, rstd, scale);
     p.x = input(x, "x", p.m, p.d);
     p.u = output(u, "u", p.m, p.h);
     p.y = output(y, "y", p.m, p.d_out);
@@ -42,8 +51,10 @@ float* sum(const Tensor& t, const char* argument, int64_t rows, int64_t columns)
     return static_cast<float*>(t.data_ptr());
 }
 
-void bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx, Tensor dw_up, Tensor dw_down) {
+void bwd(Tensor dy, Tensor x, std::optional<Tensor> rstd, double scale, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx,
+         Tensor dw_up, Tensor dw_down) {
     FusedMlpParams p = shapes(dy, w_up, w_down, activation);
+    row_factors(p, rstd, scale);
     p.dy = input(dy, "dy", p.m, p.d_out);
     p.x = input(x, "x", p.m, p.d);
     p.u = output(u, "u", p.m, p.h);
@@ -59,9 +70,9 @@ void bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int64_t acti
 }  // namespace pgolf
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
-    m.def("fused_mlp_fwd(Tensor x, Tensor w_up, Tensor w_down, int activation, Tensor(a!) u, Tensor(b!) y) -> ()");
+    m.def("fused_mlp_fwd(Tensor x, Tensor? rstd, float scale, Tensor w_up, Tensor w_down, int activation, Tensor(a!) u, Tensor(b!) y) -> ()");
     m.def(
-        "fused_mlp_bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation, Tensor(a!) du, Tensor(b!) dx,"
+        "fused_mlp_bwd(Tensor dy, Tensor x, Tensor? rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation, Tensor(a!) du, Tensor(b!) dx,"
         " Tensor(c!) dw_up, Tensor(d!) dw_down) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {

@@ -1,6 +1,7 @@
 // MLP of the recipes.   u = x Wup^T,   y = act(u) Wdown^T
 //     relu2:        act(u) = max(u, 0)^2          act'(u) = 2 max(u, 0)
 //     leaky_relu2:  act(u) = max(u, u / 2)^2      act'(u) = 2 u for u > 0, u / 2 otherwise
+// With row factors, u = f x Wup^T: the norm before the layer then needs no tensor of its own, f being its 1 / root mean square.
 //
 // Only u is kept for the backward: act is applied where its operand is loaded, act' where the gradient is stored.
 // act(u) is rounded once to bf16, as the product of bf16 values is; everything else accumulates in fp32.
@@ -20,10 +21,12 @@ struct FusedMlpParams {
     const __nv_bfloat16* x;       // [M, D]
     const __nv_bfloat16* w_up;    // [H, D]
     const __nv_bfloat16* w_down;  // [D_out, H]
+    const float* rstd;            // [M], or null: the factors of the rows are scale * rstd
+    float scale;
     const __nv_bfloat16* dy;      // [M, D_out]       backward only
     __nv_bfloat16* u;             // [M, H]           out of the forward, into the backward
     __nv_bfloat16* y;             // [M, D_out]       out of the forward
-    __nv_bfloat16* du;            // [M, H]           out of the backward: (dy Wdown) * act'(u)
+    __nv_bfloat16* du;            // [M, H]           out of the backward: f (dy Wdown) * act'(u)
     __nv_bfloat16* dx;            // [M, D]           out of the backward: du Wup
     float* dw_up;                 // [H, D]           the backward adds du^T x
     float* dw_down;               // [D_out, H]       the backward adds dy^T act(u)

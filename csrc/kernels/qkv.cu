@@ -20,23 +20,28 @@ struct QkvArguments {
     int q_heads, normed_heads, positions;
 };
 
-struct Qkv {
+struct Qkv : gemm::PlainOp {
     static constexpr int kBlockN = 192, kAMajor = wgmma::kMajorK, kBMajor = wgmma::kMajorK;
-    static constexpr bool kTransformA = false, kHasAux = false;
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;
-    static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t) { return ptx::pack_bf16(low, high); }
-
     using Arguments = QkvArguments;
-    // acc[4 j + 2 r] and the next: row `row + 8 r`, columns `n0 + 8 j + 2 (lane % 4)` and the next.
-    static __device__ __forceinline__ void finish(const Arguments& p, float (&acc)[96], int row, int n0, int m) {
-        const int quad = threadIdx.x % 4;
-        float2 cos[2], sin[2];
+
+    struct Fetched {
+        uint32_t cos[2], sin[2];  // of the two rows, pairs
+    };
+    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int) {
+        Fetched fetched;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int at = (row + 8 * r) % p.positions * kHalf + 2 * quad;
-            cos[r] = unpack(__ldg(reinterpret_cast<const unsigned*>(p.cos + at)));
-            sin[r] = unpack(__ldg(reinterpret_cast<const unsigned*>(p.sin + at)));
+            const int at = (row + 8 * r) % p.positions * kHalf + 2 * (threadIdx.x % 4);
+            fetched.cos[r] = __ldg(reinterpret_cast<const unsigned*>(p.cos + at));
+            fetched.sin[r] = __ldg(reinterpret_cast<const unsigned*>(p.sin + at));
         }
+        return fetched;
+    }
+    // acc[4 j + 2 r] and the next: row `row + 8 r`, columns `n0 + 8 j + 2 (lane % 4)` and the next.
+    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[96], int row, int n0, int m) {
+        const int quad = threadIdx.x % 4;
+        const float2 cos[2] = {unpack(fetched.cos[0]), unpack(fetched.cos[1])}, sin[2] = {unpack(fetched.sin[0]), unpack(fetched.sin[1])};
 #pragma unroll
         for (int h = 0; h < 3; ++h) {
             const int head = n0 / kQkvHeadDim + h;

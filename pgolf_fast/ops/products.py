@@ -10,8 +10,13 @@ import torch
 from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import accumulation_dtype, library, require, require_dtype
 
+EPSILON = 2.0**-23
+COLUMN_TILE = 192  # of product_column_tiles
+
 # x [M, K], weight [N, K], residual and y [M, N]
 library.define("product_forward(Tensor x, Tensor weight, Tensor? residual) -> Tensor")
+# ... and rstd [M], 1 / sqrt(mean of a row's squares + 2^-23), in the accumulation dtype
+library.define("product_residual_rstd(Tensor x, Tensor weight, Tensor residual) -> (Tensor y, Tensor rstd)")
 library.define("product_backward(Tensor dy, Tensor weight) -> Tensor")
 library.define("product_weight(Tensor dy, Tensor x, Tensor(a!) dweight) -> ()")
 
@@ -19,6 +24,11 @@ library.define("product_weight(Tensor dy, Tensor x, Tensor(a!) dweight) -> ()")
 def _forward_formula(x, weight, residual):
     y = x @ weight.T
     return y if residual is None else y + residual
+
+
+def _residual_rstd_formula(x, weight, residual):
+    y = _forward_formula(x, weight, residual)
+    return y, torch.rsqrt(y.to(accumulation_dtype(y.dtype)).square().mean(-1) + EPSILON)
 
 
 def _backward_formula(dy, weight):
@@ -30,6 +40,7 @@ def _weight_formula(dy, x, dweight):
 
 
 library.impl("product_forward", _forward_formula, "CPU")
+library.impl("product_residual_rstd", _residual_rstd_formula, "CPU")
 library.impl("product_backward", _backward_formula, "CPU")
 library.impl("product_weight", _weight_formula, "CPU")
 
@@ -39,8 +50,18 @@ def _forward_cuda(x, weight, residual):
     if not _library.uses_kernel("product_forward", x.device):
         return _forward_formula(x, weight, residual)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    torch.ops.pgolf_fast_sm90.product_forward(x, weight, residual, y)
+    torch.ops.pgolf_fast_sm90.product_forward(x, weight, residual, y, None, None)
     return y
+
+
+@torch.library.impl(library, "product_residual_rstd", "CUDA")
+def _residual_rstd_cuda(x, weight, residual):
+    if not _library.uses_kernel("product_forward", x.device):
+        return _residual_rstd_formula(x, weight, residual)
+    y, rstd = torch.empty_like(residual), x.new_empty(x.shape[0], dtype=torch.float32)
+    row_squares = rstd.new_empty(-(-weight.shape[0] // COLUMN_TILE), x.shape[0])
+    torch.ops.pgolf_fast_sm90.product_forward(x, weight, residual, y, rstd, row_squares)
+    return y, rstd
 
 
 @torch.library.impl(library, "product_backward", "CUDA")
@@ -64,6 +85,11 @@ def _forward_fake(x, weight, residual):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+@torch.library.register_fake(f"{_library.NAMESPACE}::product_residual_rstd")
+def _residual_rstd_fake(x, weight, residual):
+    return torch.empty_like(residual), x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
+
+
 @torch.library.register_fake(f"{_library.NAMESPACE}::product_backward")
 def _backward_fake(dy, weight):
     return dy.new_empty(dy.shape[0], weight.shape[1])
@@ -85,6 +111,13 @@ def project(x, weight, residual=None):
     if residual is not None:
         _require_rows(residual, "residual", weight.shape[0], x.dtype)
     return torch.ops.pgolf_fast.product_forward(x, weight, residual)
+
+
+def project_residual_rstd(x, weight, residual):
+    """The same sum, and 1 / sqrt(mean(row^2) + 2^-23) of its rows."""
+    _require_rows(x, "x", weight.shape[1], weight.dtype)
+    _require_rows(residual, "residual", weight.shape[0], x.dtype)
+    return torch.ops.pgolf_fast.product_residual_rstd(x, weight, residual)
 
 
 def project_backward(dy, weight):

@@ -74,6 +74,48 @@ def check_agreement(device, activation, shape):
         assert_within(o, p, t, name)
 
 
+def scaled(x, up, down, rstd, scale, dy, before):
+    """Result, gradient of scale * rstd * x times scale * rstd, and of the weights, added to `before`."""
+    ops, sums = torch.ops.pgolf_fast, [before[0].clone(), before[1].clone()]
+    y, u = ops.scaled_mlp_fwd(x, rstd, scale, up, down, 1)
+    return y, ops.scaled_mlp_bwd(dy, x, rstd, scale, u, up, down, 1, *sums), *sums
+
+
+def scaled_by_autograd(x, up, down, rstd, scale, dy, before):
+    factor = (scale * rstd[:, None]).to(x.dtype)
+    y, dx, dw_up, dw_down = gradients(fused_mlp_ref, [factor * x, up, down], dy, "leaky_relu2")
+    return y, factor * dx, before[0] + dw_up, before[1] + dw_down
+
+
+def draw_scaled(m, d, h, d_out, device="cpu", dtype=torch.bfloat16):
+    wide = torch.promote_types(dtype, torch.float32)
+    before = [torch.randn(h, d).to(device, wide), torch.randn(d_out, h).to(device, wide)]
+    return *draw(m, d, h, d_out, device, dtype), (0.5 + torch.rand(m)).to(device, wide), 0.7, torch.randn(m, d_out).to(device, dtype), before
+
+
+def test_scaled_rows_definition():
+    inputs = draw_scaled(5, 7, 11, 3, dtype=torch.float64)
+    for found, expected in zip(scaled(*inputs), scaled_by_autograd(*inputs)):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[:5], pytest.param(SHAPES[6], marks=pytest.mark.cuda)], ids=str)
+def test_scaled_rows_agree(device, shape):
+    inputs = draw_scaled(*shape, device)
+    wide = [t.double().cpu() if isinstance(t, torch.Tensor) else t for t in inputs[:-1]] + [[b.double().cpu() for b in inputs[-1]]]
+    ours, peer, truth = scaled(*inputs), scaled_by_autograd(*inputs), scaled_by_autograd(*wide)
+    for name, o, p, t in zip(("y", "dx", "dw_up", "dw_down"), ours, peer, truth):
+        assert_within(o, p, t, name, floor=1e-6)
+
+
+def test_scaled_rows_registration(device):
+    x, up, down, rstd, scale, dy, before = draw_scaled(16, 8, 16, 8, device)
+    ops = torch.ops.pgolf_fast
+    torch.library.opcheck(ops.scaled_mlp_fwd.default, (x, rstd, scale, up, down, 1))
+    _, u = ops.scaled_mlp_fwd(x, rstd, scale, up, down, 1)
+    torch.library.opcheck(ops.scaled_mlp_bwd.default, (dy, x, rstd, scale, u, up, down, 1, *before))
+
+
 def test_leading_dimensions_and_empty_batch(device):
     _, up, down = draw(1, 8, 16, 8, device)
     assert fused_mlp(torch.randn(2, 3, 8, device=device).bfloat16(), up, down).shape == (2, 3, 8)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgolf_fast.ops.products import add_weight_gradient, project, project_backward
+from pgolf_fast.ops.products import add_weight_gradient, project, project_backward, project_residual_rstd
 from tests.compare import assert_within, relative_error
 
 # Rows, K and N at the seams of the kernel's tiles: 64 rows a warpgroup, 128 a CTA, 256 a cluster; 64 k a stage; 192 or 256 columns; then the model's.
@@ -74,6 +74,15 @@ def check_agreement(device, shape):
         assert_within(found[name], peer[name], truth[name], name, floor=1e-6)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
+def test_rows_of_the_sum_are_measured(device, shape):
+    """The sum's bits are those without the measuring, and rstd is that of the rounded sum."""
+    t = draw(*shape, device)
+    y, rstd = project_residual_rstd(t["x"], t["weight"], t["residual"])
+    assert torch.equal(y, project(t["x"], t["weight"], t["residual"]))
+    torch.testing.assert_close(rstd.double(), (y.double().square().mean(-1) + 2.0**-23).rsqrt(), rtol=1e-5, atol=0)
+
+
 def test_no_rows(device):
     t = draw(0, 16, 24, device)
     dweight = torch.ones(24, 16, device=device)
@@ -86,6 +95,7 @@ def test_registration(device):
     ops = torch.ops.pgolf_fast
     torch.library.opcheck(ops.product_forward.default, (t["x"], t["weight"], t["residual"]))
     torch.library.opcheck(ops.product_forward.default, (t["x"], t["weight"], None))
+    torch.library.opcheck(ops.product_residual_rstd.default, (t["x"], t["weight"], t["residual"]))
     torch.library.opcheck(ops.product_backward.default, (t["dy"], t["weight"]))
     torch.library.opcheck(ops.product_weight.default, (t["dy"], t["x"], torch.zeros(24, 16, device=device)))
 

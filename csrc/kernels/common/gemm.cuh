@@ -21,13 +21,13 @@
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
 //     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value
-//     Arguments, finish()         if declared: what a thread does with all its accumulators of a tile before they are staged
+//     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with all its
+//                                 accumulators before they are staged
+//     kRowSquares                 sums of squares of the stored values, by row and column tile, go to Arguments::row_squares
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
 //                                 tiles is then cut into one equal share per cluster, so that a few tiles with a long K
 //                                 (a weight gradient) keep every multiprocessor busy; the order of the additions varies.
 #pragma once
-#include <type_traits>
-
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/wgmma.cuh"
 
@@ -71,18 +71,16 @@ struct Shape {
     int m, n, k;
 };
 
-// Op::Arguments, or nothing.
-struct NoArguments {};
-template <class Op, class = void>
-struct ArgumentsOf {
-    using Type = NoArguments;
+// What an Op inherits and replaces where it does more.
+struct PlainOp {
+    static constexpr bool kTransformA = false, kHasAux = false, kRowSquares = false;
+    struct Arguments {};
+    struct Fetched {};
+    static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int) { return {}; }
+    template <int kCount>
+    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[kCount], int, int, int) {}
+    static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t) { return ptx::pack_bf16(low, high); }
 };
-template <class Op>
-struct ArgumentsOf<Op, std::void_t<typename Op::Arguments>> {
-    using Type = typename Op::Arguments;
-};
-template <class Op>
-using Arguments = typename ArgumentsOf<Op>::Type;
 
 // A tile of the cluster pair, and the k blocks of it to sum.
 struct Work {
@@ -244,7 +242,7 @@ struct Consumer {
 
     const Maps& maps;
     const Shape& shape;
-    const Arguments<Op>& arguments;
+    const typename Op::Arguments& arguments;
     uint8_t* stages;
     uint8_t* staging;  // this warpgroup's
     Barriers& bars;
@@ -252,10 +250,11 @@ struct Consumer {
     const uint32_t lane_row, lane_chunk;  // row and 16-byte column chunk that this lane addresses in a 16 x 16 block
     Ring ring;
     int unreleased = -1;  // the stage that the newest product but one reads
+    float row_squares[2];
     uint32_t aux_parity = 0;
 
     // `group` is broadcast, so that the compiler keeps descriptors in uniform registers.
-    __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, const Arguments<Op>& arguments, uint8_t* stages, uint8_t* staging,
+    __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, const typename Op::Arguments& arguments, uint8_t* stages, uint8_t* staging,
                                         Barriers& bars)
         : maps(maps), shape(shape), arguments(arguments), stages(stages), bars(bars), group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
           warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), lane_row(warp * 16 + (lane / 8 % 2) * 8 + lane % 8), lane_chunk(lane / 16) {
@@ -329,10 +328,12 @@ struct Consumer {
             ptx::named_sync(1 + group, 128);
         }
     }
+    __device__ __forceinline__ int row_of(const Work& work) const { return work.m0 + group * 64 + warp * 16 + lane / 4; }
+    __device__ __forceinline__ typename Op::Fetched fetch(const Work& work) const { return Op::fetch(arguments, row_of(work), shape.m); }
     // All accumulators of a tile are final.
-    __device__ __forceinline__ void finish(float (&acc)[kAccumulators], const Work& work) {
-        if constexpr (!std::is_same_v<Arguments<Op>, NoArguments>)
-            Op::finish(arguments, acc, work.m0 + group * 64 + warp * 16 + lane / 4, work.n0, shape.m);
+    __device__ __forceinline__ void finish(float (&acc)[kAccumulators], const Work& work, const typename Op::Fetched& fetched) {
+        Op::finish(arguments, fetched, acc, row_of(work), work.n0, shape.m);
+        if constexpr (Op::kRowSquares) row_squares[0] = row_squares[1] = 0.f;
     }
     // Result of 16 columns, into the staging area.
     __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i) {
@@ -342,9 +343,27 @@ struct Consumer {
         if constexpr (Op::kHasAux) ptx::ldmatrix_x4(address, aux[0], aux[1], aux[2], aux[3]);
 #pragma unroll
         for (int r = 0; r < 4; ++r) out[r] = Op::result(acc[j + 2 * r], acc[j + 2 * r + 1], aux[r]);
+        if constexpr (Op::kRowSquares) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const float low = __uint_as_float(out[r] << 16), high = __uint_as_float(out[r] & 0xffff0000u);
+                row_squares[r % 2] = fmaf(low, low, fmaf(high, high, row_squares[r % 2]));
+            }
+        }
         ptx::stmatrix_x4(address, out[0], out[1], out[2], out[3]);
     }
+    __device__ __forceinline__ void store_row_squares(const Work& work) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float sum = row_squares[r];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const int row = row_of(work) + 8 * r;
+            if (lane % 4 == 0 && row < shape.m) arguments.row_squares[int64_t(work.n0 / Op::kBlockN) * shape.m + row] = sum;
+        }
+    }
     __device__ __forceinline__ void store(const Work& work, int pass) {
+        if constexpr (Op::kRowSquares) store_row_squares(work);
         ptx::fence_async_shared();
         ptx::named_sync(1 + group, 128);
         if (leads()) {
@@ -372,7 +391,7 @@ struct Consumer {
             if constexpr (L::kStaged) {
 #pragma unroll
                 for (int pass = 0; pass < L::kPasses; ++pass) {
-                    if (pass == 0) finish(acc, work);
+                    if (pass == 0) finish(acc, work, fetch(work));
                     offer_staging();
                     await_staging();
 #pragma unroll
@@ -396,12 +415,13 @@ struct Consumer {
                                                     const Work& before) {
         constexpr int kTaken = 4, kStored = kLeastKBlocks, kChunksPerStep = kChunks / (kStored - kTaken);
         uint32_t unused[4][4];
+        const typename Op::Fetched fetched = fetch(before);
         multiply(acc, unused, false);
         wgmma::pin(finished);  // its last product is done: the wait was for all but the newest
         offer_staging();
 #pragma unroll
         for (int i = 1; i < kTaken; ++i) multiply(acc, unused, true);
-        finish(finished, before);
+        finish(finished, before, fetched);
         await_staging();
 #pragma unroll
         for (int i = kTaken; i < kStored; ++i) {
@@ -417,7 +437,7 @@ struct Consumer {
         wgmma::pin(acc);
         release();
         offer_staging();
-        finish(acc, work);
+        finish(acc, work, fetch(work));
         await_staging();
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) stage_chunk(acc, 0, i);
@@ -450,7 +470,7 @@ struct Consumer {
 
 template <class Op>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ Maps maps, const Shape shape, const __grid_constant__ Arguments<Op> arguments) {
+    gemm_kernel(const __grid_constant__ Maps maps, const Shape shape, const __grid_constant__ typename Op::Arguments arguments) {
     extern __shared__ uint8_t raw[];
     // NOTE: 1024-aligned in the shared window, which is the same in both CTAs of the cluster.
     uint8_t* stages = raw + (1024 - ptx::smem_u32(raw) % 1024) % 1024;
@@ -485,7 +505,7 @@ inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int6
 // A, B as their majors say; C [m, n] bf16, or float32 [m, n] or [n, m] that is added to; aux [m, n]; all with contiguous rows.
 template <class Op>
 cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream,
-                   const Arguments<Op>& arguments = {}) {
+                   const typename Op::Arguments& arguments = {}) {
     if (shape.m == 0 || shape.k == 0) return cudaSuccess;
     constexpr int kSharedBytes = Layout<Op>::kSharedBytes;
     Maps maps{};
