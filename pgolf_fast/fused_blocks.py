@@ -112,8 +112,7 @@ class Attended(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    tensors: tuple[torch.Tensor, ...]
-    rows: tuple[int, ...]  # of coefficients, one for each tensor
+    tensors: list[torch.Tensor]
     mixed: torch.Tensor
     normed: torch.Tensor | None
     rstd: torch.Tensor | None
@@ -139,41 +138,38 @@ class _Forward:
             self.tape.append(entry)
 
     def run(self):
-        stream, lane1, kept = (self.x0,), None, []  # each stream as the tensors that sum to it
+        stream, lane1, kept = self.x0, None, []
         for i, visit in enumerate(self.plan.visits):
-            skip = kept.pop() if visit.skip is not None else ()
-            if visit.two_lanes and lane1 is None:
-                stream = lane1 = (_mix(None, (stream,)).mixed,)
+            skip = kept.pop() if visit.skip is not None else None
             if visit.two_lanes:
-                stream, lane1 = self.two_lanes(i, visit.block, stream, lane1, skip)
+                stream, lane1 = self.two_lanes(i, visit.block, stream, stream if lane1 is None else lane1, skip)
             else:
                 stream = self.sequential(i, visit.block, stream, skip)
             if visit.first_half:
                 kept.append(stream)
-        out = _mix(None, (stream, lane1 or ())).mixed
-        return out if lane1 is None else 0.5 * out
+        return stream if lane1 is None else 0.5 * (stream + lane1)
 
     def sequential(self, i, block, stream, skip):
         scale = self.plan.norm_scale(block)
-        entered = _mix(self.weights.mix[i], (stream, (self.x0,), skip), scale)
+        entered = _mix(self.weights.mix[i], (stream, self.x0, skip), scale)
         attended = self.attend(block, entered.normed)
         x1, rstd1 = project_residual_rstd(attended.y, self.operands.o[block], entered.mixed)
-        mlp, u = self.mlp(block, x1, rstd1)
+        x2, u = self.mlp(block, x1, rstd1, residual=x1)
         self.keep((entered, attended, x1, rstd1, u))
-        return x1, mlp
+        return x2
 
     def two_lanes(self, i, block, lane0, lane1, skip):
         """Attention reads lane 0, the MLP lane 1; both write both."""
         scale = self.plan.norm_scale(block)
-        entered = _mix(self.weights.mix[i], (lane0, (self.x0,), skip), scale)
+        entered = _mix(self.weights.mix[i], (lane0, self.x0, skip), scale)
         attended = self.attend(block, entered.normed)
         attention = project(attended.y, self.operands.o[block])
-        rstd1 = ops.row_rstd(*lane1)
-        mlp, u = self.mlp(block, *lane1, rstd1)
-        left0 = _mix(self.weights.lane0[i], (lane0, (attention,), (mlp,), skip))
-        left1 = _mix(self.weights.lane1[i], (lane1, (attention,), (mlp,)))
-        self.keep((entered, attended, *lane1, rstd1, u, left0, left1))
-        return (left0.mixed,), (left1.mixed,)
+        rstd1 = ops.row_rstd(lane1)
+        mlp, u = self.mlp(block, lane1, rstd1, residual=None)
+        left0 = _mix(self.weights.lane0[i], (lane0, attention, mlp, skip))
+        left1 = _mix(self.weights.lane1[i], (lane1, attention, mlp))
+        self.keep((entered, attended, lane1, rstd1, u, left0, left1))
+        return left0.mixed, left1.mixed
 
     def attend(self, block, n):
         config, plan = self.config, self.plan
@@ -188,18 +184,16 @@ class _Forward:
         y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, _is_xsa(config, block), config.head_dim**-0.5)
         return Attended(n, qkv, rstd, gate, y.flatten(0, 1).flatten(1), lse, own)
 
-    def mlp(self, block, x, rstd):
-        """Of the norm of x, whose rows' factors the first product applies."""
+    def mlp(self, block, x, rstd, residual):
+        """Of the norm of x, plus the residual."""
         up, down = self.operands.up[block], self.operands.down[block]
-        y, u = ops.scaled_mlp_fwd(x, rstd, self.plan.norm_scale(block), up, down, _activation(self.config))
+        y, u = ops.norm_mlp_fwd(x, rstd, self.plan.norm_scale(block), residual, up, down, _activation(self.config))
         if self.weights.shift is not None:
             y += self.weights.shift[block].to(y.dtype)
         return y, u
 
 
 class _Backward:
-    """Gradients of streams are one tensor each: the terms of a stream share it."""
-
     def __init__(self, plan, weights, operands, tape):
         self.plan, self.config, self.weights, self.operands, self.tape = plan, plan.config, weights, operands, tape
         self.gradients = Weights(*(None if w is None else torch.zeros_like(w) for w in weights))
@@ -244,17 +238,17 @@ class _Backward:
 
     def unmix_entered(self, i, block, entered, dmixed, dn, dstream, dskip):
         """Gradients of the stream and of the skip, added to what they have already; that of x0 is added up over the visits."""
-        accumulate = [dstream, self.dx0] + [dskip] * (len(set(entered.rows)) - 2)
+        accumulate = [dstream, self.dx0, dskip][: len(entered.tensors)]
         dstream, self.dx0, *dskip = self.unmix(i, "mix", entered, dmixed, dn, self.plan.norm_scale(block), accumulate)
         return dstream, dskip[0] if dskip else None
 
     def unmix(self, i, name, mix, dmixed, dn=None, scale=1.0, accumulate=None):
         """Gradients of what was mixed, one for each coefficient row, and of the coefficients."""
-        num_rows = mix.rows[-1] + 1
-        coefficients = getattr(self.weights, name)[i, :num_rows]
-        accumulate = accumulate or [None] * num_rows
-        gradients, dcoefficients = ops.mix_norm_bwd(dmixed, dn, None, mix.rstd, mix.tensors, coefficients, mix.rows, scale, accumulate)
-        getattr(self.gradients, name)[i, :num_rows] = dcoefficients
+        rows = list(range(len(mix.tensors)))
+        coefficients = getattr(self.weights, name)[i, : len(rows)]
+        accumulate = accumulate or [None] * len(rows)
+        gradients, dcoefficients = ops.mix_norm_bwd(dmixed, dn, None, mix.rstd, mix.tensors, coefficients, rows, scale, accumulate)
+        getattr(self.gradients, name)[i, : len(rows)] = dcoefficients
         return gradients
 
     def attend(self, block, dx1, saved):
@@ -286,9 +280,8 @@ class _Backward:
             self.gradients.shift[block] += dy.sum(0, dtype=self.gradients.shift.dtype)
         up, down = self.operands.up[block], self.operands.down[block]
         sums = self.gradients.up[block], self.gradients.down[block]
-        scaled = ops.scaled_mlp_bwd(dy, x, rstd, self.plan.norm_scale(block), u, up, down, _activation(self.config), *sums)
-        (dx,), _ = ops.mix_norm_bwd(dx, scaled, x, rstd, [], None, [], None, [None])
-        return dx
+        scale, activation = self.plan.norm_scale(block), _activation(self.config)
+        return ops.norm_mlp_bwd(dy, dx, x, rstd, scale, u, up, down, activation, *sums)
 
 
 def _is_xsa(config, block):
@@ -300,10 +293,7 @@ def _activation(config):
     return ACTIVATIONS.index("leaky_relu2" if config.activation == "leaky_relu2" else "relu2")
 
 
-def _mix(coefficients, summands, norm_scale=None):
-    """Sum of `summands`, tuples of tensors each with a row of coefficients (none: ones), and its norm if a scale is given."""
-    tensors = [t for terms in summands for t in terms]
-    rows = [0 if coefficients is None else row for row, terms in enumerate(summands) for _ in terms]
-    used = None if coefficients is None else coefficients[: rows[-1] + 1]
-    mixed, normed, rstd = ops.mix_norm_fwd(tensors, used, rows, norm_scale)
-    return Mixed(tensors, rows, tensors[0] if mixed.numel() == 0 else mixed, normed, rstd)
+def _mix(coefficients, tensors, norm_scale=None):
+    """Each tensor (but those that are None, at the end) times its row of coefficients, summed; and the norm of the sum if it has a scale."""
+    tensors = [t for t in tensors if t is not None]
+    return Mixed(tensors, *ops.mix_norm_fwd(tensors, coefficients[: len(tensors)], list(range(len(tensors))), norm_scale))

@@ -28,55 +28,71 @@ library.define(
     "fused_mlp_bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation)"
     " -> (Tensor dx, Tensor dw_up, Tensor dw_down)"
 )
-# For backwards written by hand. u = factor x w_up^T with factor = scale * rstd of each row [M], so that act(norm(x) w_up^T) needs no
-# normalised x; the weight gradients are added to dw_up and dw_down, in the accumulation dtype; dx = du w_up, du the gradient of x w_up^T.
-library.define("scaled_mlp_fwd(Tensor x, Tensor rstd, float scale, Tensor w_up, Tensor w_down, int activation) -> (Tensor y, Tensor u)")
+# Of a normalised input, for backwards written by hand: y = residual + MLP(f x), f = scale * rstd of each row [M]. The norm needs no
+# tensor and no pass: u = f (x w_up^T), and with du the gradient of x w_up^T and g = du w_up,
+#     dx = dx_residual + g - x rstd^2 mean(x g)      where sum(x g) = sum(du u) / f
+# The weight gradients are added to dw_up and dw_down, in the accumulation dtype.
 library.define(
-    "scaled_mlp_bwd(Tensor dy, Tensor x, Tensor rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
+    "norm_mlp_fwd(Tensor x, Tensor rstd, float scale, Tensor? residual, Tensor w_up, Tensor w_down, int activation) -> (Tensor y, Tensor u)"
+)
+library.define(
+    "norm_mlp_bwd(Tensor dy, Tensor dx_residual, Tensor x, Tensor rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
     " Tensor(a!) dw_up, Tensor(b!) dw_down) -> Tensor dx"
 )
+COLUMN_TILE = 192  # of mlp_column_tiles
 
 
-def _forward_formula(x, w_up, w_down, activation, factor=1.0):
-    u = (factor * (x @ w_up.T)).to(x.dtype)
+def _forward_formula(x, w_up, w_down, activation):
+    u = x @ w_up.T
     return activation_ref(u, ACTIVATIONS[activation]) @ w_down.T, u
 
 
-def _backward_formula(dy, x, u, w_up, w_down, activation, factor=1.0):
-    slope = 2 * torch.where(u > 0, u, 0.0 if ACTIVATIONS[activation] == "relu2" else 0.25 * u)
-    du = (factor * (dy @ w_down) * slope).to(x.dtype)
+def _slope(u, activation):
+    return 2 * torch.where(u > 0, u, 0.0 if ACTIVATIONS[activation] == "relu2" else 0.25 * u)
+
+
+def _backward_formula(dy, x, u, w_up, w_down, activation):
+    du = (dy @ w_down) * _slope(u, activation)
     return du @ w_up, du.T @ x, dy.T @ activation_ref(u, ACTIVATIONS[activation])
 
 
-def _scaled_forward_formula(x, rstd, scale, w_up, w_down, activation):
-    return _forward_formula(x, w_up, w_down, activation, scale * rstd[:, None])
+def _norm_forward_formula(x, rstd, scale, residual, w_up, w_down, activation):
+    u = (scale * rstd[:, None] * (x @ w_up.T)).to(x.dtype)
+    y = activation_ref(u, ACTIVATIONS[activation]) @ w_down.T
+    return y if residual is None else residual + y, u
 
 
-def _scaled_backward_formula(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
-    dx, *parts = _backward_formula(dy, x, u, w_up, w_down, activation, scale * rstd[:, None])
-    for total, part in zip((dw_up, dw_down), parts):
-        total += part
-    return dx
+def _norm_backward_formula(dy, dx_residual, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+    du = (scale * rstd[:, None] * (dy @ w_down) * _slope(u, activation)).to(x.dtype)
+    dw_up += du.T @ x
+    dw_down += dy.T @ activation_ref(u, ACTIVATIONS[activation])
+    along = rstd * (du * u).sum(-1, dtype=rstd.dtype) / (scale * x.shape[1])
+    return (dx_residual + du @ w_up - along[:, None] * x).to(x.dtype)
 
 
 library.impl("fused_mlp_fwd", _forward_formula, "CPU")
 library.impl("fused_mlp_bwd", _backward_formula, "CPU")
-library.impl("scaled_mlp_fwd", _scaled_forward_formula, "CPU")
-library.impl("scaled_mlp_bwd", _scaled_backward_formula, "CPU")
+library.impl("norm_mlp_fwd", _norm_forward_formula, "CPU")
+library.impl("norm_mlp_bwd", _norm_backward_formula, "CPU")
 
 
-def _forward_kernel(x, rstd, scale, w_up, w_down, activation):
+def _forward_kernel(x, rstd, scale, residual, w_up, w_down, activation):
     u = x.new_empty(x.shape[0], w_up.shape[0])
     y = x.new_empty(x.shape[0], w_down.shape[0])
-    torch.ops.pgolf_fast_sm90.fused_mlp_fwd(x.contiguous(), rstd, scale, w_up.contiguous(), w_down.contiguous(), activation, u, y)
+    torch.ops.pgolf_fast_sm90.fused_mlp_fwd(x.contiguous(), rstd, scale, residual, w_up.contiguous(), w_down.contiguous(), activation, u, y)
     return y, u
 
 
-def _backward_kernel(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+def _backward_kernel(dy, dx_residual, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
     du, dx = torch.empty_like(u), x.new_empty(x.shape)
+    row_sums = along = None
+    if rstd is not None:
+        row_sums, along = rstd.new_empty(-(-u.shape[1] // COLUMN_TILE), x.shape[0]), torch.empty_like(rstd)
     dy, x, u, w_up, w_down = (t.contiguous() for t in (dy, x, u, w_up, w_down))
     # The kernel adds to the weight gradients in an order that varies.
-    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(dy, x, rstd, scale, u, w_up, w_down, activation, du, dx, dw_up, dw_down)
+    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(
+        dy, dx_residual, x, rstd, scale, u, w_up, w_down, activation, row_sums, along, du, dx, dw_up, dw_down
+    )
     return dx
 
 
@@ -84,7 +100,7 @@ def _backward_kernel(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_
 def _fwd_cuda(x, w_up, w_down, activation):
     if not _library.uses_kernel("fused_mlp_fwd", x.device):
         return _forward_formula(x, w_up, w_down, activation)
-    return _forward_kernel(x, None, 1.0, w_up, w_down, activation)
+    return _forward_kernel(x, None, 1.0, None, w_up, w_down, activation)
 
 
 @torch.library.impl(library, "fused_mlp_bwd", "CUDA")
@@ -92,20 +108,18 @@ def _bwd_cuda(dy, x, u, w_up, w_down, activation):
     if not _library.uses_kernel("fused_mlp_bwd", x.device):
         return _backward_formula(dy, x, u, w_up, w_down, activation)
     dw_up, dw_down = (torch.zeros_like(w, dtype=torch.float32) for w in (w_up, w_down))
-    dx = _backward_kernel(dy, x, None, 1.0, u, w_up, w_down, activation, dw_up, dw_down)
+    dx = _backward_kernel(dy, None, x, None, 1.0, u, w_up, w_down, activation, dw_up, dw_down)
     return dx, dw_up.to(w_up.dtype), dw_down.to(w_down.dtype)
 
 
-@torch.library.impl(library, "scaled_mlp_fwd", "CUDA")
-def _scaled_fwd_cuda(x, rstd, scale, w_up, w_down, activation):
-    serves = _library.uses_kernel("fused_mlp_fwd", x.device)
-    return (_forward_kernel if serves else _scaled_forward_formula)(x, rstd, scale, w_up, w_down, activation)
+@torch.library.impl(library, "norm_mlp_fwd", "CUDA")
+def _norm_fwd_cuda(x, *arguments):
+    return (_forward_kernel if _library.uses_kernel("fused_mlp_fwd", x.device) else _norm_forward_formula)(x, *arguments)
 
 
-@torch.library.impl(library, "scaled_mlp_bwd", "CUDA")
-def _scaled_bwd_cuda(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
-    serves = _library.uses_kernel("fused_mlp_bwd", x.device)
-    return (_backward_kernel if serves else _scaled_backward_formula)(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down)
+@torch.library.impl(library, "norm_mlp_bwd", "CUDA")
+def _norm_bwd_cuda(dy, *arguments):
+    return (_backward_kernel if _library.uses_kernel("fused_mlp_bwd", dy.device) else _norm_backward_formula)(dy, *arguments)
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_fwd")
@@ -118,13 +132,13 @@ def _bwd_fake(dy, x, u, w_up, w_down, activation):
     return x.new_empty(x.shape), w_up.new_empty(w_up.shape), w_down.new_empty(w_down.shape)
 
 
-@torch.library.register_fake(f"{_library.NAMESPACE}::scaled_mlp_fwd")
-def _scaled_fwd_fake(x, rstd, scale, w_up, w_down, activation):
+@torch.library.register_fake(f"{_library.NAMESPACE}::norm_mlp_fwd")
+def _norm_fwd_fake(x, rstd, scale, residual, w_up, w_down, activation):
     return _fwd_fake(x, w_up, w_down, activation)
 
 
-@torch.library.register_fake(f"{_library.NAMESPACE}::scaled_mlp_bwd")
-def _scaled_bwd_fake(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+@torch.library.register_fake(f"{_library.NAMESPACE}::norm_mlp_bwd")
+def _norm_bwd_fake(dy, dx_residual, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
     return x.new_empty(x.shape)
 
 

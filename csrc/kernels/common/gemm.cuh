@@ -23,7 +23,10 @@
 //     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value
 //     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with all its
 //                                 accumulators before they are staged
-//     kRowSquares                 sums of squares of the stored values, by row and column tile, go to Arguments::row_squares
+//     kRowSums, row_term()        what a stored pair and its auxiliary pair add to a sum per row and column tile, in Arguments::row_sums
+//                                 [column tiles, m]
+//     kDirect, combine()          instead of result(), for 256 columns: the accumulator and the elements at the same place of
+//                                 kDirect tensors [m, n], Arguments::direct, which the threads load themselves
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
 //                                 tiles is then cut into one equal share per cluster, so that a few tiles with a long K
 //                                 (a weight gradient) keep every multiprocessor busy; the order of the additions varies.
@@ -48,6 +51,8 @@ template <class Op>
 struct Layout {
     static_assert(Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
     static_assert(!Op::kHasAux || Op::kBlockN == 192, "the auxiliary tile is staged whole");
+    static_assert(Op::kDirect == 0 || Op::kBlockN == 256, "a tile whose result is overlapped has no registers for it");
+    static_assert(!Op::kRowSums || Op::kBlockN == 192, "summed over one pass");
     static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
     static constexpr int kStageABytes = kBlockM * kBlockK * 2;
     static constexpr int kStageBytes = kStageABytes + Op::kBlockN * kBlockK * 2;
@@ -73,7 +78,8 @@ struct Shape {
 
 // What an Op inherits and replaces where it does more.
 struct PlainOp {
-    static constexpr bool kTransformA = false, kHasAux = false, kRowSquares = false;
+    static constexpr bool kTransformA = false, kHasAux = false, kRowSums = false;
+    static constexpr int kDirect = 0;
     struct Arguments {};
     struct Fetched {};
     static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int) { return {}; }
@@ -250,7 +256,7 @@ struct Consumer {
     const uint32_t lane_row, lane_chunk;  // row and 16-byte column chunk that this lane addresses in a 16 x 16 block
     Ring ring;
     int unreleased = -1;  // the stage that the newest product but one reads
-    float row_squares[2];
+    float row_sums[2];
     uint32_t aux_parity = 0;
 
     // `group` is broadcast, so that the compiler keeps descriptors in uniform registers.
@@ -333,37 +339,54 @@ struct Consumer {
     // All accumulators of a tile are final.
     __device__ __forceinline__ void finish(float (&acc)[kAccumulators], const Work& work, const typename Op::Fetched& fetched) {
         Op::finish(arguments, fetched, acc, row_of(work), work.n0, shape.m);
-        if constexpr (Op::kRowSquares) row_squares[0] = row_squares[1] = 0.f;
+        if constexpr (Op::kRowSums) row_sums[0] = row_sums[1] = 0.f;
     }
+    // Pairs at the places of the accumulators of 16 columns; what lies outside stays as it is, and will not be stored.
+    using Direct = uint32_t[Op::kDirect + 1][4];
+    __device__ __forceinline__ void load_direct(Direct& pairs, const Work& work, int pass, int i) const {
+        if constexpr (Op::kDirect > 0) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const int m = row_of(work) + r % 2 * 8, n = work.n0 + (pass * kChunks + i) * 16 + r / 2 * 8;
+                if (m >= shape.m || n >= shape.n) continue;
+#pragma unroll
+                for (int t = 0; t < Op::kDirect; ++t)
+                    pairs[t][r] = __ldg(reinterpret_cast<const unsigned*>(arguments.direct[t] + (int64_t(m) * shape.n + n + lane % 4 * 2)));
+            }
+        }
+    }
+
     // Result of 16 columns, into the staging area.
-    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i) {
+    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i) { stage_chunk(acc, pass, i, {}, {}); }
+    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i, const typename Op::Fetched& fetched,
+                                                const Direct& direct) {
         const uint32_t address = ptx::smem_u32(staging) + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
         const int j = 8 * (pass * kChunks + i);
         uint32_t aux[4] = {}, out[4];
         if constexpr (Op::kHasAux) ptx::ldmatrix_x4(address, aux[0], aux[1], aux[2], aux[3]);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) out[r] = Op::result(acc[j + 2 * r], acc[j + 2 * r + 1], aux[r]);
-        if constexpr (Op::kRowSquares) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                const float low = __uint_as_float(out[r] << 16), high = __uint_as_float(out[r] & 0xffff0000u);
-                row_squares[r % 2] = fmaf(low, low, fmaf(high, high, row_squares[r % 2]));
-            }
+        for (int r = 0; r < 4; ++r) {
+            if constexpr (Op::kDirect > 0)
+                out[r] = Op::combine(fetched, r % 2, acc[j + 2 * r], acc[j + 2 * r + 1], direct[0][r], direct[Op::kDirect - 1][r]);
+            else
+                out[r] = Op::result(acc[j + 2 * r], acc[j + 2 * r + 1], aux[r]);
+            if constexpr (Op::kRowSums) row_sums[r % 2] += Op::row_term(out[r], aux[r]);
         }
         ptx::stmatrix_x4(address, out[0], out[1], out[2], out[3]);
     }
-    __device__ __forceinline__ void store_row_squares(const Work& work) {
+    __device__ __forceinline__ void store_row_sums(const Work& work) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            float sum = row_squares[r];
+            float sum = row_sums[r];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             const int row = row_of(work) + 8 * r;
-            if (lane % 4 == 0 && row < shape.m) arguments.row_squares[int64_t(work.n0 / Op::kBlockN) * shape.m + row] = sum;
+            if (lane % 4 == 0 && row < shape.m && arguments.row_sums != nullptr)
+                arguments.row_sums[int64_t(work.n0 / Op::kBlockN) * shape.m + row] = sum;
         }
     }
     __device__ __forceinline__ void store(const Work& work, int pass) {
-        if constexpr (Op::kRowSquares) store_row_squares(work);
+        if constexpr (Op::kRowSums) store_row_sums(work);
         ptx::fence_async_shared();
         ptx::named_sync(1 + group, 128);
         if (leads()) {
@@ -384,18 +407,30 @@ struct Consumer {
             uint32_t a[2][4][4];
 #pragma unroll 2
             for (int i = 0; i < work.k_end - work.k_begin; ++i) multiply(acc, a[i % 2], i > 0);
+            Direct direct[L::kStaged ? kChunks : 1];
+            auto load_pass = [&](int pass) {
+#pragma unroll
+                for (int i = 0; i < kChunks; ++i) load_direct(direct[i], work, pass, i);
+            };
+            // Before the last products are done, unless A needs the registers till then.
+            if (!Op::kTransformA) load_pass(0);
             wgmma::wait<0>();
             wgmma::pin(acc);
             release();
             unreleased = -1;
             if constexpr (L::kStaged) {
+                if (Op::kTransformA) load_pass(0);
+                const typename Op::Fetched fetched = fetch(work);
+                finish(acc, work, fetched);
 #pragma unroll
                 for (int pass = 0; pass < L::kPasses; ++pass) {
-                    if (pass == 0) finish(acc, work, fetch(work));
                     offer_staging();
                     await_staging();
 #pragma unroll
-                    for (int i = 0; i < kChunks; ++i) stage_chunk(acc, pass, i);
+                    for (int i = 0; i < kChunks; ++i) {
+                        stage_chunk(acc, pass, i, fetched, direct[i]);
+                        if (pass + 1 < L::kPasses) load_direct(direct[i], work, pass + 1, i);
+                    }
                     store(work, pass);
                 }
             } else {
