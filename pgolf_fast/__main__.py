@@ -6,6 +6,7 @@ Exit codes: 0 done and fine, 1 the thing checked is wrong, 2 wrong usage or inpu
 
 import importlib
 import json
+import os
 import sys
 
 import tyro
@@ -15,13 +16,17 @@ from pgolf_fast.errors import UserError
 
 # verb -> (module in pgolf_fast.commands, class of its arguments, what it does); a module is imported when its verb is used
 VERBS = {
+    "audit": ("audit", "Audit", "run the challenge's rules against an evaluator or an artifact"),
     "bench": ("bench", "Bench", "benchmark ops against their peers, in one process, after their tests"),
+    "compare": ("compare", "Compare", "test whether one set of seeds scores better than another"),
     "data": ("data", "Data", "make, fetch and check data sets: build, get, verify, demo, train-tokenizer"),
     "demo": ("demo", "Demo", "the main job on an embedded default: doctor, ops, corpus, training"),
     "doctor": ("doctor", "Doctor", "check this machine: versions, devices, the path each op takes"),
+    "eval": ("eval", "Eval", "score an artifact on a validation split: plain, sliding window, score-first test-time training"),
     "pack": ("pack", "Pack", "compress quantized tensors into one file, with the ledger of bytes against the cap"),
     "quantize": ("quantize", "Quantize", "quantize a checkpoint, with the error of each tensor and a forecast of the size"),
     "recipes": ("recipes", "Recipes", "list the recipes, or every value of one and where it comes from"),
+    "report": ("report", "Report", "draw the curves, step times and sizes of runs, in one page"),
     "train": ("train", "Train", "train a recipe, on the CPU, one GPU or several"),
 }
 
@@ -30,6 +35,13 @@ def _usage() -> str:
     width = max(map(len, VERBS))
     lines = [f"  {verb:<{width}}  {summary}" for verb, (_, _, summary) in VERBS.items()]
     return "\n".join(["usage: pgolf VERB [arguments]   (pgolf VERB --help)", "", *lines])
+
+
+def _print_json(result) -> None:
+    try:
+        print(json.dumps(result), flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at exit
 
 
 def main() -> None:
@@ -43,7 +55,9 @@ def main() -> None:
         raise SystemExit(2)
     name, arguments_class, _ = VERBS[verb]
     module = importlib.import_module(f"pgolf_fast.commands.{name}")
-    config = tyro.cli(getattr(module, arguments_class), prog=f"pgolf {verb}", args=arguments[1:], config=(tyro.conf.FlagCreatePairsOff,))
+    # Parsers of arguments swallow the "--" that stands between the two sides of a comparison.
+    words = [module.BETWEEN if verb == "compare" and word == "--" else word for word in arguments[1:]]
+    config = tyro.cli(getattr(module, arguments_class), prog=f"pgolf {verb}", args=words, config=(tyro.conf.FlagCreatePairsOff,))
     # With --json, standard output holds the JSON and nothing else. Off a terminal, tables get room.
     console = Console(stderr=config.json, width=None if sys.stdout.isatty() else 140)
     try:
@@ -55,7 +69,7 @@ def main() -> None:
         print(f"pgolf {verb}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     if config.json:
-        print(json.dumps(result))
+        _print_json(result)
     raise SystemExit(code)
 
 

@@ -56,16 +56,17 @@ def role(name: str) -> str:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def pack(tensors: QuantizedTensors, codec: str = DEFAULT, metadata: dict | None = None) -> bytes:
+def pack(tensors: QuantizedTensors, codec: str = DEFAULT, metadata: dict | None = None, **progress) -> bytes:
     """One file, decoded again and compared before it is returned.
 
     metadata  anything JSON can hold: how to rebuild the model
+    progress  progress=function, for the codec
     """
     if codec not in CODECS:
         raise UserError(f"codec: no {codec!r}; there are {', '.join(CODECS)}")
     number, coder = CODECS[codec]
     index, matrices, rest = _content(tensors, metadata)
-    streams = coder.encode(matrices, rest)
+    streams = coder.encode(matrices, rest, **progress)
     packed_index = brotli_compress(index)
     head = HEAD.pack(MAGIC, VERSION, number, len(packed_index), len(index), len(streams)) + struct.pack(f"<{len(streams)}I", *map(len, streams))
     body = head + packed_index + b"".join(streams) + _content_digest(index, [m.codes for m in matrices], rest)

@@ -1,11 +1,24 @@
 """The training clock: what counts against the cap, what does not, and when to stop so that no run ends past it."""
 
 import collections
+import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
 WINDOW_STEPS = 50  # the slowest of this many steps is what the next one is assumed to take
+
+_LOADED_AT = time.perf_counter()
+
+
+def process_age_s() -> float:
+    """Seconds since the operating system started this process; since this module was loaded where it does not say."""
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+            started = int(stat.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+            return float(uptime.read().split()[0]) - started
+    except (OSError, ValueError, IndexError):
+        return time.perf_counter() - _LOADED_AT
 
 
 class TrainingClock:

@@ -14,6 +14,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,13 @@ class Shape(NamedTuple):
     role: str
     rows: int
     columns: int
+
+
+Progress = Callable[[int, int], None]  # called with what is done, and of how much; one stream alone cannot tell
+
+
+def _quiet(done: int, total: int) -> None:
+    pass
 
 
 def _workers() -> ThreadPoolExecutor:
@@ -70,7 +78,7 @@ def brotli_compress(data: bytes) -> bytes:
 class Flat:
     """One stream for everything; subclasses bring compress(data) and decompress(stream, size)."""
 
-    def encode(self, matrices: list[Matrix], rest: bytes) -> list[bytes]:
+    def encode(self, matrices: list[Matrix], rest: bytes, progress: Progress = _quiet) -> list[bytes]:
         return [self.compress(b"".join(m.codes.tobytes() for m in matrices) + rest)]
 
     def decode(self, streams: list[bytes], shapes: list[Shape], rest_size: int) -> tuple[list[np.ndarray], bytes]:
@@ -155,10 +163,13 @@ class Lzma(Flat):
 class ByRole:
     """A stream per role, in order of appearance, then the tail by brotli; subclasses code one role's matrices."""
 
-    def encode(self, matrices: list[Matrix], rest: bytes) -> list[bytes]:
-        roles = _by_role(matrices)
+    def encode(self, matrices: list[Matrix], rest: bytes, progress: Progress = _quiet) -> list[bytes]:
+        roles, streams = _by_role(matrices), []
         with _workers() as pool:
-            return [*pool.map(self.encode_role, roles, roles.values()), brotli_compress(rest)]
+            for stream in pool.map(self.encode_role, roles, roles.values()):
+                streams.append(stream)
+                progress(len(streams), len(roles))
+        return [*streams, brotli_compress(rest)]
 
     def decode(self, streams: list[bytes], shapes: list[Shape], rest_size: int) -> tuple[list[np.ndarray], bytes]:
         roles = _by_role(shapes)

@@ -18,8 +18,12 @@ class HessianSum:
         """x [..., columns]; one call per visit, so a block that runs three times adds three."""
         if x.shape[-1] != self.total.shape[0]:
             raise ValueError(f"x: expected {self.total.shape[0]} columns, got shape {list(x.shape)}")
-        x = x.reshape(-1, x.shape[-1]).float()
-        self.total.addmm_(x.T, x)
+        x = x.reshape(-1, x.shape[-1])
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            # Products of bfloat16 are exact in fp32, so tensor cores lose nothing here.
+            self.total += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            self.total.addmm_(x.T.float(), x.float())
 
     def mean(self, num_batches: int) -> torch.Tensor:
         """The Hessian: the sum over the number of calibration batches, not of rows."""

@@ -8,6 +8,7 @@ the same storage under the names of the published checkpoints (tensor_names.py).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import nn
 from pgolf_fast import fused_blocks
 from pgolf_fast.errors import UserError
 from pgolf_fast.ops import fused_mlp, linear_softcap_cross_entropy, xsa_attention
+from pgolf_fast.ops.fused_mlp import activation_ref
 from pgolf_fast.settings import requirer, setting
 from pgolf_fast.tensor_names import published_views
 
@@ -313,6 +315,7 @@ class Context(NamedTuple):
     values: dict[int, torch.Tensor]  # block to value embedding, [B, T, kv_dim]
     cu_seqlens: torch.Tensor | None
     max_seqlen: int | None
+    observe: Callable[[int, str, torch.Tensor], None] | None  # see GPT.stream
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -358,18 +361,22 @@ class GPT(nn.Module):
                 raise UserError(f"checkpoint tensor {name}: expected shape {list(view.shape)}, got {list(tensors[name].shape)}")
             view.copy_(tensors[name])
 
-    def forward(self, tokens, targets=None, *, reduction="mean", **how):
+    def forward(self, tokens, targets=None, *, reduction="mean", positions=None, **how):
         """Loss of predicting `targets`, or the softcapped logits.
 
         tokens     [B, T] int64
-        targets    [B, T] int64, or None for logits [B, T, V] in float32
-        reduction  "mean": the training loss, by the fused head; "none": each token's loss [B, T] in plain
+        targets    [B, S] int64, or None for logits [B, S, V] in float32
+        reduction  "mean": the training loss, by the fused head; "none": each token's loss [B, S] in plain
                    float32, which is what a score is made of, so that no kernel can move the ruler
+        positions  [B, S] int64, the positions of each row whose predictions are wanted; None: all, S = T
         how        see `stream`
         """
-        return self._head(rms(self.stream(tokens, **how)), targets, reduction)
+        x = self.stream(tokens, **how)
+        if positions is not None:
+            x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+        return self._head(rms(x), targets, reduction)
 
-    def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False):
+    def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None):
         """The residual stream [B, T, C] after the last block.
 
         cu_seqlens  int32 [documents + 1] for packed documents (then B = 1): they confine attention; what
@@ -377,13 +384,14 @@ class GPT(nn.Module):
         max_seqlen  longest document, a host number; fixed for a training run
         looped      run the loop (always, after training); without loops in the recipe it changes nothing
         fake_quant  late quantisation-aware training
+        observe     called as observe(block, "qkv", "o", "up" or "down", input) with what those matrices multiply, at every visit
         """
         x0 = self._embed(tokens, fake_quant)
         cos, sin = self._rotary_for(tokens, max_seqlen)
-        context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen)
-        if self.fused_blocks is None and fused_blocks.serve(self.config, x0) or self.fused_blocks:
-            return self._fused_visits(context, looped, fake_quant)
-        return self._visits(context, looped, fake_quant)
+        context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen, observe)
+        fused = fused_blocks.serve(self.config, x0) if self.fused_blocks is None else self.fused_blocks
+        # What the matrices multiply is not to be seen in the fused blocks.
+        return (self._fused_visits if fused and observe is None else self._visits)(context, looped, fake_quant)
 
     def _visits(self, context, looped, fake_quant):
         """The definition of the blocks, for any device and dtype."""
@@ -412,23 +420,24 @@ class GPT(nn.Module):
         x = F.embedding(tokens, self.tok_emb).to(self.stream_dtype)
         if self.config.bigram_buckets:
             pair = F.embedding(bigram_bucket(tokens, self.config.bigram_buckets), self.bigram_embed).to(x.dtype)
-            x = x + self.bigram_scale.to(x.dtype) * linear(pair, _matrix(self.bigram_proj, fake_quant))
+            x = (x + self.bigram_scale[None] * linear(pair, _matrix(self.bigram_proj, fake_quant))).to(x.dtype)
         carries = (tokens != BOS)[..., None].to(x.dtype) if self.config.smear_mask_bos else 1.0
         if self.config.smear == "token":
-            gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(linear(x[..., : self.config.gate_window], self.smear_gate))
-            return rms(x + carries * gate * previous_token(x))
+            gate = self.smear_lambda * torch.sigmoid(linear(x[..., : self.config.gate_window], self.smear_gate))
+            return rms((x + carries * gate * previous_token(x)).to(x.dtype))
         x = rms(x)
         if self.config.smear == "channel":
-            gate = torch.sigmoid(self.smear_gate.to(x.dtype))
-            x = (1 - gate) * x + carries * gate * previous_token(x)
+            gate = torch.sigmoid(self.smear_gate)
+            x = ((1 - gate) * x + carries * gate * previous_token(x)).to(x.dtype)
         return x
 
     def _value_embeddings(self, tokens, fake_quant):
         if not self.config.value_embed:
             return {}
         table = F.embedding(tokens, self.ve_embed).to(self.stream_dtype)
-        shared = self.ve_scale.to(table.dtype) * linear(table, _matrix(self.ve_proj, fake_quant))
-        return {layer: scale.to(shared.dtype) * shared for layer, scale in zip(self.config.ve_layers, self.ve_layer_scales.unbind(0))}
+        shared = linear(table, _matrix(self.ve_proj, fake_quant))
+        scales = self.ve_scale * self.ve_layer_scales
+        return {layer: (scale * shared).to(shared.dtype) for layer, scale in zip(self.config.ve_layers, scales.unbind(0))}
 
     def _rotary_for(self, tokens, max_seqlen):
         """Constant tables, made at the first forward of a shape."""
@@ -457,31 +466,32 @@ class GPT(nn.Module):
         return [Block(*row) for row in rows]
 
     def _merge(self, x, skip, weight, gate):
-        skip = weight.to(x.dtype) * skip
         if gate is None:
-            return x + skip
-        gate = torch.sigmoid(gate.to(x.dtype))
-        return gate * x + (1 - gate) * skip
+            return (x + weight * skip).to(x.dtype)
+        gate = torch.sigmoid(gate)
+        return (gate * x + (1 - gate) * weight * skip).to(x.dtype)
 
     def _normed(self, block, x):
         return rms(x) / math.sqrt(block.index + 1) if self.config.ln_scale else rms(x)
 
     def _remixed(self, block, x, context):
-        stream, embedded = block.resid_mix.to(x.dtype)
-        return stream * x + embedded * context.x0
+        stream, embedded = block.resid_mix
+        return (stream * x + embedded * context.x0).to(x.dtype)
 
     def _sequential(self, block, x, context):
         x = self._remixed(block, x, context)
-        x = x + block.attn_scale.to(x.dtype) * self._attention(block, self._normed(block, x), context)
-        return x + block.mlp_scale.to(x.dtype) * self._mlp(block, self._normed(block, x))
+        x = (x + block.attn_scale * self._attention(block, self._normed(block, x), context)).to(x.dtype)
+        return (x + block.mlp_scale * self._mlp(block, self._normed(block, x), context)).to(x.dtype)
 
     def _two_lanes(self, block, lane0, lane1, context):
         """Attention reads lane 0, the MLP lane 1; both write both."""
         attention = self._attention(block, self._normed(block, self._remixed(block, lane0, context)), context)
-        attention = block.attn_scale.to(lane0.dtype) * attention
-        mlp = block.mlp_scale.to(lane1.dtype) * self._mlp(block, self._normed(block, lane1))
-        resid, post = block.lane_resid.to(lane0.dtype), block.lane_post.to(lane0.dtype)
-        lane0, lane1 = (resid[i] * lane + post[0, i] * attention + post[1, i] * mlp for i, lane in enumerate((lane0, lane1)))
+        mlp = self._mlp(block, self._normed(block, lane1), context)
+        resid, post_attention, post_mlp = block.lane_resid[:, None], block.lane_post[0, :, None], block.lane_post[1, :, None]
+        post_attention, post_mlp = post_attention * block.attn_scale, post_mlp * block.mlp_scale
+        lane0, lane1 = (
+            (resid[i] * lane + post_attention[i] * attention + post_mlp[i] * mlp).to(lane.dtype) for i, lane in enumerate((lane0, lane1))
+        )
         return lane0, lane1
 
     def _attention(self, block, n, context):
@@ -492,16 +502,22 @@ class GPT(nn.Module):
         if block.index in context.values:
             v = v + context.values[block.index]
         v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))
-        q = block.q_gain.to(q.dtype)[:, None] * rotate(rms(q), context.cos, context.sin)
+        q = (block.q_gain[:, None] * rotate(rms(q), context.cos, context.sin)).to(q.dtype)
         k = rotate(rms(k), context.cos, context.sin)
         gate = None
         if config.attn_gate:
             gate = torch.sigmoid(config.attn_gate_scale * linear(n[..., : config.gate_window], block.attn_gate))  # [B, T, H]
         xsa = block.index >= config.num_layers - config.xsa_last_n
         y = xsa_attention(q, k, v, xsa=xsa, gate=gate, cu_seqlens=context.cu_seqlens, max_seqlen=context.max_seqlen)
+        if context.observe:
+            context.observe(block.index, "qkv", n)
+            context.observe(block.index, "o", y.flatten(-2))
         return linear(y.flatten(-2), block.w_o)
 
-    def _mlp(self, block, m):
+    def _mlp(self, block, m, context):
+        if context.observe:
+            context.observe(block.index, "up", m)
+            context.observe(block.index, "down", self._hidden(block, m))
         if self.config.activation != "star_relu2":
             return fused_mlp(m, block.w_up.to(m.dtype), block.w_down.to(m.dtype), self.config.activation)
         # W (a relu^2 + c) = (W diag(a)) relu^2 + W c: the learned scale and shift cost no pass over the hidden units.
@@ -509,6 +525,11 @@ class GPT(nn.Module):
         shift = block.w_down @ block.star_shift
         return fused_mlp(m, block.w_up.to(m.dtype), scaled_down, "relu2") + shift.to(m.dtype)
 
+    def _hidden(self, block, m):
+        """The hidden units as the second matrix sees them; the fused op keeps them to itself."""
+        if self.config.activation != "star_relu2":
+            return activation_ref(linear(m, block.w_up), self.config.activation)
+        return block.star_scale * activation_ref(linear(m, block.w_up), "relu2") + block.star_shift
     # -- the same by fused_blocks.py
 
     def _fused_visits(self, context, looped, fake_quant):

@@ -7,16 +7,19 @@ A scheme is a dataclass of its published parameters; a config is a list of rules
 first match wins; PUBLISHED holds the records' tables. No file format here.
 """
 
+import dataclasses
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
 from pgolf_fast.errors import UserError
 from pgolf_fast.gptq import gptq
+from pgolf_fast.settings import requirer, setting
 
 FLOAT16_MAX = 65504.0
 
@@ -240,6 +243,7 @@ class QuantConfig:
 
 ATTENTION = ("blocks.*.attn.c_[qkv]*", "blocks.*.attn.proj*")
 MLP = ("blocks.*.mlp.fc*", "blocks.*.mlp.proj*")
+EMBEDDING = ("tok_emb*",)
 SMALL = Rule(("*",), Keep("float16"), max_elements=65_536)
 
 PUBLISHED = {
@@ -261,12 +265,52 @@ PUBLISHED = {
         Rule(("*",), PercentileRows()),
     )),
     "caseops-1934": QuantConfig((
-        Rule((*ATTENTION, *MLP), Gptq(level=31, clip_sigmas=12.0)),
-        Rule(("tok_emb*",), Gptq(level=63, clip_sigmas=12.0)),
+        Rule(ATTENTION, Gptq(level=31, clip_sigmas=12.0)),
+        Rule(MLP, Gptq(level=31, clip_sigmas=12.0)),
+        Rule(EMBEDDING, Gptq(level=63, clip_sigmas=12.0)),
         Rule(("*attn_gate_w*",), MaxRows()),
         Rule(("*",), Keep("float16")),
     ), lqer=Lqer()),
 }  # fmt: skip
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    table: Literal[tuple(PUBLISHED)] = setting("legal-ttt-691", "whose schemes the weights are quantized by")
+    matrix_bits: int = setting(6, "of the attention and MLP matrices that GPTQ rounds", "MATRIX_BITS")
+    embed_bits: int = setting(7, "of the token table that GPTQ rounds", "EMBED_BITS")
+    attn_clip_sigmas: float = setting(12.0, "outermost code of attention matrices in GPTQ, in deviations of the row", "ATTN_CLIP_SIGMAS")
+    mlp_clip_sigmas: float = setting(12.0, "the same of MLP matrices", "MLP_CLIP_SIGMAS")
+    embed_clip_sigmas: float = setting(12.0, "the same of the token table", "EMBED_CLIP_SIGMAS")
+    calibration_batches: int = setting(16, "of training text, for GPTQ's Hessians", "GPTQ_CALIBRATION_BATCHES")
+    calibration_rows: int = setting(48, "rows of train.seq_len tokens in each")
+
+    def __post_init__(self):
+        require = requirer("quantize")
+        for field in ("matrix_bits", "embed_bits"):
+            require(2 <= getattr(self, field) <= 8, field, f"expected 2 to 8, got {getattr(self, field)}")
+        for field in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "calibration_batches", "calibration_rows"):
+            require(getattr(self, field) > 0, field, f"expected more than 0, got {getattr(self, field)}")
+
+    def rules(self) -> QuantConfig:
+        """The published table, its GPTQ rules with these widths and clips."""
+        chosen = {
+            ATTENTION: (self.matrix_bits, self.attn_clip_sigmas),
+            MLP: (self.matrix_bits, self.mlp_clip_sigmas),
+            EMBEDDING: (self.embed_bits, self.embed_clip_sigmas),
+        }
+
+        def tuned(rule):
+            if not isinstance(rule.scheme, Gptq):
+                return rule
+            bits, clip = chosen[rule.patterns]
+            return dataclasses.replace(rule, scheme=dataclasses.replace(rule.scheme, level=2 ** (bits - 1) - 1, clip_sigmas=clip))
+
+        table = PUBLISHED[self.table]
+        return dataclasses.replace(table, rules=tuple(tuned(rule) for rule in table.rules))
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
@@ -278,25 +322,31 @@ def quantize(
     config: QuantConfig,
     hessians: Mapping[str, torch.Tensor] | None = None,
     plain_rounding: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[QuantizedTensors, list[TensorError]]:
     """Quantize every tensor of `state`, on the device it lies on.
 
     hessians        name to [columns, columns], for the tensors of Gptq rules
     plain_rounding  round those to nearest instead, for forecasts of the size
+    progress        called with the number of weights done so far, and of all
     """
     schemes = {name: config.scheme_of(name, tensor) for name, tensor in state.items()}
     source = {name: _source(name, tensor, schemes[name]) for name, tensor in state.items()}
-    results = {}
-    gptq_shapes = {}  # (scheme, shape, device) to names: these go through GPTQ together
+    results, gptq_shapes = {}, {}  # (scheme, shape, device) to names: these go through GPTQ together
+    done, total = 0, sum(w.numel() for w in source.values())
     for name, w in source.items():
         if isinstance(schemes[name], Gptq):
             gptq_shapes.setdefault((schemes[name], w.shape, w.device), []).append(name)
         else:
             results[name] = _naming(name, schemes[name], w)
+            done += w.numel()
+            progress(done, total)
     for (scheme, _, _), names in gptq_shapes.items():
         given = None if plain_rounding else [_hessian(name, source[name], hessians) for name in names]
         label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more of its shape"
         results |= zip(names, _naming(label, scheme, [source[n] for n in names], given))
+        done += sum(source[n].numel() for n in names)
+        progress(done, total)
     tensors = {name: results[name][0] for name in state}
     if config.lqer:
         corrected = [name for names in gptq_shapes.values() for name in names]

@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgolf_fast.errors import UserError
+from pgolf_fast.evaluation.evaluate import EvalConfig
+from pgolf_fast.evaluation.score_first_sgd import TttConfig
 from pgolf_fast.model import ModelConfig
 from pgolf_fast.optim import OptimConfig
+from pgolf_fast.quantize import QuantizeConfig
 from pgolf_fast.schedule import ScheduleConfig
 from pgolf_fast.train import TrainConfig
 
@@ -35,6 +38,9 @@ class Recipe:
     schedule: ScheduleConfig = ScheduleConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    eval: EvalConfig = EvalConfig()
+    ttt: TttConfig = TttConfig()
 
 
 class Setting(typing.NamedTuple):
@@ -77,8 +83,7 @@ class Resolved:
     sources: dict[str, str]  # "stage.setting" to where its value comes from
 
     def values(self) -> dict[str, object]:
-        stages = {key: getattr(self.recipe, key.split(".")[0]) for key in SETTINGS}
-        return {key: getattr(stage, key.split(".")[1]) for key, stage in stages.items()}
+        return values(self.recipe)
 
     def record(self) -> dict:
         """For a file beside a run: every value with where it comes from."""
@@ -86,6 +91,30 @@ class Resolved:
             key: {"value": value, "source": self.sources[key], "meaning": SETTINGS[key].meaning} for key, value in self.values().items()
         }
         return {"name": self.name, "note": self.note, "settings": settings}
+
+
+def values(recipe: Recipe) -> dict[str, object]:
+    """Every setting's value, by "stage.setting"."""
+    stages = {key: getattr(recipe, key.split(".")[0]) for key in SETTINGS}
+    return {key: getattr(stage, key.split(".")[1]) for key, stage in stages.items()}
+
+
+def from_values(values: Mapping[str, object], source: str) -> Recipe:
+    """The recipe of values that `values` gave, perhaps through JSON; a setting that `source` does not hold has its default."""
+    stages = {stage.name: {} for stage in dataclasses.fields(Recipe)}
+    for key, value in values.items():
+        _require_known(key, source)
+        stage, field = key.split(".")
+        stages[stage][field] = _value(key, value, source, is_text=False)
+    return Recipe(**{stage.name: stage.type(**stages[stage.name]) for stage in dataclasses.fields(Recipe)})
+
+
+def overridden(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """A recipe, with `setting=value` overrides of the command line."""
+    changed = values(recipe)
+    for _, layer in _override_layers(overrides):
+        changed |= layer
+    return from_values(changed, "command line")
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

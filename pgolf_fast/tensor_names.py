@@ -46,10 +46,15 @@ def is_per_block(name) -> bool:
     return PUBLISHED_NAMES[name][0].startswith("blocks.")
 
 
+def published_names(config) -> dict[str, tuple[str, ...]]:
+    """The model's names to the published ones."""
+    names = PUBLISHED_NAMES | (GEPA_NAMES if config.tensor_names == "gepa" else {})
+    return names | (TOKEN_SMEAR_NAMES if config.smear == "token" else {})
+
+
 def published_views(config, tensors) -> dict[str, torch.Tensor]:
     """Views of `tensors` (parameters, gradients, averages: name to tensor) under the published names, one matrix or vector each."""
-    names = PUBLISHED_NAMES | (GEPA_NAMES if config.tensor_names == "gepa" else {})
-    names |= TOKEN_SMEAR_NAMES if config.smear == "token" else {}
+    names = published_names(config)
     views = {}
     for name, tensor in tensors.items():
         if "{}" not in names[name][0]:

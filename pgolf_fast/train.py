@@ -20,12 +20,13 @@ import torch
 from pgolf_fast import checkpoint, dist, schedule
 from pgolf_fast.bpb import BitsPerByte, Score
 from pgolf_fast.clock import TrainingClock
-from pgolf_fast.data import ContinuousStream, Loader, ShardStream, load_validation, pack_segments
+from pgolf_fast.data import Batch, ContinuousStream, Loader, ShardStream, load_validation, pack_segments
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT, ModelConfig, visits
 from pgolf_fast.optim import Optimizer
 from pgolf_fast.runlog import RunLog, machine
 from pgolf_fast.settings import setting
+from pgolf_fast.step import GraphedStep, Step
 
 RUN_AHEAD = 2  # steps that the host may be ahead of a GPU
 AGREE_EVERY = 10  # steps between two agreements of several ranks on the clock
@@ -51,6 +52,7 @@ class TrainConfig:
     log_every: int = setting(500, "steps between lines of the text log", "TRAIN_LOG_EVERY")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
     stop_reserve_seconds: float = setting(0.5, "kept free before the time limit, for a step slower than the last fifty")
+    cuda_graphs: bool = setting(True, "on a GPU: the step is captured once per mode and replayed")
     deterministic: bool = setting(
         False, "torch's deterministic algorithms: bit-identical runs on the CPU; on sm_90 the MLP kernel's weight gradients still vary in their last bits"
     )
@@ -110,6 +112,8 @@ class Trainer:
             self.model = GPT(self.recipe.model, self.config.seed, self.device, stream_dtype)
             self.parts = self.config.micro_batches // world
             self.optimizer = Optimizer(self.model, self.recipe.optim, self.parts)
+            graphed = self.config.cuda_graphs and self.device.type == "cuda"
+            self.steps = (GraphedStep if graphed else Step)(self.model, self.optimizer, self.config.seq_len)
             packed = self.config.layout == "documents"
             stream = ShardStream if packed else ContinuousStream
             self.loader = Loader(
@@ -128,27 +132,9 @@ class Trainer:
 
     # -- one step
 
-    def loss_of(self, inputs, targets, cu_seqlens, plan):
-        """The mean loss of one micro-batch."""
-        if cu_seqlens is None:
-            inputs, targets = (t.view(-1, self.config.seq_len) for t in (inputs, targets))
-            documents = {}
-        else:
-            inputs, targets = inputs[None], targets[None]
-            documents = {"cu_seqlens": cu_seqlens, "max_seqlen": self.config.seq_len}
-        return self.model(inputs, targets, looped=plan.looped, fake_quant=plan.fake_quant, **documents)
-
     def take_step(self, batches, plan):
-        """Forward, backward and update; the summed loss of this rank's micro-batches stays on the device."""
-        self.optimizer.set(plan)
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss = self.loss_of(*batch, plan)
-            loss.backward()
-            self.optimizer.collect()
-            total += loss.detach()
-        self.optimizer.step()
-        return total / self.parts
+        """The mean loss of this rank's micro-batches stays on the device."""
+        return self.steps.run(batches, plan)
 
     def warm_up(self):
         """Full steps on synthetic tokens in every mode that the run will meet; weights, optimizer and loader are then as before."""
@@ -168,7 +154,7 @@ class Trainer:
             plan = schedule.StepPlan(1.0, self.recipe.schedule.muon_momentum_start, looped, fake_quant, False)
             for i in range(self.config.warmup_steps):
                 begin = time.perf_counter()
-                self.take_step([(tokens[0], tokens[1], cu_seqlens)] * self.parts, plan)
+                self.take_step([Batch(tokens[0], tokens[1], cu_seqlens, i)] * self.parts, plan)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 if i == self.config.warmup_steps - 1:
@@ -222,7 +208,7 @@ class Trainer:
                             self.report_validation(self.validate())
                         begun = time.perf_counter()
                     self.plan = schedule.plan(self.recipe.schedule, self.step, self.elapsed_s, self.plan)
-                    batches = [(b.inputs, b.targets, b.cu_seqlens) for b in (next(self.loader) for _ in range(self.parts))]
+                    batches = [next(self.loader) for _ in range(self.parts)]
                     self.losses.put(self.step, self.take_step(batches, self.plan))
                     if self.plan.snapshot:
                         self.optimizer.snapshot()

@@ -33,6 +33,14 @@ def test_help_lists_every_verb():
         assert verb in done.stdout
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    command = [sys.executable, "-m", "pgolf_fast", "recipes", "caseops-1934", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert "Error" not in process.stderr.read()
+    assert process.wait(timeout=120) == 0
+
+
 def test_doctor_without_a_gpu_is_limited_and_quick():
     done = pgolf("doctor", "--json", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == doctor.LIMITED, done.stdout + done.stderr

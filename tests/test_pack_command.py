@@ -4,15 +4,21 @@ import dataclasses
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from benchmarks.states import synthetic_state
+from pgolf_fast import export, recipe
 from pgolf_fast.__main__ import main
-from pgolf_fast.artifact import pack, unpack
+from pgolf_fast.artifact import pack, same, unpack
+from pgolf_fast.checkpoint import write
 from pgolf_fast.ledger import CAP_BYTES
+from pgolf_fast.model import GPT
 from pgolf_fast.quantize import PUBLISHED, dequantize, quantize
+from pgolf_fast.runlog import RunLog
+from pgolf_fast.shards import shard_name, write_shard
 
 
 @dataclasses.dataclass
@@ -79,10 +85,89 @@ def test_hessians_decide_gptq(pgolf, tmp_path):
     assert by_gptq.returncode == 0 and json.loads(by_gptq.stdout) == json.loads(by_rounding.stdout)
 
 
+@pytest.fixture(scope="module", params=["legal-ttt-691", "caseops-1934"])
+def finished(request, tmp_path_factory):
+    """(folder, recipe) of a run whose training is over, and its data."""
+    folder, table = tmp_path_factory.mktemp("run"), request.param
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        write_shard(folder / shard_name(split, 0), np.array([1, *generator.integers(2, 96, 3000)], np.uint16))
+    sizes = ("model.num_layers=2", "model.model_dim=64", "model.num_heads=4", "model.num_kv_heads=2", "model.vocab_size=96", "model.mlp_mult=2")
+    parts = ("model.num_loops=1", "model.ve_layers=0", "model.bigram_buckets=16", "model.bigram_dim=4", "model.attn_gate=true")
+    calibration = ("quantize.calibration_batches=3", "quantize.calibration_rows=2", "train.seq_len=32", f"quantize.table={table}")
+    resolved = recipe.resolve("base", (*sizes, *parts, *calibration, f"train.data={folder}"), {})
+    model = GPT(resolved.recipe.model, seed=3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape)
+    write(folder / "model.safetensors", model.published_tensors(), {"weights": "last step"})
+    log = RunLog(folder, writes=True)
+    log.document("recipe.json", resolved.record())
+    log.event("end", weights="last step", ledger_s={"train": 600.0, "validate": 9.0})
+    log.close()
+    return folder, resolved.recipe
+
+
+def test_a_run_becomes_an_artifact_with_its_ledger(pgolf, finished):
+    """Quantized, packed, unpacked: the same bits, so the same loss exactly."""
+    folder, settings = finished
+    done = pgolf("quantize", folder, "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    report, uses_gptq = json.loads(done.stdout), settings.quantize.table == "caseops-1934"
+    assert (report["seconds"]["calibrate"] > 0) == uses_gptq and ("past the cap" in done.stderr) == uses_gptq
+    done = pgolf("pack", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    sizes = json.loads(done.stdout)
+    path = folder / "artifact.pglf"
+    assert sizes["bytes"] == path.stat().st_size == pytest.approx(report["forecast_bytes"], rel=0.02)
+    assert json.loads((folder / "ledger.json").read_text()) == sizes
+    assert json.loads((folder / "quantize.json").read_text()) == report
+
+    source = export.read_run(folder)
+    loaded_settings, model = export.load_model(path, expect=settings)
+    assert loaded_settings.quantize == settings.quantize
+    expected = export.build_model(settings, export.quantize_run(source, "cpu").tensors)
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 96, (4, 33)))
+    losses = [m(tokens[:, :-1], tokens[:, 1:], reduction="none") for m in (model, expected)]
+    assert torch.equal(*losses)
+
+
+def test_gptq_calibrates_on_training_text_alone(finished, tmp_path):
+    folder, settings = finished
+    if settings.quantize.table != "caseops-1934":
+        pytest.skip("its table has no GPTQ")
+    source = export.read_run(folder)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / shard_name("train", 0)).symlink_to(folder / shard_name("train", 0))
+    without_validation = export.quantize_run(source, "cpu", data=tmp_path / "train").tensors
+    assert same(without_validation, export.quantize_run(source, "cpu").tensors)
+    assert not same(without_validation, export.quantize_run(source, "cpu", plain_rounding=True).tensors)
+
+
+def test_the_strict_count_decides_when_asked(pgolf, tmp_path):
+    (tmp_path / "small").write_bytes(pack({"x": torch.zeros(8)}))
+    (tmp_path / "train_gpt.py").write_text("#" * CAP_BYTES)  # nothing when wrapped
+    for options, code, count in (((), 0, "wrapped"), (("--strict",), 1, "strict")):
+        done = pgolf("pack", tmp_path / "small", "--code", tmp_path / "train_gpt.py", *options)
+        assert done.returncode == code and f"the cap with code counted {count}" in done.stdout
+
+
+def test_an_unfinished_run_is_refused(pgolf, finished, tmp_path):
+    folder, _ = finished
+    for name in ("recipe.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "events.jsonl").write_text('{"event": "step", "step": 1}\n{"eve')
+    done = pgolf("quantize", tmp_path)
+    assert done.returncode == 2 and "did not come to its end" in done.stderr
+
+
 def test_wrong_input_is_one_sentence(pgolf, tmp_path):
     (tmp_path / "text").write_text("hello")
     for arguments, message in (
         (("quantize", tmp_path / "none", "--table", "caseops-1934"), "checkpoint: no file at"),
+        (("quantize", tmp_path / "text"), "table: say whose schemes"),
+        (("quantize", tmp_path), "is no run's folder"),
+        (("pack", tmp_path), "run pgolf quantize"),
         (("quantize", tmp_path / "text", "--table", "caseops-1934"), "is not a safetensors file"),
         (("pack", tmp_path / "none"), "source: cannot read"),
         (("pack", tmp_path / "text"), "artifact: 5 bytes are too few"),

@@ -1,6 +1,8 @@
 """`pgolf pack`: quantized tensors to one file, and the ledger of bytes."""
 
 import dataclasses
+import functools
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,9 +14,12 @@ from rich.table import Table
 
 import pgolf_fast
 from pgolf_fast import artifact, codecs
+from pgolf_fast.commands.quantize import QUANTIZED, progress_bar
 from pgolf_fast.errors import UserError
 from pgolf_fast.ledger import CAP_BYTES, CodeBytes, Ledger, code_files, count_code, ledger
 
+ARTIFACT = "artifact.pglf"  # in the run's folder
+LEDGER = "ledger.json"
 COUNTS = tuple(f.name for f in dataclasses.fields(CodeBytes))
 
 
@@ -22,16 +27,16 @@ COUNTS = tuple(f.name for f in dataclasses.fields(CodeBytes))
 class Pack:
     """Compress an artifact, check that it decodes exactly, and print the ledger of bytes against the cap."""
 
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ARTIFACT")]
-    """What `pgolf quantize --out` wrote, or any artifact: it is packed again."""
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run's folder after `pgolf quantize`, which receives the artifact and the ledger; or any artifact: it is packed again."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the packed artifact there."""
+    """Write the packed artifact there; a run's goes into its folder if left out."""
     codec: Literal[tuple(codecs.CODECS)] = codecs.DEFAULT
     """How to compress; the published pipelines have their own names."""
     code: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """The submission's folder or script, to be counted; pgolf_fast's own sources if left out."""
-    count: Literal[COUNTS] = "wrapped"
-    """Which count of code decides whether the cap is kept."""
+    strict: bool = False
+    """Every source file as it is decides whether the cap is kept, not the one script that wraps them, as the records count."""
     json: bool = False
     """Print the ledger as JSON."""
 
@@ -59,23 +64,32 @@ def ledger_table(found: Ledger) -> Table:
 
 
 def run(config: Pack, console: Console) -> tuple[dict, int]:
+    of_run = config.source.is_dir()
+    source = config.source / QUANTIZED if of_run else config.source
+    out = config.out or (config.source / ARTIFACT if of_run else None)
     try:
-        data = config.source.read_bytes()
+        data = source.read_bytes()
     except OSError as error:
-        raise UserError(f"source: cannot read {config.source} ({error.strerror})") from None
+        remedy = f"; run pgolf quantize {config.source} first" if of_run else ""
+        raise UserError(f"source: cannot read {source} ({error.strerror}){remedy}") from None
     loaded = artifact.unpack(data)
     code = count_code(code_files(config.code) if config.code else own_sources())
     begin = time.perf_counter()
-    with console.status(f"packing {len(loaded.tensors)} tensors with {config.codec}"):
-        packed = artifact.pack(loaded.tensors, config.codec, loaded.metadata)
+    with progress_bar(console) as progress:
+        advance = functools.partial(progress, f"packing with {config.codec}")
+        packed = artifact.pack(loaded.tensors, config.codec, loaded.metadata, progress=advance)
     seconds = time.perf_counter() - begin
     found = ledger(packed, code)
     console.print(ledger_table(found))
-    fits = found.headroom(config.count) >= 0
+    count = "strict" if config.strict else "wrapped"
+    fits = found.headroom(count) >= 0
     console.print(f"codec {config.codec}: {len(packed):,} bytes, packed and checked in {seconds:.1f} s")
-    console.print(f"[{'green' if fits else 'red'}]{'under' if fits else 'OVER'} the cap with code counted {config.count}")
-    if config.out:
-        config.out.write_bytes(packed)
-        console.print(f"written: {config.out}")
+    console.print(f"[{'green' if fits else 'red'}]{'under' if fits else 'OVER'} the cap with code counted {count}")
     totals = {c: found.total(c) for c in COUNTS}
-    return {"bytes": len(packed), **dataclasses.asdict(found), "totals": totals, "fits": fits, "seconds": seconds}, 0 if fits else 1
+    report = {"bytes": len(packed), **dataclasses.asdict(found), "totals": totals, "count": count, "fits": fits, "seconds": seconds}
+    if out:
+        out.write_bytes(packed)
+        console.print(f"written: {out}")
+    if of_run:
+        (config.source / LEDGER).write_text(json.dumps(report, indent=1) + "\n")
+    return report, 0 if fits else 1

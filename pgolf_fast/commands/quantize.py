@@ -1,36 +1,48 @@
-"""`pgolf quantize`: a checkpoint to integers, and what that cost."""
+"""`pgolf quantize`: a run's weights, or a checkpoint, to integers, and what that cost."""
 
+import contextlib
 import dataclasses
+import functools
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pgolf_fast import artifact
+from pgolf_fast import artifact, export
 from pgolf_fast.errors import UserError
 from pgolf_fast.quantize import PUBLISHED, TensorError, quantize
+
+QUANTIZED = "quantized.pglf"  # in the run's folder, uncompressed
+REPORT = "quantize.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
-    """Quantize a checkpoint by a published table; prints the error table and the forecast of the packed size."""
+    """Quantize a run by its recipe's table, or a checkpoint by a published one; prints the error table and the forecast of the packed size."""
 
-    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-    """A safetensors file with the published tensor names."""
-    table: Literal[tuple(PUBLISHED)]
-    """Whose schemes to use."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the result there, uncompressed, for `pgolf pack`."""
-    hessians: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """A safetensors file with one Hessian per matrix that GPTQ rounds, under the matrix's name."""
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run's folder, which receives the result; or a safetensors file with the published tensor names."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Shards to calibrate on, for GPTQ; the run's own if left out. Only training shards are read."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
     plain_rounding: bool = False
-    """Round those matrices to nearest, without Hessians."""
+    """Round to nearest what GPTQ would round, without calibration."""
+    table: Literal[(None, *PUBLISHED)] = None
+    """Of a checkpoint: whose schemes to use."""
+    hessians: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Of a checkpoint: a safetensors file with one Hessian per matrix that GPTQ rounds, under the matrix's name."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Of a checkpoint: write the result there, uncompressed, for `pgolf pack`."""
     json: bool = False
     """Print every tensor's errors as JSON."""
 
@@ -45,10 +57,12 @@ def load_tensors(path: Path, argument: str) -> dict:
 
 
 def error_table(errors: list[TensorError]) -> Table:
-    """One line per role and scheme: all blocks together."""
-    table = Table(title="quantization error", title_justify="left", box=box.SIMPLE)
-    for heading in ("tensors", "scheme", "number", "values", "bits", "entropy", "rmse", "clipped"):
-        table.add_column(heading, justify="left" if heading in ("tensors", "scheme") else "right", no_wrap=True)
+    """One line per role and scheme; --json has every tensor."""
+    table = Table(title="quantization", title_justify="left", box=box.SIMPLE)
+    for heading in ("tensors", "scheme"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("count", "values", "bits", "entropy", "rmse", "clipped"):
+        table.add_column(heading, justify="right", no_wrap=True)
     groups = {}
     for e in errors:
         groups.setdefault((artifact.role(e.name), e.scheme, e.bits), []).append(e)
@@ -63,12 +77,70 @@ def error_table(errors: list[TensorError]) -> Table:
     return table
 
 
+@contextlib.contextmanager
+def progress_bar(console: Console):
+    """A function progress(task, done, total) that draws one bar per task."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks = {}
+
+        def progress(task, done, total):
+            if task not in tasks:
+                tasks[task] = bar.add_task(task, total=total)
+            bar.update(tasks[task], completed=done, total=total)
+
+        yield progress
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"device: {name!r} is not here; choose cpu, cuda (if there is a GPU) or auto")
+    return torch.device(name)
+
+
 def run(config: Quantize, console: Console) -> tuple[dict, int]:
-    state = load_tensors(config.checkpoint, "checkpoint")
+    return quantize_run(config, console) if config.source.is_dir() else quantize_checkpoint(config, console)
+
+
+def quantize_run(config, console):
+    for argument in ("table", "hessians", "out"):
+        if getattr(config, argument):
+            raise UserError(f"{argument}: of a checkpoint only; a run is quantized as its recipe says, into its own folder")
+    source = export.read_run(config.source)
+    with progress_bar(console) as progress:
+        made = export.quantize_run(source, choose_device(config.device), config.data, config.plain_rounding, progress)
+    (config.source / QUANTIZED).write_bytes(artifact.pack(made.tensors, "none", export.metadata(source.name, source.recipe)))
+    forecast = artifact.estimate_bytes(made.tensors)
+    cap_s = source.recipe.schedule.max_wallclock_seconds
+    report = {
+        "weights": source.weights,
+        "forecast_bytes": forecast,
+        "seconds": {"train": source.train_s, "calibrate": made.calibrate_s, "cap": cap_s, "quantize": made.quantize_s},
+        "tensors": [dataclasses.asdict(e) for e in made.errors],
+    }
+    (config.source / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    console.print(error_table(made.errors))
+    console.print(f"{source.name}, {source.weights}: quantized in {made.quantize_s:.1f} s; forecast of the packed size: {forecast:,} bytes")
+    if made.calibrate_s:
+        total = source.train_s + made.calibrate_s
+        of_cap = f" of {cap_s:.0f} s" if cap_s else ""
+        late = "; [red]past the cap: keep more time free (schedule.reserve_seconds)" if cap_s and total > cap_s else ""
+        console.print(f"training {source.train_s:.1f} s + calibration on training text {made.calibrate_s:.1f} s = {total:.1f} s{of_cap}{late}")
+    console.print(f"written: {config.source / QUANTIZED} (uncompressed; next: pgolf pack {config.source})")
+    return report, 0
+
+
+def quantize_checkpoint(config, console):
+    if config.table is None:
+        raise UserError(f"table: say whose schemes to use for a checkpoint: {', '.join(PUBLISHED)}; a run's folder says it itself")
+    state = load_tensors(config.source, "checkpoint")
     hessians = load_tensors(config.hessians, "hessians") if config.hessians else None
-    with console.status(f"quantizing {len(state)} tensors"):
-        tensors, errors = quantize(state, PUBLISHED[config.table], hessians, config.plain_rounding)
-        forecast = artifact.estimate_bytes(tensors)
+    with progress_bar(console) as progress:
+        advance = functools.partial(progress, "quantizing")
+        tensors, errors = quantize(state, PUBLISHED[config.table], hessians, config.plain_rounding, advance)
+    forecast = artifact.estimate_bytes(tensors)
     console.print(error_table(errors))
     console.print(f"forecast of the packed size: {forecast:,} bytes, code not counted")
     if config.out:

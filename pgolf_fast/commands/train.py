@@ -37,17 +37,17 @@ class Train:
     """Print the result as JSON."""
 
 
-def _under_torchrun(gpus: int) -> None:
+def under_torchrun(gpus: int) -> None:
     """Replaces this process by torchrun with the same arguments; its processes have a LOCAL_RANK and so do not come here again."""
+    if gpus > torch.cuda.device_count():
+        raise UserError(f"gpus: {gpus} asked for, {torch.cuda.device_count()} visible here")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "-m", "pgolf_fast", *sys.argv[1:]]
     os.execv(sys.executable, command)
 
 
 def run(config: Train, console: Console) -> tuple[dict, int]:
     if config.gpus > 1 and "LOCAL_RANK" not in os.environ:
-        if config.gpus > torch.cuda.device_count():
-            raise UserError(f"gpus: {config.gpus} asked for, {torch.cuda.device_count()} visible here")
-        _under_torchrun(config.gpus)
+        under_torchrun(config.gpus)
     resolved = recipe.resolve(config.recipe, config.overrides)
     run_id = resolved.recipe.train.run_id or f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if config.resume and not resolved.recipe.train.run_id:

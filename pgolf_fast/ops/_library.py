@@ -11,6 +11,7 @@ The library registers its kernels as `torch.ops.pgolf_fast_sm90.<name>`; they
 write into tensors that the op allocated, so every allocation is torch's own.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -59,9 +60,25 @@ def _say_composite(name: str, device_index: int, reason: str) -> None:
     log.warning("%s: composite torch path on %s (%s)", name, torch.cuda.get_device_name(device_index), reason)
 
 
+_composite_only = False
+
+
+@contextlib.contextmanager
+def composite():
+    """Inside, every GPU takes the composite path: what kernels are compared with."""
+    global _composite_only
+    before, _composite_only = _composite_only, True
+    try:
+        yield
+    finally:
+        _composite_only = before
+
+
 @torch.compiler.assume_constant_result
 def uses_kernel(name: str, device: torch.device) -> bool:
     """Whether `torch.ops.pgolf_fast_sm90.<name>` serves tensors on `device`; False: the composite path does."""
+    if _composite_only:
+        return False
     index = device.index if device.index is not None else torch.cuda.current_device()
     if _capability(index) != (9, 0):
         _say_composite(name, index, "no kernel for sm_%d%d" % _capability(index))

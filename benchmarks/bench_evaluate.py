@@ -1,0 +1,116 @@
+"""Seconds to score a stream, with and without test-time training, beside the published evaluators' logged times per GPU.
+
+    python -m benchmarks.bench_evaluate --save
+    python -m benchmarks.bench_evaluate --recipe gepa-598 --evaluator score-first-sgd --profile
+
+The evaluators are those of `pgolf eval`, after their warm-up, on a model with random weights and Zipf-distributed tokens; loading is not in it.
+A published time is that of the whole split of 62,023,616 scores; its rate per GPU is the scores over seconds times GPUs.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import run as bench
+from pgolf_fast import recipe
+from pgolf_fast.data import Validation
+from pgolf_fast.evaluation.evaluate import evaluate, make_evaluator, warm_up
+from pgolf_fast.evaluation.referee import Referee
+from pgolf_fast.model import GPT
+
+SPLIT_SCORES = 62_023_616
+# (recipe, evaluator): seconds and GPUs of the published log; #691's runs also give the sliding time of PR #414, the same model
+PUBLISHED = {
+    ("legal-ttt-691", "sliding"): (73.1, 8, "H100"),
+    ("legal-ttt-691", "score-first-sgd"): (617.0, 8, "H100"),
+    ("gepa-598", "score-first-sgd"): (2193.8, 4, "A100"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Benchmark the evaluators."""
+
+    recipe: str = "legal-ttt-691"
+    """Whose model and settings."""
+    evaluator: tuple[str, ...] = ("plain", "sliding", "score-first-sgd")
+    """Evaluators, in turn."""
+    positions: int = 1 << 20
+    """Positions of the stream."""
+    batch_tokens: tuple[int, ...] = (262144,)
+    """Tokens per forward, in turn."""
+    profile: bool = False
+    """Add the table of kernels."""
+    save: bool = False
+    """Keep the results in benchmarks/results."""
+
+
+def synthetic(num_positions: int, vocab_size: int) -> Validation:
+    rng = np.random.default_rng(1)
+    weights = 1 / np.arange(3, vocab_size + 1)
+    tokens = 2 + rng.choice(vocab_size - 2, num_positions + 1, p=weights / weights.sum()).astype(np.uint16)
+    return Validation(tokens, np.full(num_positions, 2, np.uint16), np.zeros(0, np.int64), False)
+
+
+def measure(config: Evaluate, name: str, batch_tokens: int, device) -> dict:
+    settings = recipe.resolve(config.recipe, [f"eval.batch_tokens={batch_tokens}"]).recipe
+    model = GPT(settings.model, 0, device, torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=generator, device=device)
+    evaluator = make_evaluator(name, model, settings)
+    begin = time.perf_counter()
+    warm_up(evaluator, model, 3 * max(settings.ttt.chunk_tokens, batch_tokens), device)
+    torch.cuda.synchronize()
+    warm_up_s = time.perf_counter() - begin
+    torch.cuda.reset_peak_memory_stats()
+    referee = Referee(model, synthetic(config.positions, settings.model.vocab_size), device)
+    outcome = evaluate(evaluator, referee)
+    row = {"evaluator": name, "batch_tokens": batch_tokens, "positions": config.positions, "seconds": outcome.scoring_s, "warm_up_s": warm_up_s}
+    row["positions_per_s"] = config.positions / outcome.scoring_s
+    row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if published := PUBLISHED.get((config.recipe, name)):
+        seconds, gpus, kind = published
+        row |= {"published_positions_per_s": SPLIT_SCORES / (seconds * gpus), "published_gpu": kind}
+    return row
+
+
+def profile(config: Evaluate, name: str, device) -> str:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        measure(dataclasses.replace(config, positions=1 << 17), name, config.batch_tokens[0], device)
+    return found.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=90)
+
+
+def main() -> None:
+    config, console = tyro.cli(Evaluate), Console(width=140)
+    device = torch.device("cuda", 0)
+    rows = [measure(config, name, tokens, device) for name in config.evaluator for tokens in config.batch_tokens]
+    table = Table(title=f"{config.recipe}, one {torch.cuda.get_device_name()}", title_justify="left", box=box.SIMPLE)
+    for heading in ("evaluator", "tokens a batch", "positions", "seconds", "positions/s", "published, a GPU", "ratio", "GiB", "warm-up s"):
+        table.add_column(heading, justify="left" if heading == "evaluator" else "right")
+    for r in rows:
+        theirs = r.get("published_positions_per_s")
+        beside = (f"{theirs:,.0f} ({r['published_gpu']})", f"{r['positions_per_s'] / theirs:.2f}") if theirs else ("-", "-")
+        cells = f"{r['batch_tokens']:,}", f"{r['positions']:,}", f"{r['seconds']:.2f}", f"{r['positions_per_s']:,.0f}", *beside
+        table.add_row(r["evaluator"], *cells, f"{r['memory_gib']:.1f}", f"{r['warm_up_s']:.1f}")
+    console.print(table)
+    if config.profile:
+        for name in config.evaluator:
+            console.print(profile(config, name, device), highlight=False, soft_wrap=True)
+    if config.save:
+        command = " ".join(["python -m benchmarks.bench_evaluate", *sys.argv[1:]])
+        kept = {"environment": bench.environment(device) | {"command": command}, "rows": rows}
+        (bench.RESULTS / f"evaluate_{config.recipe}.h200.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Milliseconds of a whole training step, of one GPU's share (98,304 tokens) or of several GPUs.
+
+    pgolf bench step --profile --save
+    pgolf bench step --recipe legal-ttt-691 --gpus 8 --save
+
+The step is the trainer's own: forward, backward, collectives, update, averaged weights, from batches that lie on the device; the
+loader is not in it. Tokens follow Zipf's law, documents are log-normal. `--peer` adds the composite model under torch.compile with
+the same optimizer, in the same process.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import run as bench
+from benchmarks import shapes
+from pgolf_fast import dist, recipe
+from pgolf_fast.commands.train import under_torchrun
+from pgolf_fast.data import Batch
+from pgolf_fast.errors import UserError
+from pgolf_fast.model import GPT
+from pgolf_fast.ops import _library
+from pgolf_fast.optim import Optimizer
+from pgolf_fast.schedule import StepPlan
+from pgolf_fast.step import GraphedStep, Step
+from pgolf_fast.train import PEAK_FLOPS, flops_per_token
+
+BATCHES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """Benchmark whole training steps."""
+
+    recipe: tuple[str, ...] = ("legal-ttt-691", "caseops-1934")
+    """Recipes, in turn."""
+    gpus: int = 0
+    """Run on this many GPUs of this machine; 0: as launched."""
+    steps: int = 30
+    """Timed steps of each phase."""
+    launched: bool = False
+    """Also time the step launched kernel by kernel."""
+    peer: bool = False
+    """Also time the composite model under torch.compile."""
+    profile: bool = False
+    """Add the table of kernels."""
+    save: bool = False
+    """Keep the results in benchmarks/results."""
+
+
+def since_launch_s() -> float:
+    """Seconds since this process was started."""
+    started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def synthetic_batches(settings, device) -> list[Batch]:
+    """Zipf-distributed tokens; documents of log-normal length where the recipe packs them."""
+    generator = torch.Generator().manual_seed(dist.rank())
+    vocabulary = settings.model.vocab_size
+    weights = 1 / torch.arange(3, vocabulary + 1, dtype=torch.float64)  # of the pieces after 0 and BOS
+    found = []
+    for number in range(BATCHES):
+        tokens = 2 + torch.multinomial(weights, shapes.TOKENS + 1, replacement=True, generator=generator)
+        segments = None
+        if settings.train.layout == "documents":
+            lengths = shapes.document_lengths(shapes.TOKENS, seed=number + BATCHES * dist.rank())
+            segments = shapes.cu_seqlens(lengths, device, pad_to=settings.train.cu_seqlens_entries)
+            tokens[segments[:-1].long().cpu().clamp(max=shapes.TOKENS)] = 1
+        found.append(Batch(tokens[:-1].to(device), tokens[1:].to(device), segments, number))
+    return found
+
+
+def time_steps(step: Step, batches, plan, count) -> list[float]:
+    """Milliseconds of each of `count` steps, after the two that initialise and capture and one more."""
+    for i in range(3):
+        step.run([batches[i % BATCHES]], plan)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    torch.cuda.synchronize()
+    for i, mark in enumerate(marks):
+        mark.record()
+        if i < count:
+            step.run([batches[i % BATCHES]], plan)
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in zip(marks, marks[1:])]
+
+
+def kernel_table(step: Step, batches, plan, steps=3) -> list[dict]:
+    """Milliseconds and launches of each kernel in a step, the largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for i in range(steps):
+            step.run([batches[i % BATCHES]], plan)
+        torch.cuda.synchronize()
+    rows = [{"kernel": e.key, "ms": e.self_device_time_total / 1e3 / steps, "launches": e.count / steps} for e in profile.key_averages()]
+    return sorted((row for row in rows if row["ms"] > 0), key=lambda row: -row["ms"])
+
+
+def contestants(config, settings, device):
+    """Name to a function that builds a step, ours first."""
+
+    def build(kind, compiled=False):
+        model = GPT(settings.model, settings.train.seed, device)
+        optimizer = Optimizer(model, settings.optim, 1)
+        if compiled:
+            model.forward = torch.compile(model.forward)
+        return kind(model, optimizer, settings.train.seq_len)
+
+    found = {"ours": lambda: build(GraphedStep)}
+    if config.launched:
+        found["ours, launched"] = lambda: build(Step)
+    if config.peer:
+        found["torch.compile"] = lambda: build(Step, compiled=True)
+    return found
+
+
+def measure(name, config, device) -> list[dict]:
+    settings = recipe.resolve(name, environ={}).recipe
+    batches = synthetic_batches(settings, device)
+    peak = next((f for gpu, f in PEAK_FLOPS.items() if torch.cuda.get_device_name().startswith(gpu)), None)
+    context = (settings.train.seq_len - 1) / 2
+    if batches[0].cu_seqlens is not None:
+        lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches]).double()
+        context = ((lengths * (lengths - 1)).sum() / 2 / lengths.sum()).item()
+    rows = []
+    for contestant, build in contestants(config, settings, device).items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with _library.composite() if contestant == "torch.compile" else contextlib.nullcontext():
+            step = build()
+            for looped in (False, True) if settings.model.num_loops else (False,):
+                plan = StepPlan(1.0, 0.95, looped, False, False)
+                begin = time.perf_counter()
+                samples = time_steps(step, batches, plan, config.steps)
+                ready_s = time.perf_counter() - begin - sum(samples) / 1e3
+                slowest = torch.tensor(statistics.median(samples), device=device)
+                dist.max_(slowest)
+                ms = slowest.item()
+                tokens = shapes.TOKENS * dist.world_size()
+                row = {
+                    "recipe": name,
+                    "contestant": contestant,
+                    "visits": len(step.model.visits[looped]),
+                    "gpus": dist.world_size(),
+                    "tokens": tokens,
+                    "mean_context": context,
+                    "ms": ms,
+                    "ms_p80": sorted(samples)[int(0.8 * len(samples))],
+                    "first_steps_s": ready_s,
+                    "tokens_per_s": tokens / ms * 1e3,
+                    "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+                    "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+                }
+                if peak:
+                    row["mfu"] = flops_per_token(settings.model, context, looped) * shapes.TOKENS / ms * 1e3 / peak
+                if config.profile and contestant == "ours":
+                    row["kernels"] = kernel_table(step, batches, plan)
+                rows.append(row)
+            del step
+    return rows
+
+
+def show(rows, console):
+    table = Table(title="training step", title_justify="left", box=box.SIMPLE)
+    for heading in ("recipe", "contestant", "visits", "GPUs", "ms/step", "M tokens/s", "MFU", "GiB", "first steps, s"):
+        table.add_column(heading, justify="left" if heading in ("recipe", "contestant") else "right", no_wrap=True)
+    for row in rows:
+        mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
+        speed = (f"{row['ms']:.2f}", f"{row['tokens_per_s'] / 1e6:.2f}", mfu, f"{row['memory_gib']:.1f}", f"{row['first_steps_s']:.1f}")
+        table.add_row(row["recipe"], row["contestant"], str(row["visits"]), str(row["gpus"]), *speed)
+    console.print(table)
+    for row in rows:
+        if "kernels" not in row:
+            continue
+        total = sum(kernel["ms"] for kernel in row["kernels"])
+        console.print(f"{row['recipe']}, {row['visits']} visits: {total:.2f} ms of kernels in {row['ms']:.2f} ms")
+        for kernel in row["kernels"][:40]:
+            console.print(f"  {kernel['ms']:8.3f} ms {kernel['launches']:6.0f} x  {kernel['kernel'][:110]}", highlight=False, markup=False)
+
+
+def run(config: TrainStep, console: Console) -> list[dict]:
+    if config.gpus > 1 and "LOCAL_RANK" not in os.environ:
+        under_torchrun(config.gpus)
+    if not torch.cuda.is_available():
+        raise UserError("bench step: no CUDA GPU is visible here")
+    device = dist.start("cuda")
+    launched_s = since_launch_s()
+    rows = [row for name in config.recipe for row in measure(name, config, device)]
+    for row in rows:
+        row["launch_to_device_s"] = launched_s
+    if dist.rank() == 0:
+        show(rows, console)
+        if config.save:
+            bench.RESULTS.mkdir(exist_ok=True)
+            slug = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
+            path = bench.RESULTS / f"train_step_{dist.world_size()}x.{slug}.json"
+            path.write_text(json.dumps({"environment": bench.environment(device), "steps": rows}, indent=1) + "\n")
+    dist.stop()
+    return rows
+

@@ -1,0 +1,230 @@
+"""`pgolf eval`: an artifact's score, by the file that ships."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from pgolf_fast import dataset, dist, export, recipe
+from pgolf_fast.clock import process_age_s
+from pgolf_fast.commands.pack import ARTIFACT
+from pgolf_fast.commands.train import under_torchrun
+from pgolf_fast.data import Validation, load_validation
+from pgolf_fast.errors import UserError
+from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator, warm_up
+from pgolf_fast.evaluation.referee import Referee
+from pgolf_fast.tokenizers import Tokenizer
+
+EVALUATORS = recipe.SETTINGS["eval.evaluator"].kind.__args__
+LINE_EVERY_S = 30.0  # between two lines of progress where there is no terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Score an artifact. Interrupted, the same command goes on where it stopped; a result file is written once, at the end."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ARTIFACT|RUN")]
+    """What `pgolf pack` wrote, or a run's folder with such a file in it."""
+    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SETTING=VALUE")] = ()
+    """eval.stride=..., ttt.epochs=..., over the recipe's settings in the artifact."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Validation shards, with tokenizer and, where the recipe counts original bytes, the sidecar."""
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Model that made the shards; the folder's own if left out."""
+    evaluator: Literal[("recipe", "all", *EVALUATORS)] = "recipe"
+    """The recipe's own, another, or all up to the recipe's own: of a run also the weights before quantization."""
+    recipe: str = ""
+    """Refuse an artifact whose model is another recipe's than this one."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Results and the state of unfinished evaluations; beside the artifact if left out."""
+    fresh: bool = False
+    """Begin again where an unfinished evaluation is."""
+    gpus: int = 0
+    """Run on this many GPUs of this machine; 0: as launched."""
+    device: str = "auto"
+    """cpu, cuda, or auto: GPUs if there are any."""
+    json: bool = False
+    """Print the results as JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    weights: str  # "artifact", or "before quantization"
+    evaluator: str
+    nats_per_token: float
+    bits_per_byte: float
+    published_bits_per_byte: float | None  # with the end of the stream counted as the published evaluators do
+    tokens: int
+    bytes: int
+    strict_s: float  # from the process's start, shared set-up included
+    practice_s: float  # from after loading and warm-up to the reduced result
+    scoring_s: float  # in the evaluator alone
+    weight_versions: int
+    ledger: str  # digest
+
+
+def run(config: Eval, console: Console) -> tuple[dict, int]:
+    if config.gpus > 1 and "LOCAL_RANK" not in os.environ:
+        if config.gpus > torch.cuda.device_count():
+            raise UserError(f"gpus: {config.gpus} asked for, {torch.cuda.device_count()} visible here")
+        under_torchrun(config.gpus)
+    if config.data is None:
+        raise UserError("data: give the folder of the validation shards, --data FOLDER")
+    artifact = config.source / ARTIFACT if config.source.is_dir() else config.source
+    if not artifact.is_file():
+        remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one" if config.source.is_dir() else "give an artifact or a run's folder"
+        raise UserError(f"source: no file {artifact}; {remedy}")
+    device = dist.start(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    try:
+        return _run(config, console, artifact, device)
+    finally:
+        dist.stop()
+
+
+def _run(config, console, artifact: Path, device):
+    expect = recipe.resolve(config.recipe).recipe if config.recipe else None
+    settings = recipe.overridden(export.load_model(artifact, "cpu", expect)[0], config.overrides)
+    _require_same_tokenizer(settings, config)
+    validation = load_validation(config.data, settings.eval.seq_len, config.tokenizer)
+    out = config.out or artifact.with_suffix(".eval")
+    own = settings.eval.evaluator if config.evaluator in ("recipe", "all") else config.evaluator
+    wanted = [("artifact", own)]
+    if config.evaluator == "all":
+        wanted = [("artifact", name) for name in dict.fromkeys(("plain", "sliding", own))]
+        if config.source.is_dir():
+            wanted.insert(0, ("before quantization", "plain"))
+    shared_s = process_age_s()
+    rows = []
+    for weights, name in wanted:
+        row = _score(config, console, artifact, weights, name, settings, validation, device, out, shared_s)
+        if row is None:
+            console.print(f"stopped; the same command goes on from here (its state is in {out})")
+            return {"rows": [dataclasses.asdict(r) for r in rows], "is_complete": False}, 130
+        rows.append(row)
+    if dist.rank() == 0:
+        console.print(score_table(rows))
+        console.print(f"written: {out}")
+    return {"rows": [dataclasses.asdict(r) for r in rows], "is_complete": True}, 0
+
+
+def _score(config, console, artifact, weights, name, settings, validation: Validation, device, out: Path, shared_s) -> Row | None:
+    begin = time.perf_counter()
+    if weights == "artifact":
+        scored, model = artifact, export.load_model(artifact, device)[1]
+    else:
+        scored, model = config.source / "model.safetensors", export.model_of(settings, device)
+        model.load_published(export.read_run(config.source).state)
+    evaluator = make_evaluator(name, model, settings)
+    if device.type == "cuda":
+        warm_up(evaluator, model, 3 * max(settings.ttt.chunk_tokens, settings.eval.batch_tokens), device)
+    referee = Referee(model, validation, device, allow_published_tail=settings.eval.published_tail)
+    stem = f"{weights} {name}".replace(" ", "-")
+    identity = {
+        "artifact": hashlib.sha256(scored.read_bytes()).hexdigest(),
+        "validation": hashlib.sha256(validation.tokens.tobytes() + validation.target_bytes.tobytes()).hexdigest(),
+        "settings": {key: value for key, value in recipe.values(settings).items() if key.startswith(("eval.", "ttt."))},
+    }
+    identity = json.loads(json.dumps(identity))
+    saved = SavedState(out / f"{stem}.unfinished", identity, settings.eval.save_seconds)
+    if config.fresh:
+        saved.remove()
+    with _asked_to_stop() as must_stop, _shown(console, f"{weights}, {name}") as progress:
+        outcome = evaluate(evaluator, referee, saved, progress, must_stop)
+    if outcome is None:
+        return None
+    found, score = outcome.result, outcome.result.score
+    published = found.published.bits_per_byte if settings.eval.published_tail and found.again.tokens else None
+    row = Row(
+        weights, name, score.nats_per_token, score.bits_per_byte, published, score.tokens, score.bytes,
+        shared_s + time.perf_counter() - begin, outcome.practice_s, outcome.scoring_s, found.versions, found.digest,
+    )  # fmt: skip
+    if dist.rank() == 0:
+        _write(out / f"{stem}.json", dataclasses.asdict(row) | {"of": identity, "ranks": dist.world_size(), "device": str(device)})
+    saved.remove()
+    return row
+
+
+def _require_same_tokenizer(settings, config):
+    model = dataset.find_tokenizer(config.data, config.tokenizer)
+    pieces = Tokenizer(model).vocab_size if model else None  # without one, load_validation says what is missing
+    if pieces is not None and pieces != settings.model.vocab_size:
+        raise UserError(f"{config.data}: its tokenizer has {pieces:,} pieces, the artifact's model {settings.model.vocab_size:,}; give the data set of its recipe")
+
+
+def _write(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".writing")
+    with open(draft, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def _asked_to_stop():
+    """A function that says whether SIGINT or SIGTERM came; a second one ends the process as usual."""
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _shown(console: Console, title: str):
+    """A function that shows an evaluate.Progress: a bar on a terminal, a line now and then elsewhere."""
+    if console.is_terminal:
+        with Bar(TextColumn(title), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=console) as bar:
+            task = bar.add_task(title, total=1.0, text="")
+            yield lambda p: bar.update(task, completed=p.share, text=_text(p))
+        return
+    last = time.perf_counter()
+
+    def line(p: Progress):
+        nonlocal last
+        if time.perf_counter() - last > LINE_EVERY_S:
+            last = time.perf_counter()
+            console.print(f"{title}: {p.share:.0%}, {_text(p)}")
+
+    yield line
+
+
+def _text(p: Progress) -> str:
+    return f"{p.score.bits_per_byte:.4f} bpb so far, {p.seconds_left:.0f} s left"
+
+
+def score_table(rows: list[Row]) -> Table:
+    table = Table(title="scores", title_justify="left", box=box.SIMPLE)
+    for heading in ("weights", "evaluator"):
+        table.add_column(heading, no_wrap=True)
+    has_published = any(row.published_bits_per_byte is not None for row in rows)
+    for heading in ("nats/token", "bits/byte", *(["published count"] if has_published else []), "tokens", "strict s", "practice s", "scoring s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for r in rows:
+        published = [f"{r.published_bits_per_byte:.6f}" if r.published_bits_per_byte is not None else "-"] if has_published else []
+        seconds = (f"{s:.1f}" for s in (r.strict_s, r.practice_s, r.scoring_s))
+        table.add_row(r.weights, r.evaluator, f"{r.nats_per_token:.6f}", f"{r.bits_per_byte:.6f}", *published, f"{r.tokens:,}", *seconds)
+    return table

@@ -1,0 +1,163 @@
+"""One evaluation from its first token to its result: which evaluator, warm-up, progress, stopping and going on."""
+
+import dataclasses
+import itertools
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pgolf_fast import checkpoint, dist
+from pgolf_fast.bpb import Score
+from pgolf_fast.data import Validation
+from pgolf_fast.errors import UserError
+from pgolf_fast.evaluation.referee import Evaluator, Referee, Result
+from pgolf_fast.evaluation.score_first_sgd import ScoreFirstSgd
+from pgolf_fast.evaluation.sliding import SlidingWindow
+from pgolf_fast.settings import requirer, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    evaluator: Literal["plain", "sliding", "score-first-sgd"] = setting("sliding", "how the recipe's reported score is made")
+    seq_len: int = setting(2048, "tokens of context", "EVAL_SEQ_LEN")
+    stride: int = setting(64, "positions scored per window", "EVAL_STRIDE")
+    batch_tokens: int = setting(262144, "tokens per forward of one rank; the published evaluators take 32 windows, 65,536")
+    published_tail: bool = setting(False, "also give the published count, which scores the end of the stream several times (it reports both)")
+    save_seconds: float = setting(60.0, "between two savings of an evaluation's state")
+
+    def __post_init__(self):
+        require = requirer("eval")
+        for field in ("seq_len", "stride", "batch_tokens"):
+            require(getattr(self, field) > 0, field, f"expected at least 1, got {getattr(self, field)}")
+
+
+def make_evaluator(name: str, model, recipe) -> Evaluator:
+    """`model` is the one that the referee scores; an evaluator that adapts changes its weights. `recipe` has the settings of all stages."""
+    config = recipe.eval
+    if name == "score-first-sgd":
+        return ScoreFirstSgd(model, config.seq_len, config.stride, config.batch_tokens, recipe.ttt, config.published_tail)
+    stride = config.seq_len if name == "plain" else config.stride
+    return SlidingWindow(config.seq_len, stride, config.batch_tokens, config.published_tail and name == "sliding")
+
+
+def warm_up(evaluator: Evaluator, model, num_positions: int, device: torch.device) -> None:
+    """The first chunks of a stream of random ids through the evaluator, so that kernels and graphs are ready; its state is then as before.
+    The validation text is not touched."""
+    tokens = np.random.default_rng(0).integers(2, model.config.vocab_size, num_positions + 1).astype(np.uint16)
+    synthetic = Validation(tokens, np.ones(num_positions, np.uint16), np.zeros(0, np.int64), False)
+    tensors, state = evaluator.state()
+    before = {name: t.clone() for name, t in tensors.items()}
+    for _ in itertools.islice(evaluator.chunks(Referee(model, synthetic, device)), 2):
+        pass
+    evaluator.load_state(before, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    result: Result
+    scoring_s: float  # in the evaluator's chunks alone
+    practice_s: float  # from the first chunk to the reduced result, saving included
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    score: Score  # of this rank, so far
+    share: float  # of this rank's positions
+    seconds_left: float
+
+
+def evaluate(
+    evaluator: Evaluator,
+    referee: Referee,
+    saved: "SavedState | None" = None,
+    progress: Callable[[Progress], None] | None = None,
+    must_stop: Callable[[], bool] = lambda: False,
+) -> Outcome | None:
+    """Runs the evaluator to its end.
+
+    saved      where the state is kept, and gone on from
+    progress   called about once a second on rank 0
+    must_stop  asked after each chunk; when it says so the state is saved and there is no outcome. Times are those of all sittings.
+    """
+    earlier = saved.restore(evaluator, referee) if saved else Outcome(None, 0.0, 0.0)
+    begin = shown = time.perf_counter()
+    saving_s = 0.0
+
+    def outcome(result):
+        passed = time.perf_counter() - begin
+        return Outcome(result, earlier.scoring_s + passed - saving_s, earlier.practice_s + passed)
+
+    for _ in evaluator.chunks(referee):
+        now = time.perf_counter()
+        if progress and dist.rank() == 0 and now - shown > 1:
+            progress(_progress(referee, now - begin, earlier.scoring_s))
+            shown = now
+        stopping = dist.any_rank(must_stop(), referee.device)
+        if saved and saved.is_due(stopping, referee.device):
+            saved.save(evaluator, referee, outcome(None))
+            saving_s += time.perf_counter() - now
+        if stopping:
+            return None
+    if referee.device.type == "cuda":
+        torch.cuda.synchronize()
+    scored = outcome(None)
+    return dataclasses.replace(outcome(referee.result()), scoring_s=scored.scoring_s)
+
+
+def _progress(referee, seconds, earlier_s):
+    score = referee.running()
+    share = min(1.0, score.tokens * dist.world_size() / referee.num_positions)
+    return Progress(score, share, (earlier_s + seconds) * (1 / share - 1) if share else math.inf)
+
+
+class SavedState:
+    """The folder of an unfinished evaluation: one file per rank, replaced as a whole; no result is ever in it."""
+
+    def __init__(self, folder: Path, identity: dict, every_s: float):
+        """`identity` holds JSON values that two sittings of one evaluation share: artifact, data, evaluator, settings."""
+        self.folder, self.identity, self.every_s = folder / f"rank{dist.rank()}of{dist.world_size()}", identity, every_s
+        self.number, self.saved_at = 0, time.perf_counter()
+
+    def is_due(self, now_at_once: bool, device) -> bool:
+        return dist.any_rank(now_at_once or time.perf_counter() - self.saved_at > self.every_s, device)
+
+    def save(self, evaluator: Evaluator, referee: Referee, so_far: Outcome) -> None:
+        tensors, state = evaluator.state()
+        of_referee, referee_state = referee.state()
+        files = {f"evaluator.{name}": t for name, t in tensors.items()} | {f"referee.{name}": t for name, t in of_referee.items()}
+        times = {"scoring_s": so_far.scoring_s, "practice_s": so_far.practice_s}
+        self.number += 1
+        checkpoint.save(self.folder, self.number, files, {"identity": self.identity, "evaluator": state, "referee": referee_state} | times)
+        self.saved_at = time.perf_counter()
+
+    def restore(self, evaluator: Evaluator, referee: Referee) -> Outcome:
+        """Of the newest state that every rank has; nothing without one."""
+        newest = checkpoint.latest(self.folder)
+        numbers = dist.gather_objects(int(checkpoint.NAME.fullmatch(newest.name)[1]) if newest else 0)
+        self.number = min(numbers)
+        if not self.number:
+            return Outcome(None, 0.0, 0.0)
+        path = checkpoint.path_of(self.folder, self.number)
+        tensors, state = checkpoint.load(path)
+        for part, value in self.identity.items():
+            if state["identity"].get(part) != value:
+                raise UserError(
+                    f"{path.parent.parent}: holds an unfinished evaluation with another {part} ({state['identity'].get(part)}, now {value}); "
+                    "give it back what it began with, or choose another folder"
+                )
+
+        def part_of(owner):
+            return {name.removeprefix(f"{owner}."): t for name, t in tensors.items() if name.startswith(f"{owner}.")}
+
+        evaluator.load_state(part_of("evaluator"), state["evaluator"])
+        referee.load_state(part_of("referee"), state["referee"])
+        return Outcome(None, state["scoring_s"], state["practice_s"])
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

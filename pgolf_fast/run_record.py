@@ -1,0 +1,67 @@
+"""A run's folder, read back: what the run was, its curves and its score."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgolf_fast import runlog
+from pgolf_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    folder: Path
+    recipe: dict  # recipe.json: name, note, settings
+    machine: dict  # machine.json
+    steps: list[dict]  # step, train_loss, lr_factor, train_s; each step once, in order
+    validations: list[dict]  # step, val_loss, val_bpb, train_s
+    end: dict | None  # the last event of a finished run
+    sizes: dict[str, int]  # bytes by part, from the ledger of `pgolf pack`; empty without one
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def seed(self):
+        return self.setting("train.seed")
+
+    def setting(self, key: str):
+        return self.recipe["settings"].get(key, {}).get("value")
+
+
+def _document(folder: Path, name: str) -> dict:
+    try:
+        return json.loads((folder / name).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / name}: cannot be read ({error}); `pgolf train` and `pgolf pack` write such files") from None
+
+
+def read_record(folder: Path) -> RunRecord:
+    if not (folder / "events.jsonl").is_file():
+        raise UserError(f"{folder}: no events.jsonl there; give the folder of a run of `pgolf train`")
+    steps, validations, end = {}, {}, None
+    for event in runlog.events(folder):
+        kind = event.get("event")
+        if kind == "resume":  # what the killed run did after its last checkpoint is done again
+            steps = {s: e for s, e in steps.items() if s <= event["step"]}
+            validations = {s: e for s, e in validations.items() if s <= event["step"]}
+        elif kind == "step":
+            steps[event["step"]] = event
+        elif kind == "validation":
+            seconds = steps[event["step"]]["train_s"] if event["step"] in steps else 0.0
+            validations[event["step"]] = event | {"train_s": seconds}
+        elif kind == "end":
+            end = event
+    if not steps:
+        raise UserError(f"{folder}: its events.jsonl holds no training step; the run stopped before its first")
+    recipe, machine = _document(folder, "recipe.json"), _document(folder, "machine.json")
+    return RunRecord(folder, recipe, machine, list(steps.values()), list(validations.values()), end, _sizes(folder))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    name = "ledger.json"  # written by `pgolf pack RUN`
+    if not (folder / name).exists():
+        return {}
+    ledger = _document(folder, name)
+    return ledger["weights"] | {"metadata": ledger["metadata"], f"code, {ledger['count']}": ledger["code"][ledger["count"]]}

@@ -1,0 +1,456 @@
+"""The audit catches what it must, passes what keeps the rules, and catches our own evaluators once they are broken."""
+
+import itertools
+import json
+import socket
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pgolf_fast import artifact, export, shards
+from pgolf_fast.__main__ import main
+from pgolf_fast.audit import contents, fixtures, invariants, subjects, watch
+from pgolf_fast.audit.contents import audit_contents
+from pgolf_fast.audit.invariants import DECLARED, FAIL, PASS, UNTESTED, audit
+from pgolf_fast.audit.stream import make_stream, repeated_positions
+from pgolf_fast.audit.subjects import Answer, of_function, of_strategy
+from pgolf_fast.commands.audit import EVALUATORS
+from pgolf_fast.evaluation import sliding as sliding_module
+from pgolf_fast.evaluation.sliding import SlidingWindow
+from pgolf_fast.evaluation.windows import Windows
+from pgolf_fast.model import BOS
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread, and one enumerated sum: what the rest of the sums adds is certainty, not kind."""
+    monkeypatch.setattr(invariants, "MAX_ENUMERATION_S", 0.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def verdicts(subject, *names):
+    chosen = [i for i in invariants.INVARIANTS if i.__name__ in names] if names else invariants.INVARIANTS
+    return {f.invariant: f for f in audit(subject, tuple(chosen))}
+
+
+def broken(found):
+    return {name for name, f in found.items() if f.verdict == FAIL}
+
+
+# --- evaluators that are known ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixture", fixtures.FIXTURES, ids=lambda f: f.evaluate.__name__)
+def test_each_known_evaluator_is_judged_as_it_should(fixture):
+    caught = broken(verdicts(of_function(fixture.evaluate.__name__, fixture.evaluate)))
+    assert fixture.caught_by in caught or not fixture.caught_by
+    assert caught <= {fixture.caught_by, *fixture.also_by}
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_our_evaluators_pass(name):
+    settings = subjects.recipe.overridden(subjects.default_settings(), (f"eval.evaluator={name}",))
+    found = verdicts(subjects.of_recipe("small", settings))
+    assert not broken(found) and UNTESTED not in {f.verdict for f in found.values()}, found
+    assert "of 260 losses traced" in found["score-before-update"].evidence
+
+
+def test_a_published_recipe_passes_with_its_own_parts():
+    """The stack with loops, two lanes, a gate and a smear that reads the previous token."""
+    found = verdicts(
+        subjects.of_recipe("caseops-1934", subjects.recipe.resolve("caseops-1934", environ={}).recipe), "single_pass", "future_flip"
+    )
+    assert not broken(found)
+
+
+# --- our own evaluators, broken ---------------------------------------------------------------------------------------
+
+
+def of_sliding(make=lambda model: SlidingWindow(32, 8, 128)):
+    return of_strategy("mutant", make, subjects.default_settings())
+
+
+@pytest.mark.parametrize(("shift", "said"), [(-1, "scored already"), (1, "positions are not scored")])
+def test_a_window_that_is_off_by_one_is_refused(monkeypatch, shift, said):
+    def shifted(*arguments, **options):
+        windows = true_sliding(*arguments, **options)
+        return Windows(windows.start, np.where(windows.first > 0, windows.first + shift, 0), windows.end)
+
+    true_sliding = sliding_module.sliding
+    monkeypatch.setattr(sliding_module, "sliding", shifted)
+    found = verdicts(of_sliding())
+    assert broken(found) == {"runs"} and said in found["runs"].evidence
+
+
+class AsksTooEarly(SlidingWindow):
+    """Adapts before it scores, through the referee."""
+
+    def chunks(self, referee):
+        with referee.adapt(referee.reveal(0, 64)):
+            pass
+        yield from super().chunks(referee)
+
+
+def test_adapting_before_scoring_is_refused():
+    found = verdicts(of_sliding(lambda model: AsksTooEarly(32, 8, 128)))
+    assert broken(found) == {"runs"} and "has not been scored" in found["runs"].evidence
+
+
+class LearnsBehindTheReferee(SlidingWindow):
+    """Takes the tokens out of the referee and learns from them before it scores, in a way that torch does not count as a change."""
+
+    def __init__(self, model):
+        super().__init__(32, 8, 128)
+        self.model = model
+
+    def chunks(self, referee):
+        tokens = referee._tokens.long()
+        gradients = torch.autograd.grad(self.model(tokens[None, :-1], tokens[None, 1:]), list(self.model.parameters()), allow_unused=True)
+        for p, gradient in zip(self.model.parameters(), gradients):
+            if gradient is not None:
+                p.data.sub_(0.05 * gradient)
+        yield from super().chunks(referee)
+
+
+def test_learning_behind_the_referees_back_is_caught():
+    found = verdicts(of_sliding(LearnsBehindTheReferee))
+    assert broken(found) == {"future-flip", "target-swap", "normalisation", "score-before-update"}
+    assert "version 1" in found["score-before-update"].evidence
+
+
+# --- cheats beyond the fixtures ---------------------------------------------------------------------------------------
+
+
+def own_log_probs(model, stream):
+    with torch.no_grad():
+        return model(stream.tokens[None, :-1])[0].log_softmax(-1)
+
+
+def losses_of(log_probs, stream):
+    return F.nll_loss(log_probs, stream.tokens[1:], reduction="none")
+
+
+def function(evaluate, isolates=False):
+    evaluate.isolates_documents = isolates
+    return of_function(evaluate.__name__, evaluate)
+
+
+def test_reading_one_token_too_far_is_caught_without_distributions():
+    def shifted(model, stream):
+        with torch.no_grad():
+            log_probs = model(stream.tokens[None])[0, 1:].log_softmax(-1)
+        return losses_of(log_probs, stream)
+
+    found = verdicts(function(shifted))
+    assert found["target-swap"].verdict == UNTESTED and "normalisation" in broken(found)
+
+
+def test_the_same_cheat_without_distributions_is_caught_by_summing():
+    def hidden(model, stream):
+        return fixtures.target_reading_ngram(model, stream).losses
+
+    assert "normalisation" in broken(verdicts(function(hidden)))
+
+
+def test_losses_that_are_not_those_of_the_distributions_are_caught():
+    def flattering(model, stream):
+        log_probs = own_log_probs(model, stream)
+        return losses_of(log_probs, stream) * 0.9, log_probs
+
+    found = verdicts(function(flattering))
+    assert broken(found) == {"normalisation"} and "its distribution gives" in found["normalisation"].evidence
+
+
+def test_the_better_of_two_passes_is_caught():
+    """Two honest predictions; which one counts depends on the token."""
+
+    def best_of_two(model, stream):
+        long = losses_of(own_log_probs(model, stream), stream)
+        parts = [stream.with_tokens(stream.tokens[i : i + 21]) for i in range(0, len(stream), 20)]
+        short = torch.cat([losses_of(own_log_probs(model, part), part) for part in parts])
+        return torch.minimum(long, short)
+
+    assert broken(verdicts(function(best_of_two))) == {"normalisation"}
+
+
+def test_rescoring_after_learning_is_caught_by_name():
+    def second_pass(model, stream):
+        fixtures._train(model, stream.tokens[:-1], stream.tokens[1:])
+        log_probs = own_log_probs(model, stream)
+        return losses_of(log_probs, stream), log_probs
+
+    assert "score-before-update" in broken(verdicts(function(second_pass), "score_before_update"))
+
+
+def test_learning_that_is_scored_from_its_own_forward_is_legal():
+    """One forward with gradients gives the loss, and then the update."""
+
+    def one_forward(model, stream):
+        found = []
+        for inputs, targets in fixtures._rows(stream, 64):
+            losses = F.cross_entropy(model(inputs[None])[0], targets, reduction="none")
+            gradients = torch.autograd.grad(losses.mean(), list(model.parameters()), allow_unused=True)
+            with torch.no_grad():
+                for p, g in zip(model.parameters(), gradients):
+                    p.sub_(0.05 * g) if g is not None else None
+            found.append(losses.detach())
+        return torch.cat(found)
+
+    found = verdicts(function(one_forward))
+    assert (
+        not broken(found)
+        and found["score-before-update"].verdict == PASS
+        and "5 weight changes" not in found["score-before-update"].evidence
+    )
+
+
+def test_the_network_is_named_even_when_the_evaluator_hides_the_failure():
+    def calls_home(model, stream):
+        try:
+            socket.create_connection(("127.0.0.1", 9), timeout=0.1)
+        except Exception:
+            pass
+        return losses_of(own_log_probs(model, stream), stream)
+
+    found = verdicts(function(calls_home))
+    assert broken(found) == {"no network"} and "127.0.0.1" in found["no network"].evidence
+
+    def needs_home(model, stream):
+        return socket.getaddrinfo("localhost", 80)
+
+    assert broken(verdicts(function(needs_home))) == {"no network"}
+    socket.getaddrinfo("127.0.0.1", 9)  # outside the audit nothing is forbidden
+
+
+def test_an_evaluator_that_is_not_repeatable_is_told_so():
+    def noisy(model, stream):
+        return losses_of(own_log_probs(model, stream), stream) + 0.01 * next(runs)
+
+    runs = itertools.count()
+    assert "repeatable" in broken(verdicts(function(noisy)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda x: x[:-1], "259 losses for 260"), (lambda x: x / 0, "not finite"), (lambda x: x - 5, "a probability above one")],
+)
+def test_losses_that_cannot_be_end_the_audit(change, said):
+    def wrong(model, stream):
+        return change(losses_of(own_log_probs(model, stream), stream))
+
+    found = verdicts(function(wrong))
+    assert list(found) == ["runs", "single pass"] and said in found["single pass"].evidence
+
+
+def test_reading_across_documents_must_be_declared():
+    def across(model, stream):
+        return losses_of(own_log_probs(model, stream), stream)
+
+    assert verdicts(function(across), "document_isolation")["document isolation"].verdict == DECLARED
+    assert broken(verdicts(function(across, isolates=True))) == {"document isolation"}
+
+
+def test_learning_across_documents_is_no_leak():
+    """Documents are read alone, the weights learn from all of them."""
+
+    def learns(model, stream):
+        starts = [*stream.document_starts.tolist(), len(stream)]
+        found = []
+        for begin, end in zip(starts, starts[1:]):
+            inputs, targets = stream.tokens[begin:end], stream.tokens[begin + 1 : end + 1]
+            with torch.no_grad():
+                found.append(F.cross_entropy(model(inputs[None])[0], targets, reduction="none"))
+            fixtures._train(model, inputs, targets, steps=1)
+        return torch.cat(found)
+
+    found = verdicts(function(learns, isolates=True))
+    assert not broken(found) and "5 weight changes" not in found["score-before-update"].evidence
+
+
+# --- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_streams_bytes_are_those_of_its_text():
+    stream = make_stream()
+    assert stream.validation().target_bytes.sum() == stream.text_bytes == sum(len(t.encode()) for t in stream.texts)
+    assert any(len(t) < len(t.encode()) for t in stream.texts) and any("  " in t or t.startswith(" ") for t in make_stream(seed=3).texts)
+    assert len(repeated_positions(stream)) > 20
+
+
+def test_swapping_keeps_documents_and_changes_everything_else():
+    stream = make_stream()
+    other = stream.swapped(np.arange(10, 261), 0)
+    same = stream.tokens == other.tokens
+    assert same[:10].all() and (same[10:] == (stream.tokens[10:] == BOS)).all()
+    assert other.tokens.min() >= BOS
+
+
+def test_rows_are_found_in_the_stream_and_repeated_phrases_by_their_surroundings():
+    tokens = make_stream().tokens.numpy()
+    assert watch.locate(tokens[40:72], tokens).tolist() == list(range(40, 72))
+    packed = np.concatenate([tokens[100:120], tokens[30:50], np.zeros(6, np.int64)])
+    assert watch.locate(packed, tokens).tolist() == [*range(100, 120), *range(30, 50), *[-1] * 6]
+
+
+def test_what_is_seen_of_a_forward_are_its_losses():
+    subject = of_sliding()
+    stream = make_stream()
+    run = subject.run(stream)
+    seen = watch.in_stream(run.forwards, stream)
+    best = np.full(len(stream), np.inf)
+    for forward in seen:
+        np.minimum.at(best, forward.positions, np.abs(forward.losses - run.answer.losses.numpy()[forward.positions]))
+    assert best.max() < 1e-5
+
+
+def test_forgetting_undoes_learning():
+    stream = make_stream()
+    honest = of_function("honest", fixtures.honest)
+
+    def without_learning(model, stream):
+        parts = [stream.with_tokens(stream.tokens[i : i + 65]) for i in range(0, len(stream), 64)]
+        return losses_of(torch.cat([own_log_probs(model, part) for part in parts]), stream)
+
+    frozen = function(without_learning)
+    assert torch.equal(honest.run(stream, forget=True).answer.losses, frozen.run(stream).answer.losses)
+    assert not torch.equal(honest.run(stream).answer.losses, frozen.run(stream).answer.losses)
+
+
+# --- artifacts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """(file, tensors, metadata) of an artifact of the small recipe, and a folder with validation shards."""
+    folder = tmp_path_factory.mktemp("artifact")
+    settings = subjects.default_settings()
+    tensors = {name: t.half() if t.dim() < 2 else t.bfloat16() for name, t in subjects.small_model(settings).published_tensors().items()}
+    metadata = export.metadata("small", settings)
+    (folder / "artifact.pglf").write_bytes(artifact.pack(tensors, metadata=metadata))
+    shards.write_shard(folder / "fineweb_val_000000.bin", np.random.default_rng(0).integers(2, 1024, 4000).astype(np.uint16))
+    return folder, tensors, metadata
+
+
+def contents_of(path, data=None):
+    described, found = audit_contents(path, data)
+    return described, {f.invariant: f for f in found}
+
+
+def test_a_clean_artifact(packed):
+    folder, tensors, _ = packed
+    described, found = contents_of(folder / "artifact.pglf", folder)
+    assert {f.verdict for f in found.values()} == {PASS}, found
+    assert described[0] == "small" and f"{len(tensors)} tensors" in found["declared tensors"].evidence
+    assert contents_of(folder / "artifact.pglf")[1]["no validation text"].verdict == UNTESTED
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+@pytest.mark.parametrize("place", [0, 3])
+def test_planted_validation_text_is_found(packed, order, place):
+    folder, _, _ = packed
+    tokens = shards.read_split(shards.require_shards(folder, "val"))[1000:1080]
+    planted = bytes(place) + tokens.astype(order).tobytes()
+    tensors = {"w": torch.frombuffer(bytearray(planted.ljust(200, b"\0")), dtype=torch.float16).clone()}
+    found = contents.no_validation_text(b"nothing", tensors, folder)
+    assert found.verdict == FAIL and found.evidence.startswith("w holds validation tokens")
+    assert contents.no_validation_text(planted, {}, folder).verdict == FAIL
+
+
+def test_what_no_recipe_declares_is_found(packed, tmp_path):
+    folder, tensors, metadata = packed
+    path = tmp_path / "a.pglf"
+    path.write_bytes(artifact.pack(tensors | {"cache": torch.zeros(100)}, metadata=metadata))
+    assert "weights, a model of its recipe has" in contents_of(path)[1]["declared tensors"].evidence
+    path.write_bytes(artifact.pack(tensors, metadata=metadata | {"notes": "a"}))
+    described, found = contents_of(path)
+    assert found["declared tensors"].verdict == FAIL and "notes" in found["declared tensors"].evidence and described
+    path.write_bytes(artifact.pack(tensors))
+    described, found = contents_of(path)
+    assert found["declared tensors"].verdict == FAIL and described is None
+
+
+def test_a_file_over_the_cap(packed, monkeypatch):
+    monkeypatch.setattr(contents, "CAP_BYTES", 1000)
+    assert contents_of(packed[0] / "artifact.pglf")[1]["size"].verdict == FAIL
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pgolf(monkeypatch, capsys, tmp_path):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pgolf", "audit", *map(str, arguments), "--out", str(tmp_path / "audit.json")])
+        with pytest.raises(SystemExit) as done:
+            main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return done.value.code, out + err
+
+    return call
+
+
+CHEAT = """
+import torch, torch.nn.functional as F
+def make_model(vocab_size):
+    return torch.nn.Sequential(torch.nn.Embedding(vocab_size, 8), torch.nn.Linear(8, vocab_size))
+def fair(model, stream):
+    with torch.no_grad():
+        return F.cross_entropy(model(stream.tokens[None, :-1])[0], stream.tokens[1:], reduction="none")
+def cheat(model, stream):
+    return 0.9 * fair(model, stream)
+"""
+
+
+def test_a_file_of_somebody_else(pgolf, tmp_path):
+    path = tmp_path / "theirs.py"
+    path.write_text(CHEAT)
+    code, said = pgolf(f"{path}:fair")
+    assert code == 0 and "no rule that was tried is broken; not tested: target-swap, byte denominator" in said
+    code, said = pgolf(f"{path}:cheat")
+    assert code == 1 and "broken: normalisation" in said
+    written = json.loads((tmp_path / "audit.json").read_text())
+    assert written["passed"] is False and {f["invariant"]: f["verdict"] for f in written["findings"]}["normalisation"] == FAIL
+    code, said = pgolf(f"{path}:nothing")
+    assert code == 2 and "it has make_model, fair, cheat" in said
+
+
+def test_an_artifact_and_the_evaluator_it_names(pgolf, packed):
+    code, said = pgolf(packed[0] / "artifact.pglf", "--data", packed[0])
+    assert code == 0 and "declared tensors" in said and "score-before-update" in said
+
+
+def test_bad_subjects_are_one_sentence(pgolf, tmp_path):
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    (tmp_path / "no.pglf").write_bytes(b"not an artifact, but long enough to have a head of one, as it were" * 2)
+    for subject, message in (
+        ((), "give a packed artifact"),
+        (("no-such-recipe",), "there is no recipe 'no-such-recipe'"),
+        (("no_module_of_this_name:f",), "cannot import"),
+        ((f"{tmp_path / 'broken.py'}:f",), "nothing_of_this_name"),
+        ((tmp_path / "no.pglf",), "not a pgolf artifact"),
+    ):
+        code, said = pgolf(*subject)
+        assert code == 2 and message in said and len(said.splitlines()) == 1, said
+
+
+def test_the_self_test_fails_when_a_cheat_goes_unseen(pgolf, monkeypatch):
+    double = next(f for f in fixtures.FIXTURES if f.caught_by == "byte denominator")
+    monkeypatch.setattr(fixtures, "FIXTURES", (double,))
+    assert pgolf("--self-test")[0] == 0
+    monkeypatch.setattr(fixtures, "FIXTURES", (fixtures.Fixture(double.evaluate, "target-swap"),))
+    code, said = pgolf("--self-test")
+    assert code == 1 and "does not tell" in said
+
+
+def test_answers_of_a_wrong_shape_are_named():
+    for returned, message in ((3.0, "one loss per position"), ((torch.zeros(260), torch.zeros(260, 3)), "log_probs")):
+        with pytest.raises(subjects.UserError, match=message):
+            list(audit(function(lambda model, stream, returned=returned: returned)))
+    assert isinstance(of_function("x", lambda m, s: torch.zeros(260)).run(make_stream()).answer, Answer)

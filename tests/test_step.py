@@ -1,0 +1,57 @@
+"""Replayed steps against steps launched kernel by kernel."""
+
+import pytest
+import torch
+
+from pgolf_fast import recipe
+from pgolf_fast.data import Batch, pack_segments
+from pgolf_fast.model import GPT
+from pgolf_fast.optim import Optimizer
+from pgolf_fast.schedule import StepPlan
+from pgolf_fast.step import GraphedStep, Step
+
+TOKENS, SEQ_LEN = 1024, 256
+HEADS = ("model.num_heads=2", "model.num_kv_heads=1")  # of width 64, as the kernels serve
+SMALL = (
+    *HEADS,
+    "model.num_layers=6",
+    "model.model_dim=128",
+    "model.loop_start=1",
+    "model.loop_end=2",
+    "model.parallel_start=5",
+    "model.vocab_size=256",
+)
+
+
+def batches(count, packed):
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        tokens = torch.randint(2, 256, (TOKENS + 1,), generator=generator)
+        # Every third batch has so many documents that its cu_seqlens are longer than the others'.
+        tokens[torch.randperm(TOKENS, generator=generator)[: 40 if number % 3 == 2 else 8]] = 1
+        segments = torch.from_numpy(pack_segments(tokens[:-1].numpy(), SEQ_LEN, 32)).cuda() if packed else None
+        yield Batch(tokens[:-1].cuda(), tokens[1:].cuda(), segments, number)
+
+
+def losses(kind, name, packed):
+    settings = recipe.resolve(name, SMALL if name == "caseops-1934" else HEADS, environ={}).recipe
+    model = GPT(settings.model, 0, "cuda")
+    optimizer = Optimizer(model, settings.optim, 2)
+    step = kind(model, optimizer, SEQ_LEN)
+    stream = batches(24, packed)
+    # The rate, the momentum, the loop and the quantised weights change on the way.
+    plans = [StepPlan(1 - i / 16, 0.9 + i / 200, i > 3, i > 8, False) for i in range(12)]
+    found = [step.run([next(stream), next(stream)], plan) for plan in plans]
+    return torch.stack(found).tolist(), {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "packed"), [("tiny", False), ("caseops-1934", True)])
+def test_replayed_steps_are_the_launched_ones(name, packed):
+    (launched, weights), (replayed, replayed_weights) = (losses(kind, name, packed) for kind in (Step, GraphedStep))
+    (again, _) = losses(Step, name, packed)
+    noise = max(abs(a - b) for a, b in zip(launched, again))  # kernels that add in an order that varies
+    assert replayed == pytest.approx(launched, abs=max(2 * noise, 2e-3))
+    assert launched[-1] != launched[0]
+    for key, weight in weights.items():
+        assert (weight.float() - replayed_weights[key].float()).norm() <= 0.05 * weight.float().norm() + 1e-3, key
