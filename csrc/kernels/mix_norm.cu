@@ -1,8 +1,8 @@
 // A warp per row. A lane's channels are two runs of eight, 8 lane + 256 v, so that every access is 16 bytes of a full line.
 #include "kernels/mix_norm.h"
 
-#include "kernels/common/ptx.cuh"
 #include "kernels/common/reduce.cuh"
+#include "kernels/common/vector8.cuh"
 
 namespace pgolf {
 namespace {
@@ -15,19 +15,6 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kFwdRows = 2;  // of a warp at a time
 constexpr float kEpsilon = 1.1920928955078125e-7f;  // 2^-23, RMS_EPSILON of the model
-
-__device__ __forceinline__ void unpack8(float (&x)[8], const uint4& packed) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t pair = (&packed.x)[i];
-        x[2 * i] = __uint_as_float(pair << 16);
-        x[2 * i + 1] = __uint_as_float(pair & 0xffff0000u);
-    }
-}
-
-__device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
-    return {ptx::pack_bf16(x[0], x[1]), ptx::pack_bf16(x[2], x[3]), ptx::pack_bf16(x[4], x[5]), ptx::pack_bf16(x[6], x[7])};
-}
 
 __device__ __forceinline__ int64_t vector_offset(uint32_t row, int v) { return int64_t(row) * kWidth + 256 * v + 8 * (threadIdx.x % 32); }
 
