@@ -18,7 +18,7 @@ from torch import nn
 
 from pgolf_fast import fused_blocks
 from pgolf_fast.errors import UserError
-from pgolf_fast.ops import fused_mlp, linear_softcap_cross_entropy, xsa_attention
+from pgolf_fast.ops import embed_norm, embedding, fused_mlp, linear_softcap_cross_entropy, xsa_attention
 from pgolf_fast.ops.fused_mlp import activation_ref
 from pgolf_fast.settings import requirer, setting
 from pgolf_fast.tensor_names import published_views
@@ -234,11 +234,6 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 
-def previous_token(x):
-    """Each position's predecessor in [B, T, C]; zero before the first."""
-    return F.pad(x, (0, 0, 1, 0))[:, : x.shape[1]]
-
-
 def straight_through_int6(weight):
     """int6 values of each row in the forward, the identity in the backward (late quantisation-aware training)."""
     row_max = weight.detach().abs().amax(dim=-1, keepdim=True)
@@ -417,27 +412,24 @@ class GPT(nn.Module):
     # -- embedding
 
     def _embed(self, tokens, fake_quant):
-        x = F.embedding(tokens, self.tok_emb).to(self.stream_dtype)
-        if self.config.bigram_buckets:
-            pair = F.embedding(bigram_bucket(tokens, self.config.bigram_buckets), self.bigram_embed).to(x.dtype)
-            x = (x + self.bigram_scale[None] * linear(pair, _matrix(self.bigram_proj, fake_quant))).to(x.dtype)
-        carries = (tokens != BOS)[..., None].to(x.dtype) if self.config.smear_mask_bos else 1.0
-        if self.config.smear == "token":
-            gate = self.smear_lambda * torch.sigmoid(linear(x[..., : self.config.gate_window], self.smear_gate))
-            return rms((x + carries * gate * previous_token(x)).to(x.dtype))
-        x = rms(x)
-        if self.config.smear == "channel":
-            gate = torch.sigmoid(self.smear_gate)
-            x = ((1 - gate) * x + carries * gate * previous_token(x)).to(x.dtype)
-        return x
+        config, dtype = self.config, self.stream_dtype
+        bigrams = None
+        if config.bigram_buckets:
+            pairs = embedding(bigram_bucket(tokens, config.bigram_buckets), self.bigram_embed, dtype)
+            bigrams = linear(pairs, self.bigram_scale * _matrix(self.bigram_proj, fake_quant))
+        gate = self.smear_gate.flatten() if config.smear != "none" else None
+        share = self.smear_lambda if config.smear == "token" else None
+        return embed_norm(tokens, self.tok_emb, bigrams, config.smear, gate, share, BOS if config.smear_mask_bos else None, dtype)
 
     def _value_embeddings(self, tokens, fake_quant):
-        if not self.config.value_embed:
+        config = self.config
+        if not config.value_embed:
             return {}
-        table = F.embedding(tokens, self.ve_embed).to(self.stream_dtype)
-        shared = linear(table, _matrix(self.ve_proj, fake_quant))
+        rows = embedding(tokens, self.ve_embed, self.stream_dtype)
         scales = self.ve_scale * self.ve_layer_scales
-        return {layer: (scale * shared).to(shared.dtype) for layer, scale in zip(self.config.ve_layers, scales.unbind(0))}
+        # One product for all blocks, with their scales in its matrix.
+        matrix = (scales[..., None] * _matrix(self.ve_proj, fake_quant)).flatten(0, 1)
+        return dict(zip(config.ve_layers, linear(rows, matrix).split(config.kv_dim, dim=-1)))
 
     def _rotary_for(self, tokens, max_seqlen):
         """Constant tables, made at the first forward of a shape."""

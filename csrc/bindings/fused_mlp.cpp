@@ -51,16 +51,10 @@ void fwd(Tensor x, optional<Tensor> rstd, double scale, optional<Tensor> residua
     check_launch(fused_mlp_fwd(p, here.stream), "fused_mlp_fwd");
 }
 
-void bwd(Tensor dy, optional<Tensor> dx_residual, Tensor x, optional<Tensor> rstd, double scale, Tensor u, Tensor w_up, Tensor w_down, int64_t activation,
-         optional<Tensor> row_sums, optional<Tensor> along, Tensor du, Tensor dx, Tensor dw_up, Tensor dw_down) {
+void bwd(Tensor dy, Tensor x, optional<Tensor> rstd, double scale, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx,
+         Tensor dw_up, Tensor dw_down) {
     FusedMlpParams p = shapes(dy, w_up, w_down, activation);
     row_factors(p, rstd, scale);
-    if (rstd) {
-        STD_TORCH_CHECK(dx_residual && row_sums && along, "rstd: goes with dx_residual, row_sums and along");
-        p.dx_residual = input(*dx_residual, "dx_residual", p.m, p.d);
-        p.row_sums = floats(*row_sums, "row_sums", {mlp_column_tiles(p.h), p.m});
-        p.along = floats(*along, "along", {p.m});
-    }
     p.dy = input(dy, "dy", p.m, p.d_out);
     p.x = input(x, "x", p.m, p.d);
     p.u = output(u, "u", p.m, p.h);
@@ -80,8 +74,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
         "fused_mlp_fwd(Tensor x, Tensor? rstd, float scale, Tensor? residual, Tensor w_up, Tensor w_down, int activation, Tensor(a!) u,"
         " Tensor(b!) y) -> ()");
     m.def(
-        "fused_mlp_bwd(Tensor dy, Tensor? dx_residual, Tensor x, Tensor? rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
-        " Tensor(a!)? row_sums, Tensor(b!)? along, Tensor(c!) du, Tensor(d!) dx, Tensor(e!) dw_up, Tensor(f!) dw_down) -> ()");
+        "fused_mlp_bwd(Tensor dy, Tensor x, Tensor? rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
+        " Tensor(a!) du, Tensor(b!) dx, Tensor(c!) dw_up, Tensor(d!) dw_down) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("fused_mlp_fwd", TORCH_BOX(&pgolf::fwd));

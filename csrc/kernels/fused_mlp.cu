@@ -40,7 +40,6 @@ struct RowScaled : Plain {
     struct Arguments {
         const float* rstd;
         float scale;
-        float* row_sums;
     };
     struct Fetched {
         float rstd[2];
@@ -74,15 +73,8 @@ __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pa
 // y = residual + act(u) Wdown^T
 template <Activation kActivation>
 struct DownResidual : Down<kActivation> {
-    static constexpr int kDirect = 1;
-    struct Arguments {
-        const __nv_bfloat16* direct[1];
-    };
-    using Fetched = gemm::PlainOp::Fetched;
-    static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int) { return {}; }
-    template <int kCount>
-    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[kCount], int, int, int) {}
-    static __device__ __forceinline__ uint32_t combine(const Fetched&, int, float y0, float y1, uint32_t residual, uint32_t) {
+    static constexpr bool kHasAux = true;
+    static __device__ __forceinline__ uint32_t result(float y0, float y1, uint32_t residual) {
         return ptx::pack_bf16(y0 + low(residual), y1 + high(residual));
     }
 };
@@ -96,45 +88,11 @@ struct DownBackward : RowScaled {
         const uint32_t s = slope<kActivation>(u);
         return ptx::pack_bf16(dact0 * low(s), dact1 * high(s));
     }
-    static constexpr bool kRowSums = true;  // of du * u
-    static __device__ __forceinline__ float row_term(uint32_t du, uint32_t u) {
-        return fmaf(low(du), low(u), high(du) * high(u));
-    }
 };
-
-// The part of x that the norm's gradient takes off dx: rstd^2 mean(x g).
-__global__ void along_kernel(const FusedMlpParams p, int tiles) {
-    const int row = blockIdx.x * blockDim.x + threadIdx.x;
-    if (row >= p.m) return;
-    float sum = 0.f;
-    for (int tile = 0; tile < tiles; ++tile) sum += p.row_sums[int64_t(tile) * p.m + row];
-    p.along[row] = p.rstd[row] * sum / (p.scale * float(p.d));
-}
 
 // dx = du Wup
 struct UpBackward : Plain {
     static constexpr int kBMajor = kMajorMN;
-};
-
-// dx = dx_residual + du Wup - along * x
-struct UpNormBackward : UpBackward {
-    static constexpr int kDirect = 2;
-    struct Arguments {
-        const __nv_bfloat16* direct[2];
-        const float* along;
-    };
-    struct Fetched {
-        float along[2];
-    };
-    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int m) {
-        return {{__ldg(p.along + min(row, m - 1)), __ldg(p.along + min(row + 8, m - 1))}};
-    }
-    template <int kCount>
-    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[kCount], int, int, int) {}
-    static __device__ __forceinline__ uint32_t combine(const Fetched& fetched, int half, float g0, float g1, uint32_t residual, uint32_t x) {
-        const float along = half ? fetched.along[1] : fetched.along[0];
-        return ptx::pack_bf16(fmaf(-along, low(x), g0 + low(residual)), fmaf(-along, high(x), g1 + high(residual)));
-    }
 };
 
 // dWup += du^T x
@@ -155,25 +113,14 @@ cudaError_t forward(const FusedMlpParams& p, cudaStream_t stream) {
     cudaError_t status = gemm::launch<Up>(p.x, p.w_up, p.u, nullptr, {p.m, p.h, p.d}, stream, {p.rstd, p.scale});
     if (status != cudaSuccess) return status;
     const gemm::Shape shape{p.m, p.d_out, p.h};
-    if (p.residual) return gemm::launch<DownResidual<kActivation>>(p.u, p.w_down, p.y, nullptr, shape, stream, {{p.residual}});
+    if (p.residual) return gemm::launch<DownResidual<kActivation>>(p.u, p.w_down, p.y, p.residual, shape, stream);
     return gemm::launch<Down<kActivation>>(p.u, p.w_down, p.y, nullptr, shape, stream);
-}
-
-cudaError_t input_gradient(const FusedMlpParams& p, cudaStream_t stream) {
-    const gemm::Shape shape{p.m, p.d, p.h};
-    if (!p.rstd) return gemm::launch<UpBackward>(p.du, p.w_up, p.dx, nullptr, shape, stream);
-    if (p.m == 0) return cudaSuccess;
-    along_kernel<<<(p.m + 255) / 256, 256, 0, stream>>>(p, mlp_column_tiles(p.h));
-    const cudaError_t status = cudaGetLastError();
-    return status != cudaSuccess ? status : gemm::launch<UpNormBackward>(p.du, p.w_up, p.dx, nullptr, shape, stream, {{p.dx_residual, p.x}, p.along});
 }
 
 template <Activation kActivation>
 cudaError_t backward(const FusedMlpParams& p, cudaStream_t stream) {
-    static_assert(mlp_column_tiles(DownBackward<kActivation>::kBlockN + 1) == 2);
-    cudaError_t status =
-        gemm::launch<DownBackward<kActivation>>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream, {p.rstd, p.scale, p.row_sums});
-    if (status == cudaSuccess) status = input_gradient(p, stream);
+    cudaError_t status = gemm::launch<DownBackward<kActivation>>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream, {p.rstd, p.scale});
+    if (status == cudaSuccess) status = gemm::launch<UpBackward>(p.du, p.w_up, p.dx, nullptr, {p.m, p.d, p.h}, stream);
     if (status == cudaSuccess) status = gemm::launch<UpWeight>(p.du, p.x, p.dw_up, nullptr, {p.h, p.d, p.m}, stream);
     if (status == cudaSuccess) status = gemm::launch<DownWeight<kActivation>>(p.u, p.dy, p.dw_down, nullptr, {p.h, p.d_out, p.m}, stream);
     return status;

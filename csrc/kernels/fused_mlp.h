@@ -1,10 +1,8 @@
 // MLP of the recipes.   u = x Wup^T,   y = act(u) Wdown^T
 //     relu2:        act(u) = max(u, 0)^2          act'(u) = 2 max(u, 0)
 //     leaky_relu2:  act(u) = max(u, u / 2)^2      act'(u) = 2 u for u > 0, u / 2 otherwise
-// Of a normalised input, y = x + MLP(f x) with f = scale / root mean square of the row: f is a factor of the rows of u, so the norm
-// needs no tensor of its own, and its gradient no pass. With du the gradient of x Wup^T and g = du Wup,
-//
-//     dx = dx_residual + g - x rstd^2 mean(x g)        where sum(x g) = sum(du u) / f, known before g is
+// Of a normalised input, y = residual + MLP(f x) with f = scale / root mean square of the row: f is a factor of the rows of u and of du,
+// so the norm needs no tensor. dx is then f times the gradient of f x, which is what the norm's gradient begins with.
 //
 // Only u is kept for the backward: act is applied where its operand is loaded, act' where the gradient is stored.
 // act(u) is rounded once to bf16, as the product of bf16 values is; everything else accumulates in fp32.
@@ -24,12 +22,9 @@ struct FusedMlpParams {
     const __nv_bfloat16* x;       // [M, D]
     const __nv_bfloat16* w_up;    // [H, D]
     const __nv_bfloat16* w_down;  // [D_out, H]
-    const float* rstd;            // [M], or null: no norm. With it:
-    float scale;                  //    f = scale * rstd
-    const __nv_bfloat16* residual;     // [M, D_out], or null: added to y
-    const __nv_bfloat16* dx_residual;  // [M, D]      backward: added to dx
-    float* row_sums;              // [mlp_column_tiles(H), M]  workspace of the backward
-    float* along;                 // [M]                       workspace of the backward: what of x goes off dx
+    const float* rstd;            // [M], or null: the factors f of the rows are scale * rstd
+    float scale;
+    const __nv_bfloat16* residual;  // [M, D_out], or null: added to y
     const __nv_bfloat16* dy;      // [M, D_out]       backward only
     __nv_bfloat16* u;             // [M, H]           out of the forward, into the backward
     __nv_bfloat16* y;             // [M, D_out]       out of the forward
@@ -40,8 +35,6 @@ struct FusedMlpParams {
     int m, d, h, d_out;
     Activation activation;
 };
-
-constexpr int mlp_column_tiles(int h) { return (h + 191) / 192; }
 
 cudaError_t fused_mlp_fwd(const FusedMlpParams& p, cudaStream_t stream);
 cudaError_t fused_mlp_bwd(const FusedMlpParams& p, cudaStream_t stream);

@@ -29,17 +29,15 @@ library.define(
     " -> (Tensor dx, Tensor dw_up, Tensor dw_down)"
 )
 # Of a normalised input, for backwards written by hand: y = residual + MLP(f x), f = scale * rstd of each row [M]. The norm needs no
-# tensor and no pass: u = f (x w_up^T), and with du the gradient of x w_up^T and g = du w_up,
-#     dx = dx_residual + g - x rstd^2 mean(x g)      where sum(x g) = sum(du u) / f
-# The weight gradients are added to dw_up and dw_down, in the accumulation dtype.
+# tensor: u = f (x w_up^T). The backward returns f times the gradient of f x, which is what the norm's own backward begins with
+# (mix_norm_bwd without norm_scale); the weight gradients are added to dw_up and dw_down, in the accumulation dtype.
 library.define(
     "norm_mlp_fwd(Tensor x, Tensor rstd, float scale, Tensor? residual, Tensor w_up, Tensor w_down, int activation) -> (Tensor y, Tensor u)"
 )
 library.define(
-    "norm_mlp_bwd(Tensor dy, Tensor dx_residual, Tensor x, Tensor rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
-    " Tensor(a!) dw_up, Tensor(b!) dw_down) -> Tensor dx"
+    "norm_mlp_bwd(Tensor dy, Tensor x, Tensor rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
+    " Tensor(a!) dw_up, Tensor(b!) dw_down) -> Tensor scaled_dn"
 )
-COLUMN_TILE = 192  # of mlp_column_tiles
 
 
 def _forward_formula(x, w_up, w_down, activation):
@@ -62,12 +60,11 @@ def _norm_forward_formula(x, rstd, scale, residual, w_up, w_down, activation):
     return y if residual is None else residual + y, u
 
 
-def _norm_backward_formula(dy, dx_residual, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+def _norm_backward_formula(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
     du = (scale * rstd[:, None] * (dy @ w_down) * _slope(u, activation)).to(x.dtype)
     dw_up += du.T @ x
     dw_down += dy.T @ activation_ref(u, ACTIVATIONS[activation])
-    along = rstd * (du * u).sum(-1, dtype=rstd.dtype) / (scale * x.shape[1])
-    return (dx_residual + du @ w_up - along[:, None] * x).to(x.dtype)
+    return du @ w_up
 
 
 library.impl("fused_mlp_fwd", _forward_formula, "CPU")
@@ -83,16 +80,11 @@ def _forward_kernel(x, rstd, scale, residual, w_up, w_down, activation):
     return y, u
 
 
-def _backward_kernel(dy, dx_residual, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+def _backward_kernel(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
     du, dx = torch.empty_like(u), x.new_empty(x.shape)
-    row_sums = along = None
-    if rstd is not None:
-        row_sums, along = rstd.new_empty(-(-u.shape[1] // COLUMN_TILE), x.shape[0]), torch.empty_like(rstd)
     dy, x, u, w_up, w_down = (t.contiguous() for t in (dy, x, u, w_up, w_down))
     # The kernel adds to the weight gradients in an order that varies.
-    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(
-        dy, dx_residual, x, rstd, scale, u, w_up, w_down, activation, row_sums, along, du, dx, dw_up, dw_down
-    )
+    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(dy, x, rstd, scale, u, w_up, w_down, activation, du, dx, dw_up, dw_down)
     return dx
 
 
@@ -108,7 +100,7 @@ def _bwd_cuda(dy, x, u, w_up, w_down, activation):
     if not _library.uses_kernel("fused_mlp_bwd", x.device):
         return _backward_formula(dy, x, u, w_up, w_down, activation)
     dw_up, dw_down = (torch.zeros_like(w, dtype=torch.float32) for w in (w_up, w_down))
-    dx = _backward_kernel(dy, None, x, None, 1.0, u, w_up, w_down, activation, dw_up, dw_down)
+    dx = _backward_kernel(dy, x, None, 1.0, u, w_up, w_down, activation, dw_up, dw_down)
     return dx, dw_up.to(w_up.dtype), dw_down.to(w_down.dtype)
 
 
@@ -138,7 +130,7 @@ def _norm_fwd_fake(x, rstd, scale, residual, w_up, w_down, activation):
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::norm_mlp_bwd")
-def _norm_bwd_fake(dy, dx_residual, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+def _norm_bwd_fake(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
     return x.new_empty(x.shape)
 
 

@@ -78,11 +78,13 @@ SCALE = 0.7
 
 
 def normed(x, up, down, residual, dy, dx_residual, before):
-    """Result and gradients of the norm and the MLP together; those of the weights are added to `before`."""
+    """Result and gradients of the norm and the MLP together, the norm's by mix_norm; those of the weights are added to `before`."""
     ops, sums = torch.ops.pgolf_fast, [b.clone() for b in before]
     rstd = torch.rsqrt(x.to(before[0].dtype).square().mean(-1) + 2.0**-23)
     y, u = ops.norm_mlp_fwd(x, rstd, SCALE, residual, up, down, 1)
-    return y, ops.norm_mlp_bwd(dy, dx_residual, x, rstd, SCALE, u, up, down, 1, *sums), *sums
+    scaled = ops.norm_mlp_bwd(dy, x, rstd, SCALE, u, up, down, 1, *sums)
+    (dx,), _ = ops.mix_norm_bwd(dx_residual, scaled, x, rstd, [], None, [], None, [None])
+    return y, dx, *sums
 
 
 def normed_by_autograd(x, up, down, residual, dy, dx_residual, before):
@@ -125,7 +127,7 @@ def test_normed_registration(device):
     ops, rstd = torch.ops.pgolf_fast, torch.ones(16, device=device)
     torch.library.opcheck(ops.norm_mlp_fwd.default, (x, rstd, SCALE, residual, up, down, 1))
     _, u = ops.norm_mlp_fwd(x, rstd, SCALE, None, up, down, 1)
-    torch.library.opcheck(ops.norm_mlp_bwd.default, (dy, dx_residual, x, rstd, SCALE, u, up, down, 1, *before))
+    torch.library.opcheck(ops.norm_mlp_bwd.default, (dy, x, rstd, SCALE, u, up, down, 1, *before))
 
 
 def test_leading_dimensions_and_empty_batch(device):

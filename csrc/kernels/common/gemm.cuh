@@ -20,13 +20,13 @@
 //     kBlockN                     192 or 256
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
-//     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value
+//     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value. With 192 columns
+//                                 the auxiliary tile comes through the staging area; with 256 the threads load it themselves, from
+//                                 the L2 where the producer has called it
 //     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with all its
 //                                 accumulators before they are staged
 //     kRowSums, row_term()        what a stored pair and its auxiliary pair add to a sum per row and column tile, in Arguments::row_sums
 //                                 [column tiles, m]
-//     kDirect, combine()          instead of result(), for 256 columns: the accumulator and the elements at the same place of
-//                                 kDirect tensors [m, n], Arguments::direct, which the threads load themselves
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
 //                                 tiles is then cut into one equal share per cluster, so that a few tiles with a long K
 //                                 (a weight gradient) keep every multiprocessor busy; the order of the additions varies.
@@ -50,8 +50,6 @@ enum Output { kStoreBf16, kAddFp32, kAddFp32Transposed };
 template <class Op>
 struct Layout {
     static_assert(Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
-    static_assert(!Op::kHasAux || Op::kBlockN == 192, "the auxiliary tile is staged whole");
-    static_assert(Op::kDirect == 0 || Op::kBlockN == 256, "a tile whose result is overlapped has no registers for it");
     static_assert(!Op::kRowSums || Op::kBlockN == 192, "summed over one pass");
     static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
     static constexpr int kStageABytes = kBlockM * kBlockK * 2;
@@ -59,6 +57,7 @@ struct Layout {
     static constexpr bool kStaged = Op::kOutput == kStoreBf16;
     static constexpr bool kOverlapped = kStaged && Op::kBlockN == 192;  // results of a tile under the products of the next
     static_assert(!kOverlapped || !Op::kTransformA, "no registers left for it");
+    static constexpr bool kAuxStaged = Op::kHasAux && kOverlapped, kAuxLoaded = Op::kHasAux && !kOverlapped;
     static constexpr int kPasses = Op::kBlockN == 256 ? 2 : 1;
     static constexpr int kPassBlocks = kStaged ? kColumnBlocks / kPasses : 0;  // column blocks staged at a time, per warpgroup
     // Both together are what 384 threads start with, 168 each.
@@ -70,6 +69,7 @@ struct Layout {
 struct Maps {
     CUtensorMap a, b, c, aux;
     float* c_fp32;  // where the output is added to, contiguous rows
+    const __nv_bfloat16* aux_rows;
 };
 
 struct Shape {
@@ -79,7 +79,6 @@ struct Shape {
 // What an Op inherits and replaces where it does more.
 struct PlainOp {
     static constexpr bool kTransformA = false, kHasAux = false, kRowSums = false;
-    static constexpr int kDirect = 0;
     struct Arguments {};
     struct Fetched {};
     static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int) { return {}; }
@@ -214,13 +213,20 @@ __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, ui
                     ptx::tma_load_2d_multicast(stage_b + (block * kBlockK + rank * half) * 128, &maps.b, &bars.full[ring.stage],
                                                n0 + block * kColumnBlock, kb * kBlockK + rank * half, 3);
             }
+            if constexpr (L::kAuxLoaded) {
+                if (kb == work.k_begin) {
+#pragma unroll
+                    for (int i = 0; i < kConsumers * L::kColumnBlocks; ++i)
+                        ptx::tma_prefetch_l2_2d(&maps.aux, n0 + i % L::kColumnBlocks * kColumnBlock, m0 + i / L::kColumnBlocks * 64);
+                }
+            }
             // The auxiliary tile of the tile before, whose result is due under this one; the ring is fed first.
-            if (Op::kHasAux && kb == min(kStages, work.k_end) - 1 && has_before) load_aux(before);
+            if (L::kAuxStaged && kb == min(kStages, work.k_end) - 1 && has_before) load_aux(before);
         }
         before = work;
         has_before = true;
     }
-    if (Op::kHasAux && has_before) load_aux(before);
+    if (L::kAuxStaged && has_before) load_aux(before);
 }
 
 // Adds a warpgroup's accumulators to float32 C. `row`, `column`: of this thread's first element.
@@ -322,12 +328,12 @@ struct Consumer {
     __device__ __forceinline__ void offer_staging() {
         if (leads()) {
             ptx::bulk_wait_read<0>();
-            if constexpr (Op::kHasAux) ptx::mbarrier_arrive(&bars.aux_empty);
+            if constexpr (L::kAuxStaged) ptx::mbarrier_arrive(&bars.aux_empty);
         }
     }
     // ... and may be written by all its threads.
     __device__ __forceinline__ void await_staging() {
-        if constexpr (Op::kHasAux) {
+        if constexpr (L::kAuxStaged) {
             ptx::mbarrier_wait(&bars.aux_full, aux_parity);
             aux_parity ^= 1;
         } else {
@@ -341,38 +347,35 @@ struct Consumer {
         Op::finish(arguments, fetched, acc, row_of(work), work.n0, shape.m);
         if constexpr (Op::kRowSums) row_sums[0] = row_sums[1] = 0.f;
     }
-    // Pairs at the places of the accumulators of 16 columns; what lies outside stays as it is, and will not be stored.
-    using Direct = uint32_t[Op::kDirect + 1][4];
-    __device__ __forceinline__ void load_direct(Direct& pairs, const Work& work, int pass, int i) const {
-        if constexpr (Op::kDirect > 0) {
+    // Auxiliary pairs at the places of the accumulators of 16 columns; what lies outside stays as it is, and will not be stored.
+    using AuxPairs = uint32_t[4];
+    __device__ __forceinline__ void load_aux(AuxPairs& aux, const Work& work, int pass, int i) const {
 #pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                const int m = row_of(work) + r % 2 * 8, n = work.n0 + (pass * kChunks + i) * 16 + r / 2 * 8;
-                if (m >= shape.m || n >= shape.n) continue;
-#pragma unroll
-                for (int t = 0; t < Op::kDirect; ++t)
-                    pairs[t][r] = __ldg(reinterpret_cast<const unsigned*>(arguments.direct[t] + (int64_t(m) * shape.n + n + lane % 4 * 2)));
-            }
+        for (int r = 0; r < 4; ++r) {
+            const int m = row_of(work) + r % 2 * 8, n = work.n0 + (pass * kChunks + i) * 16 + r / 2 * 8;
+            if (m < shape.m && n < shape.n)
+                aux[r] = __ldg(reinterpret_cast<const unsigned*>(maps.aux_rows + (int64_t(m) * shape.n + n + lane % 4 * 2)));
         }
     }
 
     // Result of 16 columns, into the staging area.
-    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i) { stage_chunk(acc, pass, i, {}, {}); }
-    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i, const typename Op::Fetched& fetched,
-                                                const Direct& direct) {
-        const uint32_t address = ptx::smem_u32(staging) + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
+    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i) {
+        AuxPairs aux = {};
+        if constexpr (L::kAuxStaged) ptx::ldmatrix_x4(chunk_address(i), aux[0], aux[1], aux[2], aux[3]);
+        stage_chunk(acc, pass, i, aux);
+    }
+    __device__ __forceinline__ uint32_t chunk_address(int i) const {
+        return ptx::smem_u32(staging) + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
+    }
+    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i, const AuxPairs& aux) {
         const int j = 8 * (pass * kChunks + i);
-        uint32_t aux[4] = {}, out[4];
-        if constexpr (Op::kHasAux) ptx::ldmatrix_x4(address, aux[0], aux[1], aux[2], aux[3]);
+        uint32_t out[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            if constexpr (Op::kDirect > 0)
-                out[r] = Op::combine(fetched, r % 2, acc[j + 2 * r], acc[j + 2 * r + 1], direct[0][r], direct[Op::kDirect - 1][r]);
-            else
-                out[r] = Op::result(acc[j + 2 * r], acc[j + 2 * r + 1], aux[r]);
+            out[r] = Op::result(acc[j + 2 * r], acc[j + 2 * r + 1], aux[r]);
             if constexpr (Op::kRowSums) row_sums[r % 2] += Op::row_term(out[r], aux[r]);
         }
-        ptx::stmatrix_x4(address, out[0], out[1], out[2], out[3]);
+        ptx::stmatrix_x4(chunk_address(i), out[0], out[1], out[2], out[3]);
     }
     __device__ __forceinline__ void store_row_sums(const Work& work) {
 #pragma unroll
@@ -381,7 +384,7 @@ struct Consumer {
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             const int row = row_of(work) + 8 * r;
-            if (lane % 4 == 0 && row < shape.m && arguments.row_sums != nullptr)
+            if (lane % 4 == 0 && row < shape.m)
                 arguments.row_sums[int64_t(work.n0 / Op::kBlockN) * shape.m + row] = sum;
         }
     }
@@ -407,29 +410,25 @@ struct Consumer {
             uint32_t a[2][4][4];
 #pragma unroll 2
             for (int i = 0; i < work.k_end - work.k_begin; ++i) multiply(acc, a[i % 2], i > 0);
-            Direct direct[L::kStaged ? kChunks : 1];
-            auto load_pass = [&](int pass) {
-#pragma unroll
-                for (int i = 0; i < kChunks; ++i) load_direct(direct[i], work, pass, i);
-            };
-            // Before the last products are done, unless A needs the registers till then.
-            if (!Op::kTransformA) load_pass(0);
             wgmma::wait<0>();
             wgmma::pin(acc);
             release();
             unreleased = -1;
             if constexpr (L::kStaged) {
-                if (Op::kTransformA) load_pass(0);
-                const typename Op::Fetched fetched = fetch(work);
-                finish(acc, work, fetched);
+                AuxPairs aux[kChunks] = {};
+                if constexpr (L::kAuxLoaded) {
+#pragma unroll
+                    for (int i = 0; i < kChunks; ++i) load_aux(aux[i], work, 0, i);
+                }
+                finish(acc, work, fetch(work));
 #pragma unroll
                 for (int pass = 0; pass < L::kPasses; ++pass) {
                     offer_staging();
                     await_staging();
 #pragma unroll
                     for (int i = 0; i < kChunks; ++i) {
-                        stage_chunk(acc, pass, i, fetched, direct[i]);
-                        if (pass + 1 < L::kPasses) load_direct(direct[i], work, pass + 1, i);
+                        stage_chunk(acc, pass, i, aux[i]);
+                        if (L::kAuxLoaded && pass + 1 < L::kPasses) load_aux(aux[i], work, pass + 1, i);
                     }
                     store(work, pass);
                 }
@@ -551,6 +550,7 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
         status = Op::kBMajor == wgmma::kMajorK ? map_2d(&maps.b, b, shape.n, shape.k, shape.k, Op::kBlockN / kCluster)
                                                : map_2d(&maps.b, b, shape.k, shape.n, shape.n, kBlockK / kCluster);
     if (status == cudaSuccess && Layout<Op>::kStaged) status = map_2d(&maps.c, c, shape.m, shape.n, shape.n, 64);
+    maps.aux_rows = static_cast<const __nv_bfloat16*>(aux);
     if (status == cudaSuccess && Op::kHasAux) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
     int device = 0, sms = 0;
     if (status == cudaSuccess) status = cudaGetDevice(&device);
