@@ -11,9 +11,8 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from pgolf_fast.ops import _library
+from pgolf_fast.ops import _library, attn_gate  # noqa: F401  defines its ops
 from pgolf_fast.ops.fused_mlp import ACTIVATIONS
 from pgolf_fast.ops.mix_norm import KERNEL_WIDTH as MIX_WIDTH
 from pgolf_fast.ops.products import add_weight_gradient, project, project_backward, project_residual_rstd
@@ -179,8 +178,7 @@ class _Forward:
             v += self.values[block].view(v.shape)
         gate = None
         if config.attn_gate:
-            logits = F.linear(n[:, : config.gate_window], self.weights.gate[block].to(n.dtype))
-            gate = torch.sigmoid(config.attn_gate_scale * logits).view(*plan.tokens, -1)
+            gate = ops.attn_gate_fwd(n, self.weights.gate[block], config.attn_gate_scale).view(*plan.tokens, -1)
         y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, _is_xsa(config, block), config.head_dim**-0.5)
         return Attended(n, qkv, rstd, gate, y.flatten(0, 1).flatten(1), lse, own)
 
@@ -268,10 +266,8 @@ class _Backward:
         add_weight_gradient(self.gradients.qkv[block], dqkv, saved.n)
         dn = project_backward(dqkv, self.operands.qkv[block])
         if config.attn_gate:
-            gate, window = saved.gate.flatten(0, 1), config.gate_window
-            dlogits = config.attn_gate_scale * dgate.flatten(0, 1) * gate * (1 - gate)
-            self.gradients.gate[block] += dlogits.T @ saved.n[:, :window]
-            dn[:, :window] += dlogits @ self.weights.gate[block].to(dn.dtype)
+            gate, dgate = saved.gate.flatten(0, 1), dgate.flatten(0, 1)
+            ops.attn_gate_bwd(dgate, gate, saved.n, self.weights.gate[block], config.attn_gate_scale, dn, self.gradients.gate[block])
         return dn
 
     def mlp(self, block, dy, dx, x, rstd, u):
