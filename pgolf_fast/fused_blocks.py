@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from pgolf_fast.ops import _library, attn_gate  # noqa: F401  defines its ops
+from pgolf_fast.ops._library import accumulation_dtype
 from pgolf_fast.ops.fused_mlp import ACTIVATIONS
 from pgolf_fast.ops.mix_norm import KERNEL_WIDTH as MIX_WIDTH
 from pgolf_fast.ops.products import add_weight_gradient, project, project_backward, project_residual_rstd
@@ -22,7 +23,7 @@ ops = torch.ops.pgolf_fast
 
 
 class Weights(NamedTuple):
-    """In the accumulation dtype; every field is an input of the node and receives a gradient. Absent parts are None."""
+    """Computed with in the accumulation dtype; every field is an input of the node and receives a gradient. Absent parts are None."""
 
     qkv: torch.Tensor  # [layers, C + 2 kv_dim, C]: queries, keys, values
     gate: torch.Tensor | None  # [layers, heads, gate_window]
@@ -62,6 +63,7 @@ def serve(config, x) -> bool:
 def run(plan, weights, x0, values):
     """The stream after the last visit.  x0 [B, T, C]; values: one [B, T, kv_dim] for each of plan.value_blocks"""
     x0, values = x0.flatten(0, 1), [v.flatten(0, 1) for v in values]
+    weights = Weights(*(None if w is None else w.to(accumulation_dtype(x0.dtype)) for w in weights))
     if torch.is_grad_enabled():
         out = _Blocks.apply(plan, x0, *weights, *values)
     else:

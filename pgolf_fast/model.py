@@ -427,9 +427,8 @@ class GPT(nn.Module):
             return {}
         rows = embedding(tokens, self.ve_embed, self.stream_dtype)
         scales = self.ve_scale * self.ve_layer_scales
-        # One product for all blocks, with their scales in its matrix.
-        matrix = (scales[..., None] * _matrix(self.ve_proj, fake_quant)).flatten(0, 1)
-        return dict(zip(config.ve_layers, linear(rows, matrix).split(config.kv_dim, dim=-1)))
+        proj = _matrix(self.ve_proj, fake_quant)
+        return {layer: linear(rows, scale * proj) for layer, scale in zip(config.ve_layers, scales.unbind(0))}
 
     def _rotary_for(self, tokens, max_seqlen):
         """Constant tables, made at the first forward of a shape."""

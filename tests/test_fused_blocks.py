@@ -75,6 +75,14 @@ def test_every_switch(change):
             assert relative_error(found[key], gradient) < 1e-11 or gradient.norm() == found[key].norm() == 0, key
 
 
+def test_matrices_stored_in_bf16_still_sum_their_gradients_in_float32():
+    config = small("legal-ttt-691", bf16_tensors=("qo", "mlp_up"))
+    model = GPT(config, seed=0, stream_dtype=torch.float32)
+    (losses, truth), (found_losses, found) = both_ways(model, [tokens_of(config, 2, 16)])
+    assert found_losses == pytest.approx(losses, rel=1e-5) and found["qo"].dtype == torch.bfloat16
+    assert relative_error(found["qo"], truth["qo"]) < 1e-2
+
+
 def test_scoring_keeps_nothing_and_gives_the_same():
     config = small("caseops-1934")
     model = random_model(config, torch.float64)

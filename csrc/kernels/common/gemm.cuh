@@ -21,8 +21,7 @@
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
 //     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value. With 192 columns
-//                                 the auxiliary tile comes through the staging area; with 256 the threads load it themselves, from
-//                                 the L2 where the producer has called it
+//                                 the auxiliary tile comes through the staging area; with 256 the threads load it themselves
 //     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with all its
 //                                 accumulators before they are staged
 //     kRowSums, row_term()        what a stored pair and its auxiliary pair add to a sum per row and column tile, in Arguments::row_sums
@@ -212,13 +211,6 @@ __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, ui
                 for (int block = 0; block < L::kColumnBlocks; ++block)
                     ptx::tma_load_2d_multicast(stage_b + (block * kBlockK + rank * half) * 128, &maps.b, &bars.full[ring.stage],
                                                n0 + block * kColumnBlock, kb * kBlockK + rank * half, 3);
-            }
-            if constexpr (L::kAuxLoaded) {
-                if (kb == work.k_begin) {
-#pragma unroll
-                    for (int i = 0; i < kConsumers * L::kColumnBlocks; ++i)
-                        ptx::tma_prefetch_l2_2d(&maps.aux, n0 + i % L::kColumnBlocks * kColumnBlock, m0 + i / L::kColumnBlocks * 64);
-                }
             }
             // The auxiliary tile of the tile before, whose result is due under this one; the ring is fed first.
             if (L::kAuxStaged && kb == min(kStages, work.k_end) - 1 && has_before) load_aux(before);
@@ -551,7 +543,7 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
                                                : map_2d(&maps.b, b, shape.k, shape.n, shape.n, kBlockK / kCluster);
     if (status == cudaSuccess && Layout<Op>::kStaged) status = map_2d(&maps.c, c, shape.m, shape.n, shape.n, 64);
     maps.aux_rows = static_cast<const __nv_bfloat16*>(aux);
-    if (status == cudaSuccess && Op::kHasAux) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
+    if (status == cudaSuccess && Layout<Op>::kAuxStaged) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
     int device = 0, sms = 0;
     if (status == cudaSuccess) status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
