@@ -85,7 +85,7 @@ def _backward_kernel(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_
     dy, x, u, w_up, w_down = (t.contiguous() for t in (dy, x, u, w_up, w_down))
     # The kernel adds to the weight gradients in an order that varies.
     torch.ops.pgolf_fast_sm90.fused_mlp_bwd(dy, x, rstd, scale, u, w_up, w_down, activation, du, dx, dw_up, dw_down)
-    return dx
+    return dx, du
 
 
 @torch.library.impl(library, "fused_mlp_fwd", "CUDA")
@@ -100,7 +100,10 @@ def _bwd_cuda(dy, x, u, w_up, w_down, activation):
     if not _library.uses_kernel("fused_mlp_bwd", x.device):
         return _backward_formula(dy, x, u, w_up, w_down, activation)
     dw_up, dw_down = (torch.zeros_like(w, dtype=torch.float32) for w in (w_up, w_down))
-    dx = _backward_kernel(dy, x, None, 1.0, u, w_up, w_down, activation, dw_up, dw_down)
+    dx, du = _backward_kernel(dy, x, None, 1.0, u, w_up, w_down, activation, dw_up, dw_down)
+    if torch.are_deterministic_algorithms_enabled():
+        # The kernel adds in an order that varies: these two products again.
+        return dx, du.T @ x, dy.T @ activation_ref(u, ACTIVATIONS[activation])
     return dx, dw_up.to(w_up.dtype), dw_down.to(w_down.dtype)
 
 
@@ -111,7 +114,9 @@ def _norm_fwd_cuda(x, *arguments):
 
 @torch.library.impl(library, "norm_mlp_bwd", "CUDA")
 def _norm_bwd_cuda(dy, *arguments):
-    return (_backward_kernel if _library.uses_kernel("fused_mlp_bwd", dy.device) else _norm_backward_formula)(dy, *arguments)
+    if not _library.uses_kernel("fused_mlp_bwd", dy.device):
+        return _norm_backward_formula(dy, *arguments)
+    return _backward_kernel(dy, *arguments)[0]
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_fwd")
