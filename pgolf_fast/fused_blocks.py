@@ -114,11 +114,11 @@ class Attended(NamedTuple):
     own: torch.Tensor
 
 
-class Mixed(NamedTuple):
+class Mix(NamedTuple):
+    """Of a sum of tensors, each times its row of coefficients, and of the norm of that sum. The backward makes the sum again."""
+
     tensors: list[torch.Tensor]
-    mixed: torch.Tensor
-    normed: torch.Tensor | None
-    rstd: torch.Tensor | None
+    rstd: torch.Tensor
 
 
 def _heads(packed, config, tokens):
@@ -150,13 +150,16 @@ class _Forward:
                 stream = self.sequential(i, visit.block, stream, skip)
             if visit.first_half:
                 kept.append(stream)
-        return stream if lane1 is None else 0.5 * (stream + lane1)
+        if lane1 is None:
+            return stream
+        _, mean, _ = _mix(torch.full_like(self.weights.mix[0, :2], 0.5), (stream, lane1))
+        return mean
 
     def sequential(self, i, block, stream, skip):
         scale = self.plan.norm_scale(block)
-        entered = _mix(self.weights.mix[i], (stream, self.x0, skip), scale)
-        attended = self.attend(block, entered.normed)
-        x1, rstd1 = project_residual_rstd(attended.y, self.operands.o[block], entered.mixed)
+        entered, x, n = _mix(self.weights.mix[i], (stream, self.x0, skip), scale)
+        attended = self.attend(block, n)
+        x1, rstd1 = project_residual_rstd(attended.y, self.operands.o[block], x)
         x2, u = self.mlp(block, x1, rstd1, residual=x1)
         self.keep((entered, attended, x1, rstd1, u))
         return x2
@@ -164,15 +167,15 @@ class _Forward:
     def two_lanes(self, i, block, lane0, lane1, skip):
         """Attention reads lane 0, the MLP lane 1; both write both."""
         scale = self.plan.norm_scale(block)
-        entered = _mix(self.weights.mix[i], (lane0, self.x0, skip), scale)
-        attended = self.attend(block, entered.normed)
+        entered, _, n = _mix(self.weights.mix[i], (lane0, self.x0, skip), scale)
+        attended = self.attend(block, n)
         attention = project(attended.y, self.operands.o[block])
         rstd1 = ops.row_rstd(lane1)
         mlp, u = self.mlp(block, lane1, rstd1, residual=None)
-        left0 = _mix(self.weights.lane0[i], (lane0, attention, mlp, skip))
-        left1 = _mix(self.weights.lane1[i], (lane1, attention, mlp))
+        left0, out0, _ = _mix(self.weights.lane0[i], (lane0, attention, mlp, skip))
+        left1, out1, _ = _mix(self.weights.lane1[i], (lane1, attention, mlp))
         self.keep((entered, attended, lane1, rstd1, u, left0, left1))
-        return left0.mixed, left1.mixed
+        return out0, out1
 
     def attend(self, block, n):
         config, plan = self.config, self.plan
@@ -298,4 +301,5 @@ def _activation(config):
 def _mix(coefficients, tensors, norm_scale=None):
     """Each tensor (but those that are None, at the end) times its row of coefficients, summed; and the norm of the sum if it has a scale."""
     tensors = [t for t in tensors if t is not None]
-    return Mixed(tensors, *ops.mix_norm_fwd(tensors, coefficients[: len(tensors)], list(range(len(tensors))), norm_scale))
+    mixed, normed, rstd = ops.mix_norm_fwd(tensors, coefficients[: len(tensors)], list(range(len(tensors))), norm_scale)
+    return Mix(tensors, rstd), mixed, normed

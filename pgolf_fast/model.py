@@ -18,7 +18,7 @@ from torch import nn
 
 from pgolf_fast import fused_blocks
 from pgolf_fast.errors import UserError
-from pgolf_fast.ops import embed_norm, embedding, fused_mlp, linear_softcap_cross_entropy, xsa_attention
+from pgolf_fast.ops import embed_norm, embedding, fused_mlp, linear_softcap_cross_entropy, mix_norm, xsa_attention
 from pgolf_fast.ops.fused_mlp import activation_ref
 from pgolf_fast.settings import requirer, setting
 from pgolf_fast.tensor_names import published_views
@@ -369,7 +369,8 @@ class GPT(nn.Module):
         x = self.stream(tokens, **how)
         if positions is not None:
             x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
-        return self._head(rms(x), targets, reduction)
+        _, normed = mix_norm([x])
+        return self._head(normed, targets, reduction)
 
     def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None):
         """The residual stream [B, T, C] after the last block.

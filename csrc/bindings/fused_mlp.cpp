@@ -40,7 +40,8 @@ void row_factors(FusedMlpParams& p, const optional<Tensor>& rstd, double scale) 
     p.scale = float(scale);
 }
 
-void fwd(Tensor x, optional<Tensor> rstd, double scale, optional<Tensor> residual, Tensor w_up, Tensor w_down, int64_t activation, Tensor u, Tensor y) {
+void fwd(Tensor x, optional<Tensor> rstd, double scale, optional<Tensor> residual, Tensor w_up, Tensor w_down, int64_t activation, Tensor u,
+         Tensor y) {
     FusedMlpParams p = shapes(x, w_up, w_down, activation);
     row_factors(p, rstd, scale);
     p.x = input(x, "x", p.m, p.d);

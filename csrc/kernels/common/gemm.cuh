@@ -68,7 +68,7 @@ struct Layout {
 struct Maps {
     CUtensorMap a, b, c, aux;
     float* c_fp32;  // where the output is added to, contiguous rows
-    const __nv_bfloat16* aux_rows;
+    const __nv_bfloat16* aux_rows;  // for threads that load it
 };
 
 struct Shape {
@@ -258,8 +258,8 @@ struct Consumer {
     uint32_t aux_parity = 0;
 
     // `group` is broadcast, so that the compiler keeps descriptors in uniform registers.
-    __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, const typename Op::Arguments& arguments, uint8_t* stages, uint8_t* staging,
-                                        Barriers& bars)
+    __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, const typename Op::Arguments& arguments, uint8_t* stages,
+                                        uint8_t* staging, Barriers& bars)
         : maps(maps), shape(shape), arguments(arguments), stages(stages), bars(bars), group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
           warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), lane_row(warp * 16 + (lane / 8 % 2) * 8 + lane % 8), lane_chunk(lane / 16) {
         this->staging = staging + group * L::kPassBlocks * kStagingBlockBytes;
@@ -376,8 +376,7 @@ struct Consumer {
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             const int row = row_of(work) + 8 * r;
-            if (lane % 4 == 0 && row < shape.m)
-                arguments.row_sums[int64_t(work.n0 / Op::kBlockN) * shape.m + row] = sum;
+            if (lane % 4 == 0 && row < shape.m) arguments.row_sums[int64_t(work.n0 / Op::kBlockN) * shape.m + row] = sum;
         }
     }
     __device__ __forceinline__ void store(const Work& work, int pass) {
