@@ -1,8 +1,8 @@
 """Every codec on full-size models: bytes, and processor seconds to pack and to unpack.
 
     python -m benchmarks.bench_codecs                                              synthetic models, all codecs
-    python -m benchmarks.bench_codecs --checkpoint FILE --table NAME [--hessians FILE]
-    python -m benchmarks.bench_codecs --save                                       keep the table in benchmarks/CODECS.md
+    python -m benchmarks.bench_codecs --artifact FILE...                           the content of artifacts, of whatever codec
+    python -m benchmarks.bench_codecs --save ...                                   keep the rows in benchmarks/CODECS.md
 
 Synthetic weights are Gaussian (benchmarks/states.py says how): they rank the coders' speed and their plain coding
 efficiency, and say nothing about structure that a context-mixing coder might find in real weights.
@@ -24,15 +24,17 @@ import numpy as np
 from benchmarks.states import synthetic_state
 from pgolf_fast import artifact
 from pgolf_fast.codecs import CODECS, Flat, Shape
-from pgolf_fast.commands.quantize import load_tensors
 from pgolf_fast.quantize import PUBLISHED, quantize
 
 TABLE_FILE = Path(__file__).parent / "CODECS.md"
 HEADING = f"""# Codecs
 
-Written by `python -m benchmarks.bench_codecs --save`, on {os.cpu_count()} cores of {platform.machine()}; scales and float tensors included.
+Written by `python -m benchmarks.bench_codecs --save`, on {os.cpu_count()} cores of {platform.machine()}; scales and float tensors included. SYNTHETIC: Gaussian
+weights. The others are trained models, by the artifacts of `benchmarks/bench_quantize.py`: briefly (150 to 300 steps of 98,304 tokens), so that
+their rows lie on the scale's floor and take fewer bits than a full run's. The default codec is the smallest of all and the fastest to pack.
 
 """
+COLUMNS = ["| model | codec | bytes | bits per weight | pack, CPU s | unpack, CPU s |", "|---|---|---:|---:|---:|---:|"]
 MODELS = (("sp1024-s", "legal-ttt-691"), ("caseops", "caseops-1934"))  # one of each family; the other tables differ little in bytes
 
 
@@ -72,28 +74,34 @@ def measure(codec, matrices, rest) -> tuple[int, float, float]:
 
 
 def models(arguments):
-    if arguments.checkpoint:
-        hessians = load_tensors(arguments.hessians, "hessians") if arguments.hessians else None
-        yield f"{arguments.checkpoint.name}, {arguments.table}", load_tensors(arguments.checkpoint, "checkpoint"), arguments.table, hessians
-        return
-    for family, table in MODELS:
-        if arguments.table in (table, None):
-            yield f"SYNTHETIC {family}, {table}", synthetic_state(family), table, None
+    """(label, quantized tensors)"""
+    for path in arguments.artifact:
+        loaded = artifact.unpack(path.read_bytes())
+        yield loaded.metadata.get("recipe", path.name), loaded.tensors
+    for family, table in () if arguments.artifact else MODELS:
+        tensors, _ = quantize(synthetic_state(family), PUBLISHED[table], plain_rounding=True)
+        yield f"SYNTHETIC {family}, {table}", tensors
+
+
+def save(lines: list[str]) -> None:
+    """The rows of the file, without those that were measured again, and the new ones."""
+
+    def measured(line):
+        return line.split("|")[1:3]
+
+    old = [line for line in TABLE_FILE.read_text().splitlines() if line.startswith("| ") and not line.startswith("| model")]
+    kept = [line for line in old if measured(line) not in map(measured, lines)]
+    TABLE_FILE.write_text(HEADING + "\n".join([*COLUMNS, *kept, *lines]) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--table", choices=PUBLISHED)
-    parser.add_argument("--hessians", type=Path)
+    parser.add_argument("--artifact", type=Path, nargs="+", default=[])
     parser.add_argument("--codec", action="append", choices=list(contestants()))
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
-    if arguments.checkpoint and not arguments.table:
-        parser.error("--checkpoint needs --table")
-    lines = ["| model | codec | bytes | bits per weight | pack, CPU s | unpack, CPU s |", "|---|---|---:|---:|---:|---:|"]
-    for label, state, table, hessians in models(arguments):
-        tensors, _ = quantize(state, PUBLISHED[table], hessians, plain_rounding=hessians is None)
+    lines = []
+    for label, tensors in models(arguments):
         _, matrices, rest = artifact._content(tensors, None)
         num_codes = sum(m.codes.size for m in matrices)
         for name, codec in contestants().items():
@@ -102,8 +110,8 @@ def main():
             size, pack_s, unpack_s = measure(codec, matrices, rest)
             lines.append(f"| {label} | {name} | {size:,} | {8 * size / num_codes:.3f} | {pack_s:.1f} | {unpack_s:.1f} |")
             print(lines[-1], flush=True)
-            if arguments.save:
-                TABLE_FILE.write_text(HEADING + "\n".join(lines) + "\n")
+    if arguments.save:
+        save(lines)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pgolf_fast import artifact, checkpoint, recipe, runlog
 from pgolf_fast.calibrate import Windows, hessians
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT, parameter_table
-from pgolf_fast.quantize import Codes, Gptq, QuantizedTensors, TensorError, dequantize, quantize
+from pgolf_fast.quantize import Codes, Gptq, QuantConfig, QuantizedTensors, TensorError, dequantize, quantize
 
 MAX_VISITS = 1024  # of blocks, in a model that a file declares
 PLACES = ("train.data", "train.tokenizer", "train.run_id")  # of the machine that trained, not of the model
@@ -75,15 +75,19 @@ def quantize_run(
     progress        called with a task, how much of it is done, and of how much
     """
     device, rules = torch.device(device), run.recipe.quantize.rules()
-    needs_hessians = not plain_rounding and any(isinstance(rules.scheme_of(name, t), Gptq) for name, t in run.state.items())
+    calibrates = not plain_rounding and needs_hessians(run, rules)
     begin = time.perf_counter()
-    found = calibrate(run, device, data, progress)[0] if needs_hessians else None
+    found = calibrate(run, device, data, progress)[0] if calibrates else None
     _wait_for(device)
     calibrated = time.perf_counter()
     state = {name: t.to(device) for name, t in run.state.items()}
     tensors, errors = quantize(state, rules, found, plain_rounding, functools.partial(progress, "quantizing"))
     _wait_for(device)
-    return Quantized(tensors, errors, calibrated - begin if needs_hessians else 0.0, time.perf_counter() - calibrated)
+    return Quantized(tensors, errors, calibrated - begin if calibrates else 0.0, time.perf_counter() - calibrated)
+
+
+def needs_hessians(run: Run, rules: QuantConfig) -> bool:
+    return any(isinstance(rules.rule_of(name, t).scheme, Gptq) for name, t in run.state.items())
 
 
 def calibrate(run: Run, device, data: Path | None = None, progress=lambda task, done, total: None) -> tuple[dict[str, torch.Tensor], Windows]:

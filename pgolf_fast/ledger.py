@@ -13,6 +13,7 @@ import lzma
 from dataclasses import dataclass
 from pathlib import Path
 
+import pgolf_fast
 from pgolf_fast.artifact import estimate_bytes, stream_bytes
 from pgolf_fast.errors import UserError
 from pgolf_fast.quantize import QuantConfig, quantize
@@ -65,6 +66,13 @@ def code_files(root: Path) -> dict[str, str]:
     paths = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in CODE_SUFFIXES)
     visible = [p for p in paths if not any(part.startswith((".", "__pycache__")) for part in p.relative_to(root).parts)]
     return {p.relative_to(root).as_posix(): p.read_text(encoding="utf-8") for p in visible}
+
+
+def own_sources() -> dict[str, str]:
+    """This package's Python, and the native sources where it runs from a checkout."""
+    package = Path(pgolf_fast.__file__).parent
+    folders = [package, package.parent / "csrc"]
+    return {f"{f.name}/{name}": text for f in folders if f.is_dir() for name, text in code_files(f).items()}
 
 
 def count_code(files: dict[str, str]) -> CodeBytes:

@@ -9,6 +9,7 @@ first match wins; PUBLISHED holds the records' tables. No file format here.
 
 import dataclasses
 import fnmatch
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ class TensorError:
 # --- schemes ----------------------------------------------------------------------------------------------------------
 
 
+# A scheme's `variants`, where it has any, are what a search over bytes and loss may put in its place (fit.py), named by `short`.
+STEPS = (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # factors on a scale's floor
+
+
 @dataclass(frozen=True)
 class Keep:
     """Stored as floats."""
@@ -94,7 +99,17 @@ class ClipSearch:
     rounds_with_stored_scale: bool = True  # else rounding uses the fp32 scale and only its fp16 value is kept
     scale_floor: float = 1 / 31  # makes most rows a fixed-step quantizer, which suits the entropy coder
 
-    bits = 6
+    @property
+    def bits(self):
+        return (self.highest - self.lowest).bit_length()
+
+    def short(self):
+        return f"{self.bits} bits, step {self.scale_floor:.4g}"
+
+    def variants(self):
+        below = self.highest + self.lowest  # 0, or -1 where there is one code more below zero
+        for level, factor in itertools.product((15, 31, 63), STEPS):
+            yield dataclasses.replace(self, lowest=below - level, highest=level, scale_floor=self.scale_floor * factor)
 
     def __call__(self, w):
         best, least = None, math.inf
@@ -120,7 +135,16 @@ class PercentileRows:
     level: int = 127
     scale_floor: float = 1 / 127
 
-    bits = 8
+    @property
+    def bits(self):
+        return (2 * self.level).bit_length()
+
+    def short(self):
+        return f"{self.bits} bits, step {self.scale_floor:.4g}"
+
+    def variants(self):
+        for level, factor in itertools.product((31, 63, 127), (*STEPS, 3.0, 4.0)):
+            yield dataclasses.replace(self, level=level, scale_floor=self.scale_floor * factor)
 
     def __call__(self, w):
         (clip,) = row_quantiles(w.abs(), (self.percentile,))
@@ -136,7 +160,16 @@ class MaxTensor:
 
     level: int = 127
 
-    bits = 8
+    @property
+    def bits(self):
+        return (2 * self.level).bit_length()
+
+    def short(self):
+        return f"{self.bits} bits"
+
+    def variants(self):
+        for level in (15, 31, 63, 127):
+            yield MaxTensor(level)
 
     def __call__(self, w):
         largest = w.abs().max()
@@ -174,6 +207,13 @@ class Gptq:
     @property
     def bits(self):
         return (2 * self.level).bit_length()
+
+    def short(self):
+        return f"{self.bits} bits, clip {self.clip_sigmas:g}"
+
+    def variants(self):
+        for bits, clip in itertools.product((5, 6, 7, 8), (5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 16.0, 18.0, 20.0)):
+            yield dataclasses.replace(self, level=2 ** (bits - 1) - 1, clip_sigmas=clip)
 
     def scales(self, w):
         """fp16 [rows]; a row too small for an fp16 scale gets 0 and becomes zeros."""
@@ -234,34 +274,40 @@ class QuantConfig:
     rules: tuple[Rule, ...]  # the first that serves a tensor decides
     lqer: Lqer | None = None  # corrects tensors of a Gptq rule
 
-    def scheme_of(self, name: str, tensor: torch.Tensor) -> Scheme:
+    def rule_of(self, name: str, tensor: torch.Tensor) -> Rule:
         for rule in self.rules:
             if rule.serves(name, tensor):
-                return rule.scheme
+                return rule
         raise UserError(f"tensor {name}: no rule of the quantization table serves it; add one, for instance '*' kept as float16")
 
 
 ATTENTION = ("blocks.*.attn.c_[qkv]*", "blocks.*.attn.proj*")
-MLP = ("blocks.*.mlp.fc*", "blocks.*.mlp.proj*")
+MLP = ("blocks.*.mlp.fc*", "blocks.*.mlp.proj*", "blocks.*.mlp.up_proj*", "blocks.*.mlp.down_proj*")
 EMBEDDING = ("tok_emb*",)
 SMALL = Rule(("*",), Keep("float16"), max_elements=65_536)
 
+BASE_CLIP = ClipSearch((0.999, 0.9995, 0.9999, 0.99999, 1.0))
+GEPA_CLIP = dataclasses.replace(BASE_CLIP, lowest=-32, rounds_with_stored_scale=False)
+LITE_CLIP = ClipSearch((1.0, 0.999, 0.995, 0.99, 0.98), lowest=-32, clips_first=True)
+
 PUBLISHED = {
     "gepa-598": QuantConfig((
-        Rule((*ATTENTION, "blocks.*.mlp.up_proj*", "blocks.*.mlp.down_proj*"),
-             ClipSearch((0.999, 0.9995, 0.9999, 0.99999, 1.0), lowest=-32, rounds_with_stored_scale=False)),
+        Rule(ATTENTION, GEPA_CLIP),
+        Rule(MLP, GEPA_CLIP),
         Rule(("tok_emb*", "bigram_emb.embed*", "ve_shared.embed*"), MaxTensor()),
         Rule(("blocks.*.mlp.scale", "blocks.*.mlp.bias"), Keep("float16")),
         Rule(("*",), Keep("float32")),
     )),
     "gptq-lite-379": QuantConfig((
         SMALL,
-        Rule((*ATTENTION, *MLP), ClipSearch((1.0, 0.999, 0.995, 0.99, 0.98), lowest=-32, clips_first=True)),
+        Rule(ATTENTION, LITE_CLIP),
+        Rule(MLP, LITE_CLIP),
         Rule(("*",), PercentileRows()),
     )),
     "legal-ttt-691": QuantConfig((
         SMALL,
-        Rule((*ATTENTION, *MLP), ClipSearch((0.999, 0.9995, 0.9999, 0.99999, 1.0))),
+        Rule(ATTENTION, BASE_CLIP),
+        Rule(MLP, BASE_CLIP),
         Rule(("*",), PercentileRows()),
     )),
     "caseops-1934": QuantConfig((
@@ -330,7 +376,7 @@ def quantize(
     plain_rounding  round those to nearest instead, for forecasts of the size
     progress        called with the number of weights done so far, and of all
     """
-    schemes = {name: config.scheme_of(name, tensor) for name, tensor in state.items()}
+    schemes = {name: config.rule_of(name, tensor).scheme for name, tensor in state.items()}
     source = {name: _source(name, tensor, schemes[name]) for name, tensor in state.items()}
     results, gptq_shapes = {}, {}  # (scheme, shape, device) to names: these go through GPTQ together
     done, total = 0, sum(w.numel() for w in source.values())

@@ -52,6 +52,7 @@ class TrainConfig:
     val_batch_tokens: int = setting(524288, "tokens per validation batch, over all ranks", ("VAL_BATCH_SIZE", "VAL_BATCH_TOKENS"))
     log_every: int = setting(500, "steps between lines of the text log", "TRAIN_LOG_EVERY")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
+    forecast_every: int = setting(0, "steps between forecasts of the artifact's size, about a second each beside the training clock; 0: none")
     stop_reserve_seconds: float = setting(0.5, "kept free before the time limit, for a step slower than the last fifty")
     cuda_graphs: bool = setting(True, "on a GPU: the step is captured once per mode and replayed")
     deterministic: bool = setting(
@@ -220,6 +221,11 @@ class Trainer:
                     now = time.perf_counter()
                     self.clock.observe_steps(1, now - begun)
                     begun = now
+                    if every.forecast_every and self.step % every.forecast_every == 0:
+                        self.drain(window, progress)
+                        with self.clock.phase("forecast"):
+                            self.report_forecast()
+                        begun = time.perf_counter()
                     if every.checkpoint_every and self.step % every.checkpoint_every == 0:
                         self.drain(window, progress)
                         with self.clock.phase("checkpoint"):
@@ -297,6 +303,15 @@ class Trainer:
             f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(self.step, 1):.2f}ms"
         )
         self.log.event("validation", step=self.step, val_loss=score.nats_per_token, val_bpb=score.bits_per_byte)
+
+    def report_forecast(self):
+        """Of the weights as they are, not of their average, which packs a little smaller."""
+        from pgolf_fast.ledger import forecast_bytes  # the codecs' libraries only where a run asks for them
+
+        if dist.rank() == 0:
+            size = forecast_bytes(self.model.published_tensors(), self.recipe.quantize.rules())
+            self.log.line(f"step:{self.step}/{self.recipe.schedule.iterations} artifact_forecast:{size} bytes")
+            self.log.event("forecast", step=self.step, bytes=size)
 
     # -- the end, and what is kept
 

@@ -54,7 +54,7 @@ def test_hessian_sum_of_bf16_inputs(device):
     total = HessianSum(96, device)
     total.add(x)
     rows = x.double().flatten(0, 1)
-    assert relative_error(total.mean(2), rows.T @ rows / 2) < 1e-6
+    assert relative_error(total.mean(2), rows.T @ rows / 2) < 1e-5  # tensor cores cut off what they add: 3,000 / 16 times 2^-24
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_the_wrapped_script_runs(submission, tmp_path_factory):
 def test_forecast_is_within_a_percent(table, family):
     """Also for GPTQ under strongly correlated inputs, which the forecast does not see."""
     state, config = synthetic_state(family, layers=2), PUBLISHED[table]
-    matrices = {name: w for name, w in state.items() if isinstance(config.scheme_of(name, w), Gptq)}
+    matrices = {name: w for name, w in state.items() if isinstance(config.rule_of(name, w).scheme, Gptq)}
     hessians = {name: correlated_hessian(w.shape[1]) for name, w in matrices.items()}
     tensors, _ = quantize(state, config, hessians)
     assert forecast_bytes(state, config) == pytest.approx(len(pack(tensors)), rel=0.01)

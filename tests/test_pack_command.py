@@ -10,15 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.states import synthetic_state
-from pgolf_fast import export, recipe
+from pgolf_fast import export
 from pgolf_fast.__main__ import main
 from pgolf_fast.artifact import pack, same, unpack
-from pgolf_fast.checkpoint import write
 from pgolf_fast.ledger import CAP_BYTES
-from pgolf_fast.model import GPT
 from pgolf_fast.quantize import PUBLISHED, dequantize, quantize
-from pgolf_fast.runlog import RunLog
-from pgolf_fast.shards import shard_name, write_shard
+from pgolf_fast.shards import shard_name
+from tests.finished_run import write_run
 
 
 @dataclasses.dataclass
@@ -87,25 +85,8 @@ def test_hessians_decide_gptq(pgolf, tmp_path):
 
 @pytest.fixture(scope="module", params=["legal-ttt-691", "caseops-1934"])
 def finished(request, tmp_path_factory):
-    """(folder, recipe) of a run whose training is over, and its data."""
-    folder, table = tmp_path_factory.mktemp("run"), request.param
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        write_shard(folder / shard_name(split, 0), np.array([1, *generator.integers(2, 96, 3000)], np.uint16))
-    sizes = ("model.num_layers=2", "model.model_dim=64", "model.num_heads=4", "model.num_kv_heads=2", "model.vocab_size=96", "model.mlp_mult=2")
-    parts = ("model.num_loops=1", "model.ve_layers=0", "model.bigram_buckets=16", "model.bigram_dim=4", "model.attn_gate=true")
-    calibration = ("quantize.calibration_batches=3", "quantize.calibration_rows=2", "train.seq_len=32", f"quantize.table={table}")
-    resolved = recipe.resolve("base", (*sizes, *parts, *calibration, f"train.data={folder}"), {})
-    model = GPT(resolved.recipe.model, seed=3)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape)
-    write(folder / "model.safetensors", model.published_tensors(), {"weights": "last step"})
-    log = RunLog(folder, writes=True)
-    log.document("recipe.json", resolved.record())
-    log.event("end", weights="last step", ledger_s={"train": 600.0, "validate": 9.0})
-    log.close()
-    return folder, resolved.recipe
+    folder = tmp_path_factory.mktemp("run")
+    return folder, write_run(folder, request.param)
 
 
 def test_a_run_becomes_an_artifact_with_its_ledger(pgolf, finished):

@@ -22,6 +22,7 @@ from pgolf_fast.quantize import (
     MaxTensor,
     PercentileRows,
     QuantConfig,
+    QuantizeConfig,
     Rule,
     _fma,
     dequantize,
@@ -99,7 +100,7 @@ def big_rules(variant):
 
 
 def clip_search_of(variant):
-    return PUBLISHED[variant].scheme_of("blocks.0.attn.c_q.weight", torch.empty(512, 512))
+    return PUBLISHED[variant].rule_of("blocks.0.attn.c_q.weight", torch.empty(512, 512)).scheme
 
 
 def test_the_three_clip_searches_differ_where_they_should():
@@ -287,7 +288,7 @@ def test_payload_of_the_full_models_to_the_byte(family, table, num_parameters, n
 def test_schemes_of_each_table():
     def kinds(table, family):
         config = PUBLISHED[table]
-        return {name: config.scheme_of(name, t) for name, t in synthetic_state(family, layers=1).items()}
+        return {name: config.rule_of(name, t).scheme for name, t in synthetic_state(family, layers=1).items()}
 
     s = kinds("legal-ttt-691", "sp1024-s")
     assert s["bigram.proj.weight"] == Keep("float16")  # exactly 65,536 elements: kept
@@ -352,3 +353,29 @@ def test_bad_input_names_the_tensor_and_the_remedy():
         quantize({"w": good}, QuantConfig((Rule(("x*",), Keep()),)))
     with pytest.raises(UserError, match="no rank-4 correction"):
         quantize({"w": torch.randn(8, 30)}, QuantConfig((Rule(("*",), Gptq(31, 12.0)),), Lqer()), plain_rounding=True)
+
+
+@pytest.mark.parametrize("table", PUBLISHED)
+def test_variants_keep_their_bits_and_hold_the_published_scheme(table):
+    w = rows_around_the_floor(rows=12, columns=64)
+    for rule in PUBLISHED[table].rules:
+        if not hasattr(rule.scheme, "variants"):
+            continue
+        variants = list(rule.scheme.variants())
+        assert rule.scheme in variants and len(set(variants)) == len(variants)
+        for variant in variants:
+            codes = only(variant, w, plain_rounding=True)[0].codes
+            assert -(2 ** (variant.bits - 1)) <= int(codes.min()) and int(codes.max()) < 2 ** (variant.bits - 1), variant
+            assert variant.short().startswith(f"{variant.bits} bits")
+
+
+def test_settings_change_the_rules_of_gptq_alone():
+    config = QuantizeConfig(table="caseops-1934", matrix_bits=5, embed_bits=8, attn_clip_sigmas=9.0, mlp_clip_sigmas=10.0, embed_clip_sigmas=20.0)
+    shapes = {"blocks.3.attn.c_q.weight": (15, 9.0), "blocks.3.mlp.proj.weight": (15, 10.0), "tok_emb.weight": (127, 20.0)}
+    for name, (level, clip) in shapes.items():
+        scheme = config.rules().rule_of(name, torch.empty(4, 4)).scheme
+        assert (scheme.level, scheme.clip_sigmas) == (level, clip)
+    for table, published in PUBLISHED.items():
+        assert QuantizeConfig(table=table).rules() == published
+    with pytest.raises(UserError, match=r"quantize\.embed_bits: expected 2 to 8, got 9"):
+        QuantizeConfig(embed_bits=9)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf_fast import checkpoint, recipe, runlog, shards
+from pgolf_fast import checkpoint, export, recipe, runlog, shards
+from pgolf_fast.artifact import pack
 from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.train import Trainer, flops_per_token
@@ -101,6 +102,17 @@ def test_the_loss_falls_and_the_folder_tells_the_run(data, tmp_path):
     for line in ("warmup_step:1/1", "model_params:", "world_size:1 grad_accum_steps:4", "step:0/40 val_loss:", "step:40/40 train_loss:"):
         assert line in text
     assert set(weights(tmp_path / "run")) == set(make(data, tmp_path / "names").model.published_tensors())
+
+
+def test_forecasts_of_the_size_beside_the_training_clock(data, tmp_path):
+    """The last one is the size that the final weights pack to."""
+    make(data, tmp_path / "run", "train.forecast_every=4", "optim.ema=false").run()
+    run = export.read_run(tmp_path / "run")
+    told = {e["step"]: e["bytes"] for e in runlog.events(tmp_path / "run") if e["event"] == "forecast"}
+    assert list(told) == [4, 8] and run.weights == "weights of the last step"
+    assert told[8] == pytest.approx(len(pack(export.quantize_run(run, "cpu").tensors)), rel=0.01)
+    (end,) = [e for e in runlog.events(tmp_path / "run") if e["event"] == "end"]
+    assert end["ledger_s"]["forecast"] > 0
 
 
 def test_documents_packed_side_by_side(data, tmp_path):

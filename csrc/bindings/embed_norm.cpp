@@ -24,8 +24,9 @@ float* floats(const Tensor& t, const char* argument, std::initializer_list<int64
 }
 
 // What both directions share. `bos` absent: nothing is masked but the sequences' first rows.
-EmbedNormParams params(const Tensor& tokens, int64_t sequence, const Tensor& table, const optional<Tensor>& addend, const optional<Tensor>& gate,
-                       const optional<Tensor>& lambda, int64_t smear, optional<int64_t> bos, const Tensor& y) {
+EmbedNormParams params(const Tensor& tokens, int64_t sequence, const Tensor& table, const optional<Tensor>& addend,
+                       const optional<Tensor>& gate, const optional<Tensor>& lambda, int64_t smear, optional<int64_t> bos,
+                       const Tensor& y) {
     EmbedNormParams p{};
     const int64_t m = tokens.size(0);
     STD_TORCH_CHECK(m > 0 && m < (int64_t(1) << 31), "tokens: expected 1 to 2^31, got ", m);
@@ -57,19 +58,21 @@ EmbedNormParams params(const Tensor& tokens, int64_t sequence, const Tensor& tab
     return p;
 }
 
-void fwd(Tensor tokens, int64_t sequence, Tensor table, optional<Tensor> addend, optional<Tensor> gate, optional<Tensor> lambda, int64_t smear,
-         optional<int64_t> bos, Tensor y, Tensor report) {
+void fwd(Tensor tokens, int64_t sequence, Tensor table, optional<Tensor> addend, optional<Tensor> gate, optional<Tensor> lambda,
+         int64_t smear, optional<int64_t> bos, Tensor y, Tensor report) {
     EmbedNormParams p = params(tokens, sequence, table, addend, gate, lambda, smear, bos, y);
     p.report = static_cast<int64_t*>(report.data_ptr());
     const OnDeviceOf here(table);
     check_launch(embed_norm_fwd(p, here.stream), "embed_norm_fwd");
 }
 
-void bwd(Tensor dy, Tensor tokens, int64_t sequence, Tensor table, optional<Tensor> addend, optional<Tensor> gate, optional<Tensor> lambda, int64_t smear,
-         optional<int64_t> bos, Tensor d_e, optional<Tensor> d_gate, optional<Tensor> d_lambda, optional<Tensor> partial_sums) {
+void bwd(Tensor dy, Tensor tokens, int64_t sequence, Tensor table, optional<Tensor> addend, optional<Tensor> gate, optional<Tensor> lambda,
+         int64_t smear, optional<int64_t> bos, Tensor d_e, optional<Tensor> d_gate, optional<Tensor> d_lambda,
+         optional<Tensor> partial_sums) {
     EmbedNormParams p = params(tokens, sequence, table, addend, gate, lambda, smear, bos, dy);
     p.d_e = matrix(d_e, "d_e", p.m);
-    STD_TORCH_CHECK(d_gate.has_value() == gate.has_value() && partial_sums.has_value() == gate.has_value(), "d_gate, partial_sums: go with gate");
+    const bool sums_go_with_gate = d_gate.has_value() == gate.has_value() && partial_sums.has_value() == gate.has_value();
+    STD_TORCH_CHECK(sums_go_with_gate, "d_gate, partial_sums: go with gate");
     STD_TORCH_CHECK(d_lambda.has_value() == lambda.has_value(), "d_lambda: goes with smear_lambda");
     if (gate) {
         p.d_gate = floats(*d_gate, "d_gate", {p.window});
@@ -85,11 +88,11 @@ void bwd(Tensor dy, Tensor tokens, int64_t sequence, Tensor table, optional<Tens
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def(
-        "embed_norm_fwd(Tensor tokens, int sequence, Tensor table, Tensor? addend, Tensor? gate, Tensor? smear_lambda, int smear, int? bos, "
-        "Tensor(a!) y, Tensor(b!) report) -> ()");
+        "embed_norm_fwd(Tensor tokens, int sequence, Tensor table, Tensor? addend, Tensor? gate, Tensor? smear_lambda, int smear, "
+        "int? bos, Tensor(a!) y, Tensor(b!) report) -> ()");
     m.def(
-        "embed_norm_bwd(Tensor dy, Tensor tokens, int sequence, Tensor table, Tensor? addend, Tensor? gate, Tensor? smear_lambda, int smear, int? bos, "
-        "Tensor(a!) d_e, Tensor(b!)? d_gate, Tensor(c!)? d_lambda, Tensor(d!)? partial_sums) -> ()");
+        "embed_norm_bwd(Tensor dy, Tensor tokens, int sequence, Tensor table, Tensor? addend, Tensor? gate, Tensor? smear_lambda, "
+        "int smear, int? bos, Tensor(a!) d_e, Tensor(b!)? d_gate, Tensor(c!)? d_lambda, Tensor(d!)? partial_sums) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("embed_norm_fwd", TORCH_BOX(&pgolf::fwd));

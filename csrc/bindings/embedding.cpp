@@ -21,7 +21,8 @@ __nv_bfloat16* rows(const Tensor& t, const char* argument, int64_t m) {
     check_aligned(t, argument);
     STD_TORCH_CHECK(m > 0 && m < (int64_t(1) << 31), argument, ": expected 1 to 2^31 rows, got ", m);
     const int64_t width = t.size(1);
-    STD_TORCH_CHECK(width > 0 && width % 8 == 0 && width <= 4096, argument, ": the kernel takes widths that are multiples of 8 up to 4096, got ", width);
+    const bool width_fits = width > 0 && width % 8 == 0 && width <= 4096;
+    STD_TORCH_CHECK(width_fits, argument, ": the kernel takes widths that are multiples of 8 up to 4096, got ", width);
     return static_cast<__nv_bfloat16*>(t.data_ptr());
 }
 

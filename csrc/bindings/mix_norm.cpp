@@ -30,15 +30,17 @@ float* floats(const optional<Tensor>& t, const char* argument, std::initializer_
 
 // What both directions share.
 template <typename Params>
-Params mix_params(const std::vector<Tensor>& tensors, const optional<Tensor>& coefficients, const std::vector<int64_t>& rows, int64_t m, double norm_scale) {
+Params mix_params(const std::vector<Tensor>& tensors, const optional<Tensor>& coefficients, const std::vector<int64_t>& rows, int64_t m,
+                  double norm_scale) {
     Params p{};
     STD_TORCH_CHECK(m > 0 && m < (int64_t(1) << 31) - 65536, "tensors: expected 1 to 2^31 rows, got ", m);
-    STD_TORCH_CHECK(tensors.size() <= size_t(kMixNormMaxTensors), "tensors: expected at most ", kMixNormMaxTensors, ", got ", tensors.size());
+    STD_TORCH_CHECK(tensors.size() <= size_t(kMixNormMaxTensors), "tensors: expected up to ", kMixNormMaxTensors, ", got ", tensors.size());
     STD_TORCH_CHECK(rows.size() >= tensors.size(), "rows: expected one per tensor, ", tensors.size(), ", got ", rows.size());
     p.m = uint32_t(m);
     p.num_tensors = int(tensors.size());
     p.num_rows = coefficients ? int(coefficients->size(0)) : 1;
-    STD_TORCH_CHECK(p.num_rows >= 1 && p.num_rows <= kMixNormMaxTensors, "coefficients: expected 1 to ", kMixNormMaxTensors, " rows, got ", p.num_rows);
+    STD_TORCH_CHECK(p.num_rows >= 1 && p.num_rows <= kMixNormMaxTensors, "coefficients: expected 1 to ", kMixNormMaxTensors, " rows, got ",
+                    p.num_rows);
     p.coefficients = floats(coefficients, "coefficients", {p.num_rows, kMixNormWidth});
     if (coefficients) check_aligned(*coefficients, "coefficients");
     p.norm_scale = float(norm_scale);
@@ -64,8 +66,8 @@ void fwd(std::vector<Tensor> tensors, optional<Tensor> coefficients, std::vector
 }
 
 void bwd(optional<Tensor> d_mixed, optional<Tensor> d_normed, optional<Tensor> mixed, optional<Tensor> rstd, std::vector<Tensor> tensors,
-         optional<Tensor> coefficients, std::vector<int64_t> rows, optional<double> norm_scale, std::vector<Tensor> accumulate, std::vector<Tensor> gradients,
-         optional<Tensor> partial_sums, optional<Tensor> d_coefficients) {
+         optional<Tensor> coefficients, std::vector<int64_t> rows, optional<double> norm_scale, std::vector<Tensor> accumulate,
+         std::vector<Tensor> gradients, optional<Tensor> partial_sums, optional<Tensor> d_coefficients) {
     STD_TORCH_CHECK(!gradients.empty(), "gradients: expected at least one");
     const int64_t m = gradients[0].size(0);
     auto p = mix_params<MixNormBwdParams>(tensors, coefficients, rows, m, norm_scale.value_or(1.0));
@@ -75,7 +77,8 @@ void bwd(optional<Tensor> d_mixed, optional<Tensor> d_normed, optional<Tensor> m
     p.mixed = matrix(mixed, "mixed", m);
     p.rstd = floats(rstd, "rstd", {m});
     STD_TORCH_CHECK(!p.d_normed || (p.rstd && (p.mixed || p.num_tensors > 0)), "d_normed: needs rstd, and mixed or the tensors");
-    STD_TORCH_CHECK(gradients.size() == size_t(p.num_rows) && accumulate.size() == size_t(p.num_rows), "gradients, accumulate: expected one per row");
+    const bool per_row = gradients.size() == size_t(p.num_rows) && accumulate.size() == size_t(p.num_rows);
+    STD_TORCH_CHECK(per_row, "gradients, accumulate: expected one per row of coefficients");
     for (int r = 0; r < p.num_rows; ++r) {
         p.gradients[r] = matrix(gradients[r], "gradients", m);
         p.accumulate[r] = accumulate[r].numel() ? matrix(accumulate[r], "accumulate", m) : nullptr;

@@ -1,6 +1,7 @@
 // A warp per run of rows. A lane's channels are two runs of eight, 8 lane + 256 v.
 #include "kernels/embed_norm.h"
 
+#include "kernels/common/launch.h"
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/vector8.cuh"
 
@@ -20,15 +21,17 @@ using Row = float[kChannels];
 __device__ __forceinline__ int channel_of(int i) { return 256 * (i / 8) + 8 * (threadIdx.x % 32) + i % 8; }
 
 __device__ __forceinline__ void load_row(Row& x, const __nv_bfloat16* matrix, uint32_t row) {
+    matrix += int64_t(row) * kWidth;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
-        unpack8(reinterpret_cast<float(&)[8]>(x[8 * v]), __ldg(reinterpret_cast<const uint4*>(matrix + int64_t(row) * kWidth + channel_of(8 * v))));
+        unpack8(reinterpret_cast<float(&)[8]>(x[8 * v]), __ldg(reinterpret_cast<const uint4*>(matrix + channel_of(8 * v))));
 }
 
 __device__ __forceinline__ void store_row(__nv_bfloat16* matrix, uint32_t row, const Row& x) {
+    matrix += int64_t(row) * kWidth;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
-        *reinterpret_cast<uint4*>(matrix + int64_t(row) * kWidth + channel_of(8 * v)) = pack8(reinterpret_cast<const float(&)[8]>(x[8 * v]));
+        *reinterpret_cast<uint4*>(matrix + channel_of(8 * v)) = pack8(reinterpret_cast<const float(&)[8]>(x[8 * v]));
 }
 
 __device__ __forceinline__ float dot(const Row& a, const Row& b) {
@@ -49,11 +52,13 @@ __device__ __forceinline__ void embed(Row& e, const EmbedNormParams& p, uint32_t
     const bool valid = is_valid(p, token);
     const int64_t start = valid ? token * kWidth : 0;
     if constexpr (kFloat) {
+        const float* from = static_cast<const float*>(p.table) + start;
 #pragma unroll
         for (int q = 0; q < kChannels / 4; ++q)
-            *reinterpret_cast<float4*>(e + 4 * q) = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(p.table) + start + channel_of(4 * q)));
+            *reinterpret_cast<float4*>(e + 4 * q) = __ldg(reinterpret_cast<const float4*>(from + channel_of(4 * q)));
+        // The stream's dtype, as a separate gather would round.
 #pragma unroll
-        for (int i = 0; i < kChannels; ++i) e[i] = __bfloat162float(__float2bfloat16_rn(e[i]));  // the stream's dtype, as a separate gather would round
+        for (int i = 0; i < kChannels; ++i) e[i] = __bfloat162float(__float2bfloat16_rn(e[i]));
     } else {
         load_row(e, static_cast<const __nv_bfloat16*>(p.table) + start, 0);
     }
@@ -209,7 +214,8 @@ __global__ void __launch_bounds__(kThreads) embed_norm_bwd_kernel(const EmbedNor
     if constexpr (kSmear != Smear::kNone) {  // the CTA's column sums, warp after warp
         __shared__ float s_sums[kWarps][kSumColumns];
 #pragma unroll
-        for (int i = 0; i < kChannels; ++i) s_sums[warp][channel_of(i)] = kSmear == Smear::kChannel ? sums[i] * gate[i] * (1.f - gate[i]) : sums[i];
+        for (int i = 0; i < kChannels; ++i)
+            s_sums[warp][channel_of(i)] = kSmear == Smear::kChannel ? sums[i] * gate[i] * (1.f - gate[i]) : sums[i];
         if (lane == 0) s_sums[warp][kWidth] = lambda_sum;
         __syncthreads();
         for (int column = threadIdx.x; column <= kWidth; column += kThreads) {
@@ -263,11 +269,9 @@ cudaError_t embed_norm_fwd(const EmbedNormParams& p, cudaStream_t stream) {
 
 cudaError_t embed_norm_bwd(const EmbedNormParams& p, cudaStream_t stream) {
     const Kernel kernel = (p.is_float ? kBwd<true> : kBwd<false>)[int(p.smear)];
-    int device = 0, num_sms = 0, per_sm = 0;
-    if (cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-    if (cudaError_t status = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device); status != cudaSuccess) return status;
-    if (cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, 0); status != cudaSuccess) return status;
-    const int ctas = int(min(int64_t(ctas_of(p.m)), int64_t(min(num_sms * per_sm, kEmbedNormMaxCtas))));
+    int ctas = 0;
+    if (cudaError_t status = resident_ctas(kernel, kThreads, ctas); status != cudaSuccess) return status;
+    ctas = int(min(ctas_of(p.m), unsigned(min(ctas, kEmbedNormMaxCtas))));
     kernel<<<ctas, kThreads, 0, stream>>>(p);
     if (p.smear != Smear::kNone) embed_norm_sum_kernel<<<(kWidth + 32) / 32, 32 * kSlices, 0, stream>>>(p, ctas);
     return cudaGetLastError();

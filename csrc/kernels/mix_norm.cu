@@ -1,6 +1,7 @@
 // A warp per row. A lane's channels are two runs of eight, 8 lane + 256 v, so that every access is 16 bytes of a full line.
 #include "kernels/mix_norm.h"
 
+#include "kernels/common/launch.h"
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/vector8.cuh"
 
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) mix_norm_bwd_kernel(const MixNormBwd
     __shared__ Coefficients s_coefficients;
     s_coefficients.fill(p.coefficients, p.num_rows);
     constexpr int kSums = kTensors > 0 ? kTensors : 1;
-    float sums[kSums][kChannels] = {};
+    alignas(16) float sums[kSums][kChannels] = {};
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (uint32_t row = blockIdx.x * kWarps + warp; row < p.m; row += gridDim.x * kWarps) {
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(kThreads) mix_norm_bwd_kernel(const MixNormBwd
         for (int i = 0; i < kTensors; ++i) {
 #pragma unroll
             for (int q = 0; q < kChannels / 4; ++q)
-                s_sums[warp][64 * (q / 2) + 2 * lane + q % 2] = {sums[i][4 * q], sums[i][4 * q + 1], sums[i][4 * q + 2], sums[i][4 * q + 3]};
+                s_sums[warp][64 * (q / 2) + 2 * lane + q % 2] = *reinterpret_cast<const float4*>(&sums[i][4 * q]);
             __syncthreads();
             for (int channel = threadIdx.x; channel < kWidth; channel += kThreads) {
                 float sum = 0.f;
@@ -214,28 +215,16 @@ __global__ void __launch_bounds__(32 * kSlices) mix_norm_sum_kernel(const MixNor
     p.d_coefficients[r * kWidth + channel] = sum;
 }
 
-// ---- launch ---------------------------------------------------------------------------------------------
-
-// As many CTAs as fit at once, or as there is work for.
-template <typename Kernel>
-cudaError_t persistent_grid(Kernel kernel, uint32_t rows_per_cta, uint32_t m, int& ctas) {
-    int device = 0, num_sms = 0, per_sm = 0;
-    if (cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-    if (cudaError_t status = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device); status != cudaSuccess) return status;
-    if (cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, 0); status != cudaSuccess) return status;
-    ctas = int(min(int64_t(num_sms) * per_sm, (int64_t(m) + rows_per_cta - 1) / rows_per_cta));
-    return cudaSuccess;
-}
-
 }  // namespace
 
 cudaError_t mix_norm_fwd(const MixNormFwdParams& p, cudaStream_t stream) {
     using Kernel = void (*)(MixNormFwdParams);
-    constexpr Kernel kernels[] = {mix_norm_fwd_kernel<1>, mix_norm_fwd_kernel<2>, mix_norm_fwd_kernel<3>, mix_norm_fwd_kernel<4>, mix_norm_fwd_kernel<5>};
+    constexpr Kernel kernels[] = {mix_norm_fwd_kernel<1>, mix_norm_fwd_kernel<2>, mix_norm_fwd_kernel<3>, mix_norm_fwd_kernel<4>,
+                                  mix_norm_fwd_kernel<5>};
     const Kernel kernel = kernels[p.num_tensors - 1];
     int ctas = 0;
-    if (cudaError_t status = persistent_grid(kernel, kWarps * kFwdRows, p.m, ctas); status != cudaSuccess) return status;
-    kernel<<<ctas, kThreads, 0, stream>>>(p);
+    if (cudaError_t status = resident_ctas(kernel, kThreads, ctas); status != cudaSuccess) return status;
+    kernel<<<min(uint32_t(ctas), (p.m + kWarps * kFwdRows - 1) / (kWarps * kFwdRows)), kThreads, 0, stream>>>(p);
     return cudaGetLastError();
 }
 
@@ -245,8 +234,9 @@ cudaError_t mix_norm_bwd(const MixNormBwdParams& p, cudaStream_t stream) {
                                   mix_norm_bwd_kernel<3>, mix_norm_bwd_kernel<4>, mix_norm_bwd_kernel<5>};
     const Kernel kernel = kernels[p.num_tensors];
     int ctas = 0;
-    if (cudaError_t status = persistent_grid(kernel, kWarps, p.m, ctas); status != cudaSuccess) return status;
+    if (cudaError_t status = resident_ctas(kernel, kThreads, ctas); status != cudaSuccess) return status;
     if (p.num_tensors > 0) ctas = min(ctas, kMixNormMaxCtas);
+    ctas = int(min(uint32_t(ctas), (p.m + kWarps - 1) / kWarps));
     kernel<<<ctas, kThreads, 0, stream>>>(p);
     if (p.num_tensors > 0) mix_norm_sum_kernel<<<dim3(kWidth / 32, p.num_rows), 32 * kSlices, 0, stream>>>(p, ctas);
     return cudaGetLastError();

@@ -1,14 +1,16 @@
-// A thread keeps its head and its eight channels for the whole kernel and walks over the rows.
+// A thread keeps its head and its sixteen channels for the whole kernel and walks over the rows.
 #include "kernels/qk_norm_rope.h"
 
+#include "kernels/common/launch.h"
 #include "kernels/common/vector8.cuh"
 
 namespace pgolf {
 namespace {
 
-constexpr int kHeadLanes = kQkHeadDim / 8;
-constexpr int kCtaRows = 4;  // at a time; a multiple of four makes whole warps of any number of heads
-constexpr int kUnroll = 4;   // rows of a thread whose loads are in flight together
+constexpr int kVectors = 2;  // of 8 channels, neighbours: the dimensions that rotate with each other lie in one thread
+static_assert(kQkHalf == 8);
+constexpr int kHeadLanes = kQkHeadDim / 8 / kVectors;
+constexpr int kCtaRows = 8;  // at a time; a multiple of eight makes whole warps of any number of heads
 constexpr int kMaxThreads = kQkMaxHeads * kHeadLanes * kCtaRows;
 constexpr float kEpsilon = 1.1920928955078125e-7f;  // 2^-23, RMS_EPSILON of the model
 
@@ -18,21 +20,16 @@ __device__ __forceinline__ float head_sum(float x) {
     return x;
 }
 
-// What a thread is for: eight channels of one head.
+// What a thread is for: sixteen channels of one head.
 struct Place {
     int head, row, lane, column;  // row: of the CTA's; column: of the packed matrix
     bool is_query, is_value;
-    int partner, table;           // lane of the channels these rotate with, and column of the rotary table
-    bool rotates, is_first;       // first: of the pair (i, i + half)
 
     __device__ explicit Place(const QkNormRopeParams& p, int heads) {
-        const int group = threadIdx.x / kHeadLanes, half_lanes = p.half / 8;
+        const int group = threadIdx.x / kHeadLanes;
         head = group % heads, row = group / heads, lane = threadIdx.x % kHeadLanes;
-        column = head * kQkHeadDim + 8 * lane;
+        column = head * kQkHeadDim + 8 * kVectors * lane;
         is_query = head < p.q_heads, is_value = head >= p.q_heads + p.kv_heads;
-        rotates = lane < 2 * half_lanes && !is_value, is_first = lane < half_lanes;
-        partner = threadIdx.x % 32 + (!rotates ? 0 : is_first ? half_lanes : -half_lanes);
-        table = 8 * (is_first ? lane : lane - half_lanes);
     }
 
     // The channels of this head in the matrix of its kind alone.
@@ -42,64 +39,92 @@ struct Place {
     }
 };
 
-__device__ __forceinline__ uint4& vector_at(const QkRows& rows, uint32_t row, int column) {
-    return *reinterpret_cast<uint4*>(rows.data + int64_t(row) * rows.stride + column);
-}
+// The rows of a thread and their positions, which advance without a division.
+struct Walk {
+    uint32_t first, step, position, position_step;
 
-__device__ __forceinline__ uint4 from_lane(const uint4& x, int lane) {
-    return {__shfl_sync(0xffffffffu, x.x, lane), __shfl_sync(0xffffffffu, x.y, lane), __shfl_sync(0xffffffffu, x.z, lane), __shfl_sync(0xffffffffu, x.w, lane)};
-}
+    __device__ Walk(const QkNormRopeParams& p, const Place& place) : first(blockIdx.x * kCtaRows), step(gridDim.x * kCtaRows) {
+        position = (first + place.row) % p.positions, position_step = step % p.positions;
+    }
+    __device__ __forceinline__ void advance(const QkNormRopeParams& p) {
+        first += step, position += position_step;
+        if (position >= p.positions) position -= p.positions;
+    }
+};
 
-// y = x cos +- other sin, where this lane rotates: + for the first of a pair, and the other way round in the transpose.
-__device__ __forceinline__ void rotate(float (&x)[8], const uint4& packed_other, const QkNormRopeParams& p, const Place& place, uint32_t row, bool transpose) {
-    if (!place.rotates) return;
-    const int64_t entry = int64_t(row % p.positions) * p.half + place.table;
-    float other[8], cosine[8], sine[8];
-    unpack8(other, packed_other);
-    unpack8(cosine, __ldg(reinterpret_cast<const uint4*>(p.cos + entry)));
-    unpack8(sine, __ldg(reinterpret_cast<const uint4*>(p.sin + entry)));
-    const float sign = place.is_first != transpose ? 1.f : -1.f;
+using Channels = uint4[kVectors];
+
+__device__ __forceinline__ void load(Channels& x, const QkRows& rows, uint32_t row, int column) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) x[j] = fmaf(sign * sine[j], other[j], x[j] * cosine[j]);
+    for (int v = 0; v < kVectors; ++v) x[v] = *reinterpret_cast<const uint4*>(rows.data + int64_t(row) * rows.stride + column + 8 * v);
 }
 
-__global__ void __launch_bounds__(kMaxThreads) qk_norm_rope_fwd_kernel(const QkNormRopeParams p) {
+__device__ __forceinline__ void store(const QkRows& rows, uint32_t row, int column, const float (&x)[kVectors][8]) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<uint4*>(rows.data + int64_t(row) * rows.stride + column + 8 * v) = pack8(x[v]);
+}
+
+// The rotation of a head's 16 leading dimensions, i with i + 8: the first lane's two vectors.
+struct Rotation {
+    uint4 cosine, sine;
+    bool rotates;
+
+    // NOTE: loaded with the row, not where it is used: its latency would be waited for once per row.
+    __device__ __forceinline__ Rotation(const QkNormRopeParams& p, const Place& place, uint32_t position)
+        : rotates(place.lane == 0 && !place.is_value) {
+        if (!rotates) return;
+        cosine = __ldg(reinterpret_cast<const uint4*>(p.cos) + position);
+        sine = __ldg(reinterpret_cast<const uint4*>(p.sin) + position);
+    }
+
+    __device__ __forceinline__ void apply(float (&x)[kVectors][8], float sign) const {  // sign -1: the transpose
+        if (!rotates) return;
+        float c[8], s[8];
+        unpack8(c, cosine);
+        unpack8(s, sine);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const float a = x[0][j], b = x[1][j], signed_sine = sign * s[j];
+            x[0][j] = fmaf(b, signed_sine, a * c[j]);
+            x[1][j] = fmaf(-a, signed_sine, b * c[j]);
+        }
+    }
+};
+
+__global__ void __maxnreg__(56) qk_norm_rope_fwd_kernel(const QkNormRopeParams p) {
     const Place place(p, p.q_heads + (p.v.data ? 2 : 1) * p.kv_heads);
     const float gain = place.is_query ? p.gain[place.head] : 1.f;
     const QkRows out = place.rows(p);
     const int out_column = place.own_column(p);
-    for (uint32_t first = blockIdx.x * kCtaRows * kUnroll; first < p.m; first += gridDim.x * kCtaRows * kUnroll) {
-        uint4 packed[kUnroll], added[kUnroll];
+    for (Walk walk(p, place); walk.first < p.m; walk.advance(p)) {
+        const uint32_t row = walk.first + place.row;
+        const uint32_t read_row = min(row, p.m - 1);  // past the end: work thrown away, so that warps stay whole
+        Channels packed, added;
+        load(packed, p.qkv, read_row, place.column);
+        if (place.is_value) load(added, p.value_add, read_row, out_column);
+        const Rotation rotation(p, place, walk.position);
+
+        float x[kVectors][8], squares = 0.f;
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const uint32_t row = min(first + u * kCtaRows + place.row, p.m - 1);  // past the end: work thrown away, so that warps stay whole
-            packed[u] = vector_at(p.qkv, row, place.column);
-            if (place.is_value) added[u] = vector_at(p.value_add, row, out_column);
+        for (int v = 0; v < kVectors; ++v) {
+            unpack8(x[v], packed[v]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) squares = fmaf(x[v][j], x[v][j], squares);
         }
+        const float scale = gain * rsqrtf(head_sum(squares) * (1.f / kQkHeadDim) + kEpsilon);
+        rotation.apply(x, 1.f);
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const uint32_t row = first + u * kCtaRows + place.row;
-            float x[8], sum = 0.f;
-            unpack8(x, packed[u]);
+        for (int v = 0; v < kVectors; ++v) {
+            float a[8] = {};
+            if (place.is_value) unpack8(a, added[v]);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) sum = fmaf(x[j], x[j], sum);
-            const float scale = gain * rsqrtf(head_sum(sum) * (1.f / kQkHeadDim) + kEpsilon);
-            rotate(x, from_lane(packed[u], place.partner), p, place, row, false);
-            if (place.is_value) {
-                float a[8];
-                unpack8(a, added[u]);
-#pragma unroll
-                for (int j = 0; j < 8; ++j) x[j] += a[j];
-            } else {
-#pragma unroll
-                for (int j = 0; j < 8; ++j) x[j] *= scale;
-            }
-            if (row < p.m) vector_at(out, row, out_column) = pack8(x);
+            for (int j = 0; j < 8; ++j) x[v][j] = place.is_value ? x[v][j] + a[j] : scale * x[v][j];
         }
+        if (row < p.m) store(out, row, out_column, x);
     }
 }
 
-__global__ void __launch_bounds__(kMaxThreads) qk_norm_rope_bwd_kernel(const QkNormRopeParams p) {
+__global__ void __maxnreg__(64) qk_norm_rope_bwd_kernel(const QkNormRopeParams p) {
     __shared__ float s_sums[kMaxThreads / kHeadLanes];
     const int heads = p.q_heads + (p.v.data ? 2 : 1) * p.kv_heads;
     const Place place(p, heads);
@@ -107,33 +132,34 @@ __global__ void __launch_bounds__(kMaxThreads) qk_norm_rope_bwd_kernel(const QkN
     const QkRows in = place.rows(p);
     const int in_column = place.own_column(p);
     float gain_sum = 0.f;
-    for (uint32_t first = blockIdx.x * kCtaRows * kUnroll; first < p.m; first += gridDim.x * kCtaRows * kUnroll) {
-        uint4 packed[kUnroll] = {}, packed_d[kUnroll];
+    for (Walk walk(p, place); walk.first < p.m; walk.advance(p)) {
+        const uint32_t row = walk.first + place.row, read_row = min(row, p.m - 1);
+        // NOTE: the result may overwrite what is read here, so threads past the end may read the last row's result; they are not counted.
+        Channels packed = {}, packed_d;
+        load(packed_d, in, read_row, in_column);
+        if (!place.is_value) load(packed, p.qkv, read_row, place.column);
+        const Rotation rotation(p, place, walk.position);
+
+        float x[kVectors][8], t[kVectors][8], squares = 0.f, dot = 0.f;
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const uint32_t row = min(first + u * kCtaRows + place.row, p.m - 1);
-            // NOTE: the result may overwrite what is read here, so rows past the end may hold the last row's result; they are not counted.
-            packed_d[u] = vector_at(in, row, in_column);
-            if (!place.is_value) packed[u] = vector_at(p.qkv, row, place.column);
+        for (int v = 0; v < kVectors; ++v) unpack8(t[v], packed_d[v]);
+        rotation.apply(t, -1.f);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            unpack8(x[v], packed[v]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) squares = fmaf(x[v][j], x[v][j], squares), dot = fmaf(x[v][j], t[v][j], dot);
         }
+        const float rstd = rsqrtf(head_sum(squares) * (1.f / kQkHeadDim) + kEpsilon);
+        dot = head_sum(dot) * rstd;  // n . t
+        if (row >= p.m) continue;
+        gain_sum += dot;
+        const float scale = place.is_value ? 1.f : gain * rstd, along = rstd * dot * (1.f / kQkHeadDim);  // a value's x is zero
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const uint32_t row = first + u * kCtaRows + place.row;
-            float x[8], t[8], squares = 0.f, dot = 0.f;
-            unpack8(x, packed[u]);
-            unpack8(t, packed_d[u]);
-            rotate(t, from_lane(packed_d[u], place.partner), p, place, row, true);
+        for (int v = 0; v < kVectors; ++v)
 #pragma unroll
-            for (int j = 0; j < 8; ++j) squares = fmaf(x[j], x[j], squares), dot = fmaf(x[j], t[j], dot);
-            const float rstd = rsqrtf(head_sum(squares) * (1.f / kQkHeadDim) + kEpsilon);
-            dot = head_sum(dot) * rstd;  // n . t
-            if (row >= p.m) continue;
-            gain_sum += dot;
-            const float scale = place.is_value ? 1.f : gain * rstd, along = place.is_value ? 0.f : rstd * dot * (1.f / kQkHeadDim);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) t[j] = scale * fmaf(-along, x[j], t[j]);
-            vector_at(p.d_qkv, row, place.column) = pack8(t);
-        }
+            for (int j = 0; j < 8; ++j) t[v][j] = scale * fmaf(-along, x[v][j], t[v][j]);
+        store(p.d_qkv, row, place.column, t);
     }
     if (threadIdx.x % kHeadLanes == 0) s_sums[threadIdx.x / kHeadLanes] = gain_sum;
     __syncthreads();
@@ -163,13 +189,9 @@ struct Launch {
 
 template <typename Kernel>
 cudaError_t persistent_launch(Kernel kernel, const QkNormRopeParams& p, Launch& launch) {
-    int device = 0, num_sms = 0, per_sm = 0;
     launch.threads = (p.q_heads + (p.v.data ? 2 : 1) * p.kv_heads) * kHeadLanes * kCtaRows;
-    if (cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-    if (cudaError_t status = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device); status != cudaSuccess) return status;
-    if (cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, launch.threads, 0); status != cudaSuccess) return status;
-    const int64_t wanted = (int64_t(p.m) + kCtaRows * kUnroll - 1) / (kCtaRows * kUnroll);
-    launch.ctas = int(min(wanted, int64_t(min(num_sms * per_sm, kQkMaxCtas))));
+    if (cudaError_t status = resident_ctas(kernel, launch.threads, launch.ctas); status != cudaSuccess) return status;
+    launch.ctas = int(min((p.m + kCtaRows - 1) / kCtaRows, uint32_t(min(launch.ctas, kQkMaxCtas))));
     return cudaSuccess;
 }
 

@@ -7,7 +7,7 @@
 //
 //     with t = R^T dq, R the rotation:   dgain[head] = sum of n . t,   dx = gain rstd (t - n mean(n . t))
 //
-// The position of a row is row mod `positions`. Bound by memory: eight lanes hold a head, 16 bytes each; nothing is saved for
+// The position of a row is row mod `positions`. Bound by memory: four lanes hold a head, 32 bytes each; nothing is saved for
 // the backward but the packed product itself.
 #pragma once
 #include <cuda_bf16.h>
@@ -18,6 +18,7 @@
 namespace pgolf {
 
 constexpr int kQkHeadDim = 64;
+constexpr int kQkHalf = 8;        // half: 16 of the 64 dimensions rotate
 constexpr int kQkMaxHeads = 24;   // queries, keys and values together
 constexpr int kQkMaxCtas = 1056;  // of the backward, each with one row of partial sums of the gains' gradient
 
@@ -30,14 +31,14 @@ struct QkRows {
 struct QkNormRopeParams {
     QkRows qkv;                       // [m, >= (q_heads + 2 kv_heads) * 64]: queries, keys, values, and columns that are not touched
     const float* gain;                // [q_heads]
-    const __nv_bfloat16 *cos, *sin;   // [positions, half], contiguous, 16-byte aligned
+    const __nv_bfloat16 *cos, *sin;   // [positions, kQkHalf], contiguous, 16-byte aligned
     QkRows q, k, v;                   // forward: results; backward: their gradients. v null: values are left alone
     QkRows value_add;                 // forward, with v: [m, kv_heads * 64]
     QkRows d_qkv;                     // backward: result, columns as in qkv. NOTE: q, k, v may be its own columns
     float* partial_sums;              // backward: [kQkMaxCtas, q_heads], written and read within the call
     float* d_gain;                    // backward: [q_heads]
     uint32_t m, positions;            // > 0
-    int q_heads, kv_heads, half;      // half: 0, 8, 16, 24 or 32
+    int q_heads, kv_heads;
 };
 
 cudaError_t qk_norm_rope_fwd(const QkNormRopeParams& p, cudaStream_t stream);

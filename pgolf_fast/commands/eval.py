@@ -26,9 +26,12 @@ from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator, warm_up
 from pgolf_fast.evaluation.referee import Referee
+from pgolf_fast.evaluation.self_distillation import self_distill
+from pgolf_fast.shards import require_shards
 from pgolf_fast.tokenizers import Tokenizer
 
 EVALUATORS = recipe.SETTINGS["eval.evaluator"].kind.__args__
+NOT_LEGAL = "after SDTTT, not legal"
 LINE_EVERY_S = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -64,7 +67,7 @@ class Eval:
 class Row:
     """One line of the table."""
 
-    weights: str  # "artifact", or "before quantization"
+    weights: str  # "artifact", or "before quantization"; with NOT_LEGAL where they saw the text before it was scored
     evaluator: str
     nats_per_token: float
     bits_per_byte: float
@@ -87,7 +90,9 @@ def run(config: Eval, console: Console) -> tuple[dict, int]:
         raise UserError("data: give the folder of the validation shards, --data FOLDER")
     artifact = config.source / ARTIFACT if config.source.is_dir() else config.source
     if not artifact.is_file():
-        remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one" if config.source.is_dir() else "give an artifact or a run's folder"
+        remedy = "give an artifact or a run's folder"
+        if config.source.is_dir():
+            remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one"
         raise UserError(f"source: no file {artifact}; {remedy}")
     device = dist.start(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
     try:
@@ -113,7 +118,8 @@ def _run(config, console, artifact: Path, device):
     for weights, name in wanted:
         row = _score(config, console, artifact, weights, name, settings, validation, device, out, shared_s)
         if row is None:
-            console.print(f"stopped; the same command goes on from here (its state is in {out})")
+            if dist.rank() == 0:
+                console.print(f"stopped; the same command goes on from here (its state is in {out})")
             return {"rows": [dataclasses.asdict(r) for r in rows], "is_complete": False}, 130
         rows.append(row)
     if dist.rank() == 0:
@@ -129,15 +135,18 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
     else:
         scored, model = config.source / "model.safetensors", export.model_of(settings, device)
         model.load_published(export.read_run(config.source).state)
+    if settings.sdttt.enabled:
+        self_distill(model, validation, settings.eval.seq_len, settings.sdttt)
+        weights = f"{weights} {NOT_LEGAL}"
     evaluator = make_evaluator(name, model, settings)
     if device.type == "cuda":
         warm_up(evaluator, model, 3 * max(settings.ttt.chunk_tokens, settings.eval.batch_tokens), device)
     referee = Referee(model, validation, device, allow_published_tail=settings.eval.published_tail)
-    stem = f"{weights} {name}".replace(" ", "-")
+    stem = f"{weights} {name}".replace(",", "").replace(" ", "-")
     identity = {
         "artifact": hashlib.sha256(scored.read_bytes()).hexdigest(),
         "validation": hashlib.sha256(validation.tokens.tobytes() + validation.target_bytes.tobytes()).hexdigest(),
-        "settings": {key: value for key, value in recipe.values(settings).items() if key.startswith(("eval.", "ttt."))},
+        "settings": {key: value for key, value in recipe.values(settings).items() if key.startswith(("eval.", "ttt.", "sdttt."))},
     }
     identity = json.loads(json.dumps(identity))
     saved = SavedState(out / f"{stem}.unfinished", identity, settings.eval.save_seconds)
@@ -160,10 +169,12 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
 
 
 def _require_same_tokenizer(settings, config):
+    require_shards(config.data, "val")
     model = dataset.find_tokenizer(config.data, config.tokenizer)
     pieces = Tokenizer(model).vocab_size if model else None  # without one, load_validation says what is missing
     if pieces is not None and pieces != settings.model.vocab_size:
-        raise UserError(f"{config.data}: its tokenizer has {pieces:,} pieces, the artifact's model {settings.model.vocab_size:,}; give the data set of its recipe")
+        sizes = f"its tokenizer has {pieces:,} pieces, the artifact's model {settings.model.vocab_size:,}"
+        raise UserError(f"{config.data}: {sizes}; give the data set of its recipe")
 
 
 def _write(path: Path, content: dict) -> None:
@@ -221,7 +232,8 @@ def score_table(rows: list[Row]) -> Table:
     for heading in ("weights", "evaluator"):
         table.add_column(heading, no_wrap=True)
     has_published = any(row.published_bits_per_byte is not None for row in rows)
-    for heading in ("nats/token", "bits/byte", *(["published count"] if has_published else []), "tokens", "strict s", "practice s", "scoring s"):
+    extra = ["published count"] if has_published else []
+    for heading in ("nats/token", "bits/byte", *extra, "tokens", "strict s", "practice s", "scoring s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for r in rows:
         published = [f"{r.published_bits_per_byte:.6f}" if r.published_bits_per_byte is not None else "-"] if has_published else []

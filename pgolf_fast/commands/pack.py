@@ -12,11 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import pgolf_fast
 from pgolf_fast import artifact, codecs
 from pgolf_fast.commands.quantize import QUANTIZED, progress_bar
 from pgolf_fast.errors import UserError
-from pgolf_fast.ledger import CAP_BYTES, CodeBytes, Ledger, code_files, count_code, ledger
+from pgolf_fast.ledger import CAP_BYTES, CodeBytes, Ledger, code_files, count_code, ledger, own_sources
 
 ARTIFACT = "artifact.pglf"  # in the run's folder
 LEDGER = "ledger.json"
@@ -39,13 +38,6 @@ class Pack:
     """Every source file as it is decides whether the cap is kept, not the one script that wraps them, as the records count."""
     json: bool = False
     """Print the ledger as JSON."""
-
-
-def own_sources() -> dict[str, str]:
-    """This package's Python, and the native sources where it runs from a checkout."""
-    package = Path(pgolf_fast.__file__).parent
-    folders = [package, package.parent / "csrc"]
-    return {f"{f.name}/{name}": text for f in folders if f.is_dir() for name, text in code_files(f).items()}
 
 
 def ledger_table(found: Ledger) -> Table:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,8 +18,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pgolf_fast import artifact, export
+from pgolf_fast import artifact, export, fit
 from pgolf_fast.errors import UserError
+from pgolf_fast.ledger import count_code, own_sources
 from pgolf_fast.quantize import PUBLISHED, TensorError, quantize
 
 QUANTIZED = "quantized.pglf"  # in the run's folder, uncompressed
@@ -35,9 +37,11 @@ class Quantize:
     """Shards to calibrate on, for GPTQ; the run's own if left out. Only training shards are read."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
+    fit: Annotated[int | None, tyro.conf.arg(metavar="BYTES")] = None
+    """Of a run: search clips, steps and bits for the least loss on training text under so many bytes, code counted as wrapped; 16000000 is the cap."""
     plain_rounding: bool = False
     """Round to nearest what GPTQ would round, without calibration."""
-    table: Literal[(None, *PUBLISHED)] = None
+    table: Literal[tuple(PUBLISHED)] | None = None
     """Of a checkpoint: whose schemes to use."""
     hessians: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Of a checkpoint: a safetensors file with one Hessian per matrix that GPTQ rounds, under the matrix's name."""
@@ -109,15 +113,22 @@ def quantize_run(config, console):
         if getattr(config, argument):
             raise UserError(f"{argument}: of a checkpoint only; a run is quantized as its recipe says, into its own folder")
     source = export.read_run(config.source)
+    if config.fit and config.plain_rounding:
+        raise UserError("fit: searches with GPTQ, not with plain rounding; leave one of the two out")
+    searched = {}
     with progress_bar(console) as progress:
-        made = export.quantize_run(source, choose_device(config.device), config.data, config.plain_rounding, progress)
+        if config.fit:
+            made, searched = fit_run(config, source, progress, console)
+        else:
+            made = export.quantize_run(source, choose_device(config.device), config.data, config.plain_rounding, progress)
     (config.source / QUANTIZED).write_bytes(artifact.pack(made.tensors, "none", export.metadata(source.name, source.recipe)))
-    forecast = artifact.estimate_bytes(made.tensors)
+    forecast = artifact.estimate_bytes(made.tensors, export.metadata(source.name, source.recipe))
     cap_s = source.recipe.schedule.max_wallclock_seconds
     report = {
         "weights": source.weights,
         "forecast_bytes": forecast,
         "seconds": {"train": source.train_s, "calibrate": made.calibrate_s, "cap": cap_s, "quantize": made.quantize_s},
+        "fit": searched,
         "tensors": [dataclasses.asdict(e) for e in made.errors],
     }
     (config.source / REPORT).write_text(json.dumps(report, indent=1) + "\n")
@@ -132,7 +143,43 @@ def quantize_run(config, console):
     return report, 0
 
 
+def fit_run(config, source, progress, console) -> tuple[export.Quantized, dict]:
+    """The search's outcome as a quantization, and its record; prints the frontier."""
+    code_bytes = count_code(own_sources()).wrapped
+    begin = time.perf_counter()
+    found = fit.fit(source, choose_device(config.device), config.fit - code_bytes, config.data, progress)
+    seconds = time.perf_counter() - begin
+    console.print(frontier_table(found, code_bytes))
+    console.print(f"searched and measured in {seconds:.1f} s, on training text")
+
+    def row(choice):
+        schemes = {" ".join(rule.patterns): repr(scheme) for rule, scheme in zip(found.searched, choice.schemes)}
+        return {"bytes": round(choice.bytes), "loss": choice.loss, "schemes": schemes}
+
+    record = {"cap_bytes": config.fit, "code_bytes": code_bytes, "unquantized_loss": found.unquantized_loss, "chosen": row(found.chosen)}
+    record |= {"measured": list(map(row, found.measured)), "frontier": list(map(row, found.frontier))}
+    return export.Quantized(found.tensors, found.errors, calibrate_s=seconds, quantize_s=0.0), record
+
+
+def frontier_table(found: fit.Fit, code_bytes: int, predictions: int = 10) -> Table:
+    """Some of the predicted frontier, evenly spread, then what was measured."""
+    table = Table(title=f"bytes, {code_bytes:,} of wrapped code with them, and rise of the loss by quantization", title_justify="left", box=box.SIMPLE)
+    for heading in ("", "bytes", "nats per token"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for rule in found.searched:
+        table.add_column(rule.patterns[0].removeprefix("blocks.*."))
+    step = max(1, len(found.frontier) // predictions)
+    rows = [("predicted", c) for c in found.frontier[step - 1 :: step]]
+    rows += [("chosen" if c is found.chosen else "measured", c) for c in sorted(found.measured, key=lambda c: c.bytes)]
+    for label, choice in rows:
+        rise = f"{choice.loss - found.unquantized_loss:+.5f}"
+        table.add_row(label, f"{choice.bytes + code_bytes:,.0f}", rise, *(s.short() for s in choice.schemes))
+    return table
+
+
 def quantize_checkpoint(config, console):
+    if config.fit:
+        raise UserError("fit: of a run's folder only: the search measures losses on its training text")
     if config.table is None:
         raise UserError(f"table: say whose schemes to use for a checkpoint: {', '.join(PUBLISHED)}; a run's folder says it itself")
     state = load_tensors(config.source, "checkpoint")

@@ -1,5 +1,6 @@
 """One evaluation from its first token to its result: which evaluator, warm-up, progress, stopping and going on."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -28,13 +29,14 @@ class EvalConfig:
     seq_len: int = setting(2048, "tokens of context", "EVAL_SEQ_LEN")
     stride: int = setting(64, "positions scored per window", "EVAL_STRIDE")
     batch_tokens: int = setting(262144, "tokens per forward of one rank; the published evaluators take 32 windows, 65,536")
-    published_tail: bool = setting(False, "also give the published count, which scores the end of the stream several times (it reports both)")
+    published_tail: bool = setting(False, "give the published count too, which scores the end of the stream several times")
     save_seconds: float = setting(60.0, "between two savings of an evaluation's state")
 
     def __post_init__(self):
         require = requirer("eval")
         for field in ("seq_len", "stride", "batch_tokens"):
             require(getattr(self, field) > 0, field, f"expected at least 1, got {getattr(self, field)}")
+        require(self.stride <= self.seq_len, "stride", f"expected 1 to eval.seq_len {self.seq_len}, got {self.stride}")
 
 
 def make_evaluator(name: str, model, recipe) -> Evaluator:
@@ -147,8 +149,9 @@ class SavedState:
         tensors, state = checkpoint.load(path)
         for part, value in self.identity.items():
             if state["identity"].get(part) != value:
+                change = f"({state['identity'].get(part)}, now {value})"
                 raise UserError(
-                    f"{path.parent.parent}: holds an unfinished evaluation with another {part} ({state['identity'].get(part)}, now {value}); "
+                    f"{path.parent.parent}: holds an unfinished evaluation with another {part} {change}; "
                     "give it back what it began with, or choose another folder"
                 )
 
@@ -160,4 +163,7 @@ class SavedState:
         return Outcome(None, state["scoring_s"], state["practice_s"])
 
     def remove(self) -> None:
+        """Also the folder of all ranks, once it is empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()

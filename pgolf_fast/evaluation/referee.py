@@ -88,14 +88,16 @@ class Result:
 class Referee:
     """One rank's. `model` is called as a GPT is: model(inputs [B, T], positions=columns [B, S] or None, **how) -> logits [B, S, V]."""
 
-    def __init__(self, model: Callable[..., Tensor], validation: Validation, device: torch.device | str = "cpu", allow_published_tail=False):
+    def __init__(
+        self, model: Callable[..., Tensor], validation: Validation, device: torch.device | str = "cpu", allow_published_tail: bool = False
+    ):
         if len(validation) == 0:
             raise UserError("validation: no position to score; use a larger validation split")
         self.device = torch.device(device)
         self.num_positions = len(validation)
         self.document_starts = validation.document_starts.copy()  # positions of BOS
         self.version = 0  # of the weights
-        self.ledger = ScoreLedger(self.num_positions)
+        self.ledger = ScoreLedger(validation.target_bytes)
         self.allow_published_tail = allow_published_tail
         self._model = model
         self._tokens = torch.from_numpy(validation.tokens.astype(np.int32)).to(self.device)
@@ -172,7 +174,8 @@ class Referee:
             raise OrderError(f"reveal: expected 0 <= start < stop <= {self.num_positions}, got {start} and {stop}")
         if not self._claimed[start:stop].all():
             position = start + int(np.flatnonzero(~self._claimed[start:stop])[0])
-            raise OrderError(f"reveal: position {position} has not been scored" + (" (or not before `meet`)" if dist.world_size() > 1 else ""))
+            other_ranks = " (or by another rank, since the last `meet`)" if dist.world_size() > 1 else ""
+            raise OrderError(f"reveal: position {position} has not been scored{other_ranks}")
         begins = np.searchsorted(self.document_starts, start)
         is_document = begins < len(self.document_starts) and self.document_starts[begins] == start
         if start and not self._claimed[start - 1] and not is_document:
@@ -226,12 +229,7 @@ class Referee:
     def running(self) -> Score:
         """Of what this rank has scored so far; waits for the device."""
         self.ledger.drain()
-        return self._sum(self.ledger)
-
-    def _sum(self, ledger: ScoreLedger) -> Score:
-        scored = ledger.is_scored
-        num_bytes = int(self._bytes[scored].sum(dtype=np.int64))
-        return Score(float(ledger.losses.sum(dtype=np.float64, where=scored)), int(scored.sum()), num_bytes)
+        return self.ledger.running
 
     def result(self) -> Result:
         """Of all ranks together; refused while a position is missing."""
@@ -243,7 +241,7 @@ class Referee:
         nats = sum(float(losses.sum(dtype=np.float64)) for _, losses in again)
         counts = [(len(positions), int(self._bytes[positions].sum(dtype=np.int64))) for positions, _ in again]
         sums = np.array(dist.gather_objects((nats, sum(c[0] for c in counts), sum(c[1] for c in counts)))).sum(0)
-        return Result(self._sum(whole), Score(float(sums[0]), int(sums[1]), int(sums[2])), self.version + 1, whole.digest.hex())
+        return Result(whole.score(), Score(float(sums[0]), int(sums[1]), int(sums[2])), self.version + 1, whole.digest.hex())
 
     # -- to stop and go on
 

@@ -52,7 +52,8 @@ def embed_norm_ref(tokens, table, addend=None, smear="none", gate=None, smear_la
 # smear         index into SMEARS;  bos: the token that takes nothing from its predecessor, or none
 # Returns y [B, T, C] in `dtype`.
 library.define(
-    "embed_norm_fwd(Tensor tokens, Tensor table, Tensor? addend, Tensor? gate, Tensor? smear_lambda, int smear, int? bos, ScalarType dtype) -> Tensor"
+    "embed_norm_fwd(Tensor tokens, Tensor table, Tensor? addend, Tensor? gate, Tensor? smear_lambda, int smear, int? bos, ScalarType dtype)"
+    " -> Tensor"
 )
 
 # Returns d_e [B, T, C] in dy's dtype, and d_gate and d_lambda, empty where there is no such argument.
@@ -120,8 +121,8 @@ library.impl("embed_norm_bwd", _backward_formula, "CPU")
 
 
 def _kernel_serves(name, tokens, table, dtype):
-    fits = dtype == torch.bfloat16 and table.dtype in (torch.float32, torch.bfloat16) and table.shape[1] == KERNEL_WIDTH and tokens.numel() > 0
-    return fits and _library.uses_kernel(name, table.device)
+    dtypes_fit = dtype == torch.bfloat16 and table.dtype in (torch.float32, torch.bfloat16)
+    return dtypes_fit and table.shape[1] == KERNEL_WIDTH and tokens.numel() > 0 and _library.uses_kernel(name, table.device)
 
 
 def _as_matrix(x):
@@ -153,7 +154,8 @@ def _bwd_cuda(dy, tokens, table, addend, gate, smear_lambda, smear, bos):
     d_gate, d_lambda = (None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, smear_lambda))
     partial_sums = None if gate is None else gate.new_empty(MAX_CTAS, SUM_COLUMNS)
     torch.ops.pgolf_fast_sm90.embed_norm_bwd(
-        _as_matrix(dy), tokens.flatten(), tokens.shape[1], table.contiguous(), _as_matrix(addend), _vector(gate), _vector(smear_lambda), smear, bos,
+        _as_matrix(dy), tokens.flatten(), tokens.shape[1], table.contiguous(), _as_matrix(addend), _vector(gate), _vector(smear_lambda),
+        smear, bos,
         d_e, d_gate, d_lambda, partial_sums,
     )  # fmt: skip
     none = [dy.new_empty(0, dtype=torch.float32) if x is None else x for x in (d_gate, d_lambda)]
@@ -214,8 +216,8 @@ def embed_norm(tokens, table, addend=None, smear="none", gate=None, smear_lambda
         require_dtype(addend, "addend", (dtype,))
         require_device(addend, "addend", table.device)
     require(smear in SMEARS, "smear", f"expected one of {', '.join(SMEARS)}, got {smear!r}")
-    require((gate is not None) == (smear != "none"), "gate", f"{'needed' if gate is None else 'not used'} with smear {smear!r}")
-    require((smear_lambda is not None) == (smear == "token"), "smear_lambda", f"{'needed' if smear_lambda is None else 'not used'} with smear {smear!r}")
+    for tensor, argument, users in ((gate, "gate", ("token", "channel")), (smear_lambda, "smear_lambda", ("token",))):
+        require((tensor is not None) == (smear in users), argument, f"{'needed' if tensor is None else 'not used'} with smear {smear!r}")
     if gate is not None:
         fits = gate.dim() == 1 and (gate.shape[0] == width if smear == "channel" else 0 < gate.shape[0] <= width)
         require(fits, "gate", f"expected {[width] if smear == 'channel' else f'[1 to {width}]'}, got shape {list(gate.shape)}")

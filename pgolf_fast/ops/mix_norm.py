@@ -33,7 +33,9 @@ def mix_norm_ref(tensors, coefficients=None, rows=None, norm_scale=1.0):
 # rows          each tensor's row of coefficients; every row from 0 to g - 1 occurs
 # norm_scale    none: no norm; normed and rstd are then empty
 # Returns mixed [.., C], normed [.., C], rstd [..] float32. One tensor without coefficients is its own mix: mixed is empty.
-library.define("mix_norm_fwd(Tensor[] tensors, Tensor? coefficients, int[] rows, float? norm_scale) -> (Tensor mixed, Tensor normed, Tensor rstd)")
+library.define(
+    "mix_norm_fwd(Tensor[] tensors, Tensor? coefficients, int[] rows, float? norm_scale) -> (Tensor mixed, Tensor normed, Tensor rstd)"
+)
 # rstd alone, of a tensor that a product will normalise as it multiplies.
 library.define("row_rstd(Tensor x) -> Tensor")
 

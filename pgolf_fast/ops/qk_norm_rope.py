@@ -17,7 +17,7 @@ from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import accumulation_dtype, library, require, require_device, require_dtype
 
 EPSILON = 2.0**-23
-KERNEL_HEAD_DIM = 64
+KERNEL_HEAD_DIM, KERNEL_HALF = 64, 8  # the kernel's: 16 of 64 dimensions rotate
 MAX_HEADS = 24  # kQkMaxHeads
 MAX_CTAS = 1056  # kQkMaxCtas
 
@@ -111,8 +111,8 @@ library.impl("qk_norm_rope_bwd_", _backward_formula, "CPU")
 
 def _kernel_serves(name, qkv, gain, cos, num_kv_heads, head_dim):
     heads = gain.shape[0] + 2 * num_kv_heads
-    fits = qkv.dtype == torch.bfloat16 and head_dim == KERNEL_HEAD_DIM and cos.shape[1] % 8 == 0 and heads <= MAX_HEADS and qkv.shape[0] > 0
-    return fits and _library.uses_kernel(name, qkv.device)
+    shapes_fit = (head_dim, cos.shape[1]) == (KERNEL_HEAD_DIM, KERNEL_HALF) and heads <= MAX_HEADS and qkv.shape[0] > 0
+    return shapes_fit and qkv.dtype == torch.bfloat16 and _library.uses_kernel(name, qkv.device)
 
 
 def _has_kernel_rows(x):
@@ -120,7 +120,7 @@ def _has_kernel_rows(x):
 
 
 def _kernel_rows(x, width=None):
-    """The first `width` columns (None: all) as the kernel reads them: in place, or copied where strides or address forbid 16-byte accesses."""
+    """The first `width` columns (None: all), in place, or copied where strides or address forbid the kernel's 16-byte accesses."""
     return x if x is None or _has_kernel_rows(x) else x[:, :width].clone(memory_format=torch.contiguous_format)
 
 
@@ -144,8 +144,8 @@ def _bwd_cuda(d_qkv, dq, dk, dv, qkv, gain, cos, sin, num_kv_heads, head_dim):
     width = (gain.shape[0] + 2 * num_kv_heads) * head_dim
     d_gain = torch.empty_like(gain, memory_format=torch.contiguous_format)
     torch.ops.pgolf_fast_sm90.qk_norm_rope_bwd(
-        _kernel_rows(dq), _kernel_rows(dk), _kernel_rows(dv), _kernel_rows(qkv, width), gain.contiguous(), cos.contiguous(), sin.contiguous(),
-        num_kv_heads, d_qkv, gain.new_empty(MAX_CTAS, gain.shape[0]), d_gain,
+        _kernel_rows(dq), _kernel_rows(dk), _kernel_rows(dv), _kernel_rows(qkv, width),
+        gain.contiguous(), cos.contiguous(), sin.contiguous(), num_kv_heads, d_qkv, gain.new_empty(MAX_CTAS, gain.shape[0]), d_gain,
     )  # fmt: skip
     return d_gain
 
@@ -186,7 +186,7 @@ def qk_norm_rope(qkv, gain, cos, sin, num_kv_heads, head_dim=64, value_add=None)
     """Normalised, rotated queries and keys, and the values, from the packed product `qkv`.
 
     qkv           [M, W], float, W >= (Hq + 2 Hk) D: queries, keys, values, then columns that are not read. A slice of a wider
-                  matrix is fine. The kernel serves bfloat16, D = 64, half a multiple of 8 and up to 24 heads in all
+                  matrix is fine. The kernel serves bfloat16, D = 64, half = 8 and up to 24 heads in all
     gain          [Hq], float32 (float64 for float64 qkv)
     cos, sin      [T, half], the dtype of qkv; row m has position m mod T; 2 half leading dimensions rotate
     num_kv_heads  Hk
@@ -201,12 +201,14 @@ def qk_norm_rope(qkv, gain, cos, sin, num_kv_heads, head_dim=64, value_add=None)
     require(num_kv_heads > 0, "num_kv_heads", f"expected at least 1, got {num_kv_heads}")
     needed = (gain.shape[0] + 2 * num_kv_heads) * head_dim
     require(qkv.shape[1] >= needed, "qkv", f"expected at least {needed} columns, got {qkv.shape[1]}")
-    require(cos.dim() == 2 and cos.shape[0] > 0 and 2 * cos.shape[1] <= head_dim, "cos", f"expected [T, <= {head_dim // 2}], got shape {list(cos.shape)}")
+    fits = cos.dim() == 2 and cos.shape[0] > 0 and 2 * cos.shape[1] <= head_dim
+    require(fits, "cos", f"expected [T, <= {head_dim // 2}], got shape {list(cos.shape)}")
     require(sin.shape == cos.shape, "sin", f"expected the shape of cos, {list(cos.shape)}, got {list(sin.shape)}")
     for tensor, argument in ((cos, "cos"), (sin, "sin"), *(((value_add, "value_add"),) if value_add is not None else ())):
         require_dtype(tensor, argument, (qkv.dtype,))
         require_device(tensor, argument, qkv.device)
-    kv = (qkv.shape[0], num_kv_heads * head_dim)
-    require(value_add is None or value_add.shape == kv, "value_add", f"expected {list(kv)}, got {value_add is not None and list(value_add.shape)}")
+    if value_add is not None:
+        kv = [qkv.shape[0], num_kv_heads * head_dim]
+        require(list(value_add.shape) == kv, "value_add", f"expected {kv}, got shape {list(value_add.shape)}")
     q, k, v = torch.ops.pgolf_fast.qk_norm_rope_fwd(qkv, gain, cos, sin, num_kv_heads, head_dim, value_add)
     return q, k, _split(qkv, gain.shape[0], num_kv_heads, head_dim)[2] if value_add is None else v

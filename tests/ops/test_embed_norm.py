@@ -67,7 +67,8 @@ def assert_agrees(b, t, device, smear, **how):
 @pytest.mark.parametrize("mask", [False, True])
 def test_definition(smear, mask):
     """The model's own embedding, in float64, and the backward through it."""
-    config = ModelConfig(vocab_size=30, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, smear=smear, rope_dims=8, smear_mask_bos=mask)
+    shape = {"vocab_size": 30, "num_layers": 2, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 8}
+    config = ModelConfig(**shape, smear=smear, smear_mask_bos=mask)
     model = GPT(config, seed=1, stream_dtype=torch.float64).double()
     inputs = draw(2, 11, "cpu", smear, 16, 30, torch.float64, addend=False, bos=BOS if mask else None)
     with torch.no_grad():

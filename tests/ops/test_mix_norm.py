@@ -11,7 +11,8 @@ WIDTH = 512  # of the kernels
 OPS = torch.ops.pgolf_fast
 
 # Every number of tensors; a row each, shared rows, shared rows that are not neighbours, one row for all.
-ROWS = [(0,), (0, 0), (0, 1), (1, 0), (0, 0, 1), (0, 1, 0), (0, 1, 2), (0, 0, 1, 2), (0, 1, 2, 3), (0, 0, 0, 0), (0, 0, 1, 2, 2), (0, 1, 2, 3, 4)]
+ROWS = [(0,), (0, 0), (0, 1), (1, 0), (0, 0, 1), (0, 1, 0), (0, 1, 2)]
+ROWS += [(0, 0, 1, 2), (0, 1, 2, 3), (0, 0, 0, 0), (0, 0, 1, 2, 2), (0, 1, 2, 3, 4)]
 # Rows of the matrix: one, less than a block's, one more than a block's, a prime over a full grid of 528 blocks of four warps.
 SEAMS = [1, 3, 9, 4243]
 
@@ -261,12 +262,10 @@ def test_graph_replay_with_new_inputs():
 def test_repeats_bitwise(device, rows, scaled):
     tensors, coefficients = draw(rows, 5000 if device.type == "cuda" else 50, device, scaled=scaled)
     d_mixed, d_normed = (torch.randn_like(tensors[0]) for _ in range(2))
-    first, *others = (
-        outputs_and_gradients(mix_norm, tensors, coefficients, rows, 0.5, d_mixed, d_normed) for _ in range(20 if device.type == "cuda" else 2)
-    )
-    for again in others:
-        for name, value in first.items():
-            assert torch.equal(value, again[name]), name
+    first = outputs_and_gradients(mix_norm, tensors, coefficients, rows, 0.5, d_mixed, d_normed)
+    for _ in range(20 if device.type == "cuda" else 2):
+        for name, value in outputs_and_gradients(mix_norm, tensors, coefficients, rows, 0.5, d_mixed, d_normed).items():
+            assert torch.equal(value, first[name]), name
 
 
 def test_norm_has_its_length_and_its_gradient_none_along_it(device):
@@ -274,7 +273,8 @@ def test_norm_has_its_length_and_its_gradient_none_along_it(device):
     tensors, coefficients = draw((0, 0, 1), 100, device)
     d_normed = torch.randn(100, WIDTH, device=device).bfloat16()
     results = outputs_and_gradients(mix_norm, tensors, torch.ones_like(coefficients), (0, 0, 1), 0.5, None, d_normed)
-    torch.testing.assert_close(results["normed"].double().square().mean(-1), torch.full((100,), 0.25, device=device, dtype=torch.float64), rtol=1e-3, atol=0)
+    length = results["normed"].double().square().mean(-1)
+    torch.testing.assert_close(length, torch.full_like(length, 0.25), rtol=1e-3, atol=0)
     mixed, gradient = results["mixed"].double(), results["gradient 0"].double()
     assert ((mixed * gradient).sum(-1).abs() <= 2**-8 * (mixed * gradient).abs().sum(-1)).all()
 

@@ -10,8 +10,8 @@ from tests.compare import assert_within
 
 OPS = torch.ops.pgolf_fast
 D = 64  # of the kernel
-# Rows: one, less than a block walks over at a time (16), one more, more than one round of a full grid.
-SEAMS = [1, 15, 17, 40_000]
+# Rows: one, less than a block walks over at a time (8), one more, more than one round of a full grid.
+SEAMS = [1, 7, 9, 40_000]
 
 
 def draw(m, device, heads=8, kv_heads=4, half=8, positions=13, extra=0, head_dim=D, dtype=torch.bfloat16, value_add=False):
@@ -101,7 +101,7 @@ def test_head_counts(device, heads, kv_heads, value_add):
     assert_agrees(device, 50, heads=heads, kv_heads=kv_heads, value_add=value_add)
 
 
-# 8 to 32: whole lanes rotate; the others take the formula.
+# 8 is the kernel's; the others take the formula.
 @pytest.mark.parametrize("half", [0, 1, 4, 8, 16, 24, 32])
 @pytest.mark.parametrize("positions", [1, 7, 100])
 def test_rotations(device, half, positions):
@@ -141,7 +141,7 @@ def test_backward_writes_its_columns_only(device, with_values, in_place):
     del inputs["value_add"]
     width = inputs["qkv"].shape[1]
     incoming = torch.randn(50, width).bfloat16().to(device)
-    dq, dk, dv, rest = incoming.split([8 * D, 4 * D, 4 * D, 16], dim=1)
+    dq, dk, dv, _ = incoming.split([8 * D, 4 * D, 4 * D, 16], dim=1)
     expected = torch.full((50, width), 7.0).bfloat16().to(device)
     d_gain = OPS.qk_norm_rope_bwd_(expected, dq.clone(), dk.clone(), dv.clone() if with_values else None, *inputs.values())
     assert (expected[:, 16 * D :] == 7).all()

@@ -1,0 +1,18 @@
+// Sizes of persistent grids.
+#pragma once
+#include <cuda_runtime_api.h>
+
+namespace pgolf {
+
+// How many CTAs of `kernel` the current device holds at once.
+template <typename Kernel>
+cudaError_t resident_ctas(Kernel kernel, int threads, int& ctas) {
+    int device = 0, num_sms = 0, per_sm = 0;
+    if (cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
+    if (cudaError_t status = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device); status != cudaSuccess) return status;
+    const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, 0);
+    ctas = num_sms * per_sm;
+    return status;
+}
+
+}  // namespace pgolf
