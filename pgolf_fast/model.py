@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pgolf_fast import fused_blocks
 from pgolf_fast.adapters import VisitAdapter
 from pgolf_fast.errors import UserError
-from pgolf_fast.ops import fused_mlp, linear_softcap_cross_entropy, xsa_attention
+from pgolf_fast.ops import embed_norm, embedding, fused_mlp, linear_softcap_cross_entropy, mix_norm, xsa_attention
 from pgolf_fast.ops.fused_mlp import activation_ref
 from pgolf_fast.settings import requirer, setting
 from pgolf_fast.tensor_names import published_views
@@ -234,11 +235,6 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 
-def previous_token(x):
-    """Each position's predecessor in [B, T, C]; zero before the first."""
-    return F.pad(x, (0, 0, 1, 0))[:, : x.shape[1]]
-
-
 def straight_through_int6(weight):
     """int6 values of each row in the forward, the identity in the backward (late quantisation-aware training)."""
     row_max = weight.detach().abs().amax(dim=-1, keepdim=True)
@@ -312,11 +308,12 @@ class Context(NamedTuple):
     x0: torch.Tensor  # embedded tokens, mixed in again by each block
     cos: torch.Tensor
     sin: torch.Tensor
+    values: dict[int, torch.Tensor]  # block to value embedding, [B, T, kv_dim]
     cu_seqlens: torch.Tensor | None
     max_seqlen: int | None
     observe: Callable[[int, str, torch.Tensor], None] | None  # see GPT.stream
-    value: torch.Tensor | None  # this block's value embedding, [B, T, kv_dim]
-    adapter: VisitAdapter | None  # this visit's
+    value: torch.Tensor | None = None  # of `values`, this block's
+    adapter: VisitAdapter | None = None  # this visit's
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -329,6 +326,7 @@ class GPT(nn.Module):
         self.config = config
         self.stream_dtype = stream_dtype
         self.visits = {looped: visits(config, looped) for looped in (False, True)}
+        self.fused_blocks: bool | None = None  # None: where the kernels serve the stream
         self._rotary = {}
         for name, (shape, _) in parameter_table(config).items():
             dtype = torch.bfloat16 if name in config.bf16_tensors else torch.float32
@@ -375,7 +373,8 @@ class GPT(nn.Module):
         x = self.stream(tokens, adapters=adapters, **how)
         if positions is not None:
             x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
-        return self._head(rms(x), targets, reduction, adapters)
+        _, normed = mix_norm([x])
+        return self._head(normed, targets, reduction, adapters)
 
     def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None, adapters=None):
         """The residual stream [B, T, C] after the last block.
@@ -388,10 +387,18 @@ class GPT(nn.Module):
         observe     called as observe(block, "qkv", "o", "up" or "down", input) with what those matrices multiply, at every visit
         adapters    see `forward`
         """
-        blocks = self._blocks(fake_quant)
-        x = x0 = self._embed(tokens, fake_quant)
+        x0 = self._embed(tokens, fake_quant)
         cos, sin = self._rotary_for(tokens, max_seqlen)
-        values = self._value_embeddings(tokens, fake_quant)
+        context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen, observe)
+        fused = fused_blocks.serve(self.config, x0) if self.fused_blocks is None else self.fused_blocks
+        # What the matrices multiply is not to be seen in the fused blocks, and nothing can be added to their products.
+        if fused and observe is None and adapters is None:
+            return self._fused_visits(context, looped, fake_quant)
+        return self._visits(context, looped, fake_quant, adapters)
+
+    def _visits(self, context, looped, fake_quant, adapters):
+        """The definition of the blocks, for any device and dtype."""
+        x, blocks = context.x0, self._blocks(fake_quant)
         skip_weights = self.skip_weights.unbind(0)
         skip_gates = self.skip_gates.unbind(0) if self.config.skip_gates else [None] * len(skip_weights)
 
@@ -399,7 +406,7 @@ class GPT(nn.Module):
         for number, visit in enumerate(self.visits[looped]):
             block = blocks[visit.block]
             adapter = adapters.visits[number] if adapters else None
-            context = Context(x0, cos, sin, cu_seqlens, max_seqlen, observe, values.get(visit.block), adapter)
+            context = context._replace(value=context.values.get(visit.block), adapter=adapter)
             if visit.two_lanes and lane1 is None:
                 lane1 = x
             if visit.skip is not None:
@@ -415,27 +422,23 @@ class GPT(nn.Module):
     # -- embedding
 
     def _embed(self, tokens, fake_quant):
-        x = F.embedding(tokens, self.tok_emb).to(self.stream_dtype)
-        if self.config.bigram_buckets:
-            pair = F.embedding(bigram_bucket(tokens, self.config.bigram_buckets), self.bigram_embed).to(x.dtype)
-            x = (x + self.bigram_scale[None] * linear(pair, _matrix(self.bigram_proj, fake_quant))).to(x.dtype)
-        carries = (tokens != BOS)[..., None].to(x.dtype) if self.config.smear_mask_bos else 1.0
-        if self.config.smear == "token":
-            gate = self.smear_lambda * torch.sigmoid(linear(x[..., : self.config.gate_window], self.smear_gate))
-            return rms((x + carries * gate * previous_token(x)).to(x.dtype))
-        x = rms(x)
-        if self.config.smear == "channel":
-            gate = torch.sigmoid(self.smear_gate)
-            x = ((1 - gate) * x + carries * gate * previous_token(x)).to(x.dtype)
-        return x
+        config, dtype = self.config, self.stream_dtype
+        bigrams = None
+        if config.bigram_buckets:
+            pairs = embedding(bigram_bucket(tokens, config.bigram_buckets), self.bigram_embed, dtype)
+            bigrams = linear(pairs, self.bigram_scale * _matrix(self.bigram_proj, fake_quant))
+        gate = self.smear_gate.flatten() if config.smear != "none" else None
+        share = self.smear_lambda if config.smear == "token" else None
+        return embed_norm(tokens, self.tok_emb, bigrams, config.smear, gate, share, BOS if config.smear_mask_bos else None, dtype)
 
     def _value_embeddings(self, tokens, fake_quant):
-        if not self.config.value_embed:
+        config = self.config
+        if not config.value_embed:
             return {}
-        table = F.embedding(tokens, self.ve_embed).to(self.stream_dtype)
-        shared = linear(table, _matrix(self.ve_proj, fake_quant))
+        rows = embedding(tokens, self.ve_embed, self.stream_dtype)
         scales = self.ve_scale * self.ve_layer_scales
-        return {layer: (scale * shared).to(shared.dtype) for layer, scale in zip(self.config.ve_layers, scales.unbind(0))}
+        proj = _matrix(self.ve_proj, fake_quant)
+        return {layer: linear(rows, scale * proj) for layer, scale in zip(config.ve_layers, scales.unbind(0))}
 
     def _rotary_for(self, tokens, max_seqlen):
         """Constant tables, made at the first forward of a shape."""
@@ -535,6 +538,61 @@ class GPT(nn.Module):
         if self.config.activation != "star_relu2":
             return activation_ref(linear(m, block.w_up), self.config.activation)
         return block.star_scale * activation_ref(linear(m, block.w_up), "relu2") + block.star_shift
+    # -- the same by fused_blocks.py
+
+    def _fused_visits(self, context, looped, fake_quant):
+        visits = self.visits[looped]
+        plan = fused_blocks.Plan(
+            visits, self.config, context.x0.shape[:2], context.cos.squeeze(1), context.sin.squeeze(1), tuple(context.values), context.cu_seqlens,
+            context.max_seqlen or context.x0.shape[1],
+        )  # fmt: skip
+        packed, coefficients = self._packed(fake_quant), self._coefficients(visits)
+        weights = fused_blocks.Weights(**packed, q_gain=self.q_gain, **coefficients)
+        return fused_blocks.run(plan, weights, context.x0, list(context.values.values()))
+
+    def _packed(self, fake_quant):
+        """The matrices as the fused blocks multiply by them. Scales of a product's channels are folded into its matrix."""
+        config, layers = self.config, self.config.num_layers
+        qo, kv, up, down = (_matrix(w, fake_quant) for w in (self.qo, self.kv, self.mlp_up, self.mlp_down))
+        shift = None
+        if config.activation == "star_relu2":
+            # As in _mlp.
+            shift = self.mlp_scale * (down @ self.star_shift[..., None])[..., 0]
+            down = down * self.star_scale[:, None]
+        return {
+            "qkv": torch.cat([qo[:layers], kv[:layers], kv[layers:]], dim=1),
+            "gate": self.attn_gate if config.attn_gate else None,
+            "o": self.attn_scale[..., None] * qo[layers:],
+            "up": up,
+            "down": self.mlp_scale[..., None] * down,
+            "shift": shift,
+        }
+
+    def _coefficients(self, visits):
+        """What enters and leaves the blocks of all visits, a row of channels for each summand (fused_blocks.Weights)."""
+
+        def of_blocks(stack):
+            rows = stack.unbind(0)
+            return torch.stack([rows[visit.block] for visit in visits])
+
+        # A merge before the block, keep * stream + take * skip, is part of the mix and of what lane 0 carries past it.
+        keep, take = torch.ones_like(self.skip_weights), self.skip_weights
+        if self.config.skip_gates:
+            keep = torch.sigmoid(self.skip_gates)
+            take = (1 - keep) * self.skip_weights
+        half = len(visits) // 2
+        before, after = self.skip_weights.new_ones(half, 1), self.skip_weights.new_ones(len(visits) - 2 * half, 1)
+        around = [rows.expand(-1, self.config.model_dim) for rows in (before, after)]
+        keep, take = (torch.cat([around[0], rows[:half], around[1]]) for rows in (keep, take))
+        stream, embedded = of_blocks(self.resid_mix).unbind(1)
+        found = {"mix": torch.stack([stream * keep, embedded, stream * take], dim=1), "lane0": None, "lane1": None}
+        if self.config.parallel_start:
+            resid = of_blocks(self.lane_resid)
+            post = of_blocks(self.lane_post)[..., None].expand(-1, -1, -1, self.config.model_dim)  # [visit, attention or MLP, lane, C]
+            carried = resid[:, 0, None]
+            found["lane0"] = torch.stack([carried * keep, post[:, 0, 0], post[:, 1, 0], carried * take], dim=1)
+            found["lane1"] = torch.stack([resid[:, 1, None].expand_as(keep), post[:, 0, 1], post[:, 1, 1]], dim=1)
+        return found
 
     # -- head
 

@@ -5,6 +5,8 @@
 namespace pgolf {
 namespace {
 
+using std::optional;
+
 const __nv_bfloat16* input(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {
     check(t, argument, ScalarType::BFloat16, {rows, columns});
     check_contiguous(t, argument);
@@ -27,41 +29,51 @@ FusedMlpParams shapes(const Tensor& first, const Tensor& w_up, const Tensor& w_d
     return p;
 }
 
-void fwd(Tensor x, Tensor w_up, Tensor w_down, int64_t activation, Tensor u, Tensor y) {
+float* floats(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
+    check(t, argument, ScalarType::Float, shape);
+    check_contiguous(t, argument);
+    return static_cast<float*>(t.data_ptr());
+}
+
+void row_factors(FusedMlpParams& p, const optional<Tensor>& rstd, double scale) {
+    p.rstd = rstd ? floats(*rstd, "rstd", {p.m}) : nullptr;
+    p.scale = float(scale);
+}
+
+void fwd(Tensor x, optional<Tensor> rstd, double scale, optional<Tensor> residual, Tensor w_up, Tensor w_down, int64_t activation, Tensor u,
+         Tensor y) {
     FusedMlpParams p = shapes(x, w_up, w_down, activation);
+    row_factors(p, rstd, scale);
     p.x = input(x, "x", p.m, p.d);
+    p.residual = residual ? input(*residual, "residual", p.m, p.d_out) : nullptr;
     p.u = output(u, "u", p.m, p.h);
     p.y = output(y, "y", p.m, p.d_out);
     OnDeviceOf here(x);
     check_launch(fused_mlp_fwd(p, here.stream), "fused_mlp_fwd");
 }
 
-float* sum(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {
-    check(t, argument, ScalarType::Float, {rows, columns});
-    check_contiguous(t, argument);
-    return static_cast<float*>(t.data_ptr());
-}
-
-FusedMlpParams input_gradient(const Tensor& dy, const Tensor& u, const Tensor& w_up, const Tensor& w_down, int64_t activation, const Tensor& du,
-                              const Tensor& dx) {
+void bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx) {
     FusedMlpParams p = shapes(dy, w_up, w_down, activation);
+    row_factors(p, std::nullopt, 1.0);
     p.dy = input(dy, "dy", p.m, p.d_out);
     p.u = output(u, "u", p.m, p.h);
     p.du = output(du, "du", p.m, p.h);
     p.dx = output(dx, "dx", p.m, p.d);
-    return p;
-}
-
-void bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx) {
     OnDeviceOf here(dy);
-    check_launch(fused_mlp_bwd_input(input_gradient(dy, u, w_up, w_down, activation, du, dx), here.stream), "fused_mlp_bwd_input");
+    check_launch(fused_mlp_bwd_input(p, here.stream), "fused_mlp_bwd_input");
 }
 
-void bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx, Tensor dw_up, Tensor dw_down) {
-    FusedMlpParams p = input_gradient(dy, u, w_up, w_down, activation, du, dx);
+void bwd(Tensor dy, Tensor x, optional<Tensor> rstd, double scale, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx,
+         Tensor dw_up, Tensor dw_down) {
+    FusedMlpParams p = shapes(dy, w_up, w_down, activation);
+    row_factors(p, rstd, scale);
+    p.dy = input(dy, "dy", p.m, p.d_out);
     p.x = input(x, "x", p.m, p.d);
-    p.dw_up = sum(dw_up, "dw_up", p.h, p.d);
-    p.dw_down = sum(dw_down, "dw_down", p.d_out, p.h);
+    p.u = output(u, "u", p.m, p.h);
+    p.dw_up = floats(dw_up, "dw_up", {p.h, p.d});
+    p.dw_down = floats(dw_down, "dw_down", {p.d_out, p.h});
+    p.du = output(du, "du", p.m, p.h);
+    p.dx = output(dx, "dx", p.m, p.d);
     OnDeviceOf here(dy);
     check_launch(fused_mlp_bwd(p, here.stream), "fused_mlp_bwd");
 }
@@ -70,10 +82,12 @@ void bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int64_t acti
 }  // namespace pgolf
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
-    m.def("fused_mlp_fwd(Tensor x, Tensor w_up, Tensor w_down, int activation, Tensor(a!) u, Tensor(b!) y) -> ()");
     m.def(
-        "fused_mlp_bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation, Tensor(a!) du, Tensor(b!) dx,"
-        " Tensor(c!) dw_up, Tensor(d!) dw_down) -> ()");
+        "fused_mlp_fwd(Tensor x, Tensor? rstd, float scale, Tensor? residual, Tensor w_up, Tensor w_down, int activation, Tensor(a!) u,"
+        " Tensor(b!) y) -> ()");
+    m.def(
+        "fused_mlp_bwd(Tensor dy, Tensor x, Tensor? rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
+        " Tensor(a!) du, Tensor(b!) dx, Tensor(c!) dw_up, Tensor(d!) dw_down) -> ()");
     m.def("fused_mlp_bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int activation, Tensor(a!) du, Tensor(b!) dx) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {

@@ -29,17 +29,36 @@ __device__ __forceinline__ uint32_t slope(uint32_t bits) {
 }
 
 // C = A B, stored as it is.
-struct Plain {
+struct Plain : gemm::PlainOp {
     static constexpr int kBlockN = 256, kAMajor = kMajorK, kBMajor = kMajorK;
-    static constexpr bool kTransformA = false, kHasAux = false;
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;
-    static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t) { return ptx::pack_bf16(low, high); }
+};
+
+// The accumulators of a row times scale * rstd[row]; null: nothing.
+struct RowScaled : Plain {
+    static constexpr int kBlockN = 192;
+    struct Arguments {
+        const float* rstd;
+        float scale;
+    };
+    struct Fetched {
+        float rstd[2];
+    };
+    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int m) {
+        if (p.rstd == nullptr) return {};
+        return {{__ldg(p.rstd + min(row, m - 1)), __ldg(p.rstd + min(row + 8, m - 1))}};
+    }
+    template <int kCount>
+    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[kCount], int, int, int) {
+        if (p.rstd == nullptr) return;
+        const float factor[2] = {p.scale * fetched.rstd[0], p.scale * fetched.rstd[1]};
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) acc[i] *= factor[i / 2 % 2];
+    }
 };
 
 // u = x Wup^T
-struct Up : Plain {
-    static constexpr int kBlockN = 192;
-};
+struct Up : RowScaled {};
 
 // y = act(u) Wdown^T
 template <Activation kActivation>
@@ -48,14 +67,26 @@ struct Down : Plain {
     static __device__ __forceinline__ uint32_t operand_a(uint32_t u) { return activated<kActivation>(u); }
 };
 
+__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// y = residual + act(u) Wdown^T
+template <Activation kActivation>
+struct DownResidual : Down<kActivation> {
+    static constexpr bool kHasAux = true;
+    static __device__ __forceinline__ uint32_t result(float y0, float y1, uint32_t residual) {
+        return ptx::pack_bf16(y0 + low(residual), y1 + high(residual));
+    }
+};
+
 // du = (dy Wdown) * act'(u)
 template <Activation kActivation>
-struct DownBackward : Plain {
-    static constexpr int kBlockN = 192, kBMajor = kMajorMN;
+struct DownBackward : RowScaled {
+    static constexpr int kBMajor = kMajorMN;
     static constexpr bool kHasAux = true;
-    static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t u) {
+    static __device__ __forceinline__ uint32_t result(float dact0, float dact1, uint32_t u) {
         const uint32_t s = slope<kActivation>(u);
-        return ptx::pack_bf16(low * __uint_as_float(s << 16), high * __uint_as_float(s & 0xffff0000u));
+        return ptx::pack_bf16(dact0 * low(s), dact1 * high(s));
     }
 };
 
@@ -79,14 +110,16 @@ struct DownWeight : Down<kActivation> {
 
 template <Activation kActivation>
 cudaError_t forward(const FusedMlpParams& p, cudaStream_t stream) {
-    cudaError_t status = gemm::launch<Up>(p.x, p.w_up, p.u, nullptr, {p.m, p.h, p.d}, stream);
-    if (status == cudaSuccess) status = gemm::launch<Down<kActivation>>(p.u, p.w_down, p.y, nullptr, {p.m, p.d_out, p.h}, stream);
-    return status;
+    cudaError_t status = gemm::launch<Up>(p.x, p.w_up, p.u, nullptr, {p.m, p.h, p.d}, stream, {p.rstd, p.scale});
+    if (status != cudaSuccess) return status;
+    const gemm::Shape shape{p.m, p.d_out, p.h};
+    if (p.residual) return gemm::launch<DownResidual<kActivation>>(p.u, p.w_down, p.y, p.residual, shape, stream);
+    return gemm::launch<Down<kActivation>>(p.u, p.w_down, p.y, nullptr, shape, stream);
 }
 
 template <Activation kActivation>
 cudaError_t backward_input(const FusedMlpParams& p, cudaStream_t stream) {
-    cudaError_t status = gemm::launch<DownBackward<kActivation>>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream);
+    cudaError_t status = gemm::launch<DownBackward<kActivation>>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream, {p.rstd, p.scale});
     if (status == cudaSuccess) status = gemm::launch<UpBackward>(p.du, p.w_up, p.dx, nullptr, {p.m, p.d, p.h}, stream);
     return status;
 }

@@ -1,6 +1,8 @@
 // MLP of the recipes.   u = x Wup^T,   y = act(u) Wdown^T
 //     relu2:        act(u) = max(u, 0)^2          act'(u) = 2 max(u, 0)
 //     leaky_relu2:  act(u) = max(u, u / 2)^2      act'(u) = 2 u for u > 0, u / 2 otherwise
+// Of a normalised input, y = residual + MLP(f x) with f = scale / root mean square of the row: f is a factor of the rows of u and of du,
+// so the norm needs no tensor. dx is then f times the gradient of f x, which is what the norm's gradient begins with.
 //
 // Only u is kept for the backward: act is applied where its operand is loaded, act' where the gradient is stored.
 // act(u) is rounded once to bf16, as the product of bf16 values is; everything else accumulates in fp32.
@@ -20,10 +22,13 @@ struct FusedMlpParams {
     const __nv_bfloat16* x;       // [M, D]
     const __nv_bfloat16* w_up;    // [H, D]
     const __nv_bfloat16* w_down;  // [D_out, H]
+    const float* rstd;            // [M], or null: the factors f of the rows are scale * rstd
+    float scale;
+    const __nv_bfloat16* residual;  // [M, D_out], or null: added to y
     const __nv_bfloat16* dy;      // [M, D_out]       backward only
     __nv_bfloat16* u;             // [M, H]           out of the forward, into the backward
     __nv_bfloat16* y;             // [M, D_out]       out of the forward
-    __nv_bfloat16* du;            // [M, H]           out of the backward: (dy Wdown) * act'(u)
+    __nv_bfloat16* du;            // [M, H]           out of the backward: f (dy Wdown) * act'(u)
     __nv_bfloat16* dx;            // [M, D]           out of the backward: du Wup
     float* dw_up;                 // [H, D]           the backward adds du^T x
     float* dw_down;               // [D_out, H]       the backward adds dy^T act(u)

@@ -89,9 +89,10 @@ __global__ void __launch_bounds__(kThreads) mix_norm_fwd_kernel(const MixNormFwd
 #pragma unroll
                 for (int j = 0; j < 8; ++j) sum = fmaf(x[j], x[j], sum);
             }
-            if (!p.normed) continue;
+            if (!p.rstd) continue;
             const float rstd = rsqrtf(warp_sum(sum) * (1.f / kWidth) + kEpsilon);
             if (threadIdx.x % 32 == 0) p.rstd[row] = rstd;
+            if (!p.normed) continue;
             const float scale = p.norm_scale * rstd;
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) mix_norm_bwd_kernel(const MixNormBwd
 #pragma unroll
                 for (int j = 0; j < 8; ++j) dot = fmaf(x[j], dn[j], dot);
             }
-            const float scale = p.norm_scale * rstd, along = -scale * rstd * rstd * warp_sum(dot) * (1.f / kWidth);
+            const float scale = p.is_scaled ? 1.f : p.norm_scale * rstd, along = -scale * rstd * rstd * warp_sum(dot) * (1.f / kWidth);
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
                 float x[8], dn[8];

@@ -28,7 +28,7 @@ struct MixNormFwdParams {
     const float* coefficients;  // [num_rows, kMixNormWidth]; null: ones, and num_rows is 1
     __nv_bfloat16* mixed;       // null: not written
     __nv_bfloat16* normed;      // null: no norm
-    float* rstd;                // [m], with normed
+    float* rstd;                // [m], with normed; null: not written
     uint32_t m;                 // > 0
     int num_tensors, num_rows;  // 1 to kMixNormMaxTensors
     float norm_scale;
@@ -38,6 +38,7 @@ struct MixNormBwdParams {
     const __nv_bfloat16 *d_mixed, *d_normed;             // null: no such gradient
     const __nv_bfloat16* mixed;                          // read if num_tensors is 0
     const float* rstd;                                   // [m], with d_normed
+    bool is_scaled;                                      // d_normed has been multiplied by norm_scale * rstd
     const __nv_bfloat16* tensors[kMixNormMaxTensors];
     int rows[kMixNormMaxTensors];
     const float* coefficients;                           // as in the forward

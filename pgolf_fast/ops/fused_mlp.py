@@ -29,6 +29,16 @@ library.define(
     " -> (Tensor dx, Tensor dw_up, Tensor dw_down)"
 )
 library.define("fused_mlp_bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int activation) -> Tensor dx")
+# Of a normalised input, for backwards written by hand: y = residual + MLP(f x), f = scale * rstd of each row [M]. The norm needs no
+# tensor: u = f (x w_up^T). The backward returns f times the gradient of f x, which is what the norm's own backward begins with
+# (mix_norm_bwd without norm_scale); the weight gradients are added to dw_up and dw_down, in the accumulation dtype.
+library.define(
+    "norm_mlp_fwd(Tensor x, Tensor rstd, float scale, Tensor? residual, Tensor w_up, Tensor w_down, int activation) -> (Tensor y, Tensor u)"
+)
+library.define(
+    "norm_mlp_bwd(Tensor dy, Tensor x, Tensor rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
+    " Tensor(a!) dw_up, Tensor(b!) dw_down) -> Tensor scaled_dn"
+)
 
 
 def _forward_formula(x, w_up, w_down, activation):
@@ -36,44 +46,69 @@ def _forward_formula(x, w_up, w_down, activation):
     return activation_ref(u, ACTIVATIONS[activation]) @ w_down.T, u
 
 
-def _du_formula(dy, u, w_down, activation):
-    return (dy @ w_down) * 2 * torch.where(u > 0, u, 0.0 if ACTIVATIONS[activation] == "relu2" else 0.25 * u)
+def _slope(u, activation):
+    return 2 * torch.where(u > 0, u, 0.0 if ACTIVATIONS[activation] == "relu2" else 0.25 * u)
 
 
 def _backward_formula(dy, x, u, w_up, w_down, activation):
-    du = _du_formula(dy, u, w_down, activation)
+    du = (dy @ w_down) * _slope(u, activation)
     return du @ w_up, du.T @ x, dy.T @ activation_ref(u, ACTIVATIONS[activation])
 
 
 def _input_gradient_formula(dy, u, w_up, w_down, activation):
-    return _du_formula(dy, u, w_down, activation) @ w_up
+    return ((dy @ w_down) * _slope(u, activation)) @ w_up
+
+
+def _norm_forward_formula(x, rstd, scale, residual, w_up, w_down, activation):
+    u = (scale * rstd[:, None] * (x @ w_up.T)).to(x.dtype)
+    y = activation_ref(u, ACTIVATIONS[activation]) @ w_down.T
+    return y if residual is None else residual + y, u
+
+
+def _norm_backward_formula(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+    du = (scale * rstd[:, None] * (dy @ w_down) * _slope(u, activation)).to(x.dtype)
+    dw_up += du.T @ x
+    dw_down += dy.T @ activation_ref(u, ACTIVATIONS[activation])
+    return du @ w_up
 
 
 library.impl("fused_mlp_fwd", _forward_formula, "CPU")
 library.impl("fused_mlp_bwd", _backward_formula, "CPU")
 library.impl("fused_mlp_bwd_input", _input_gradient_formula, "CPU")
+library.impl("norm_mlp_fwd", _norm_forward_formula, "CPU")
+library.impl("norm_mlp_bwd", _norm_backward_formula, "CPU")
+
+
+def _forward_kernel(x, rstd, scale, residual, w_up, w_down, activation):
+    u = x.new_empty(x.shape[0], w_up.shape[0])
+    y = x.new_empty(x.shape[0], w_down.shape[0])
+    torch.ops.pgolf_fast_sm90.fused_mlp_fwd(x.contiguous(), rstd, scale, residual, w_up.contiguous(), w_down.contiguous(), activation, u, y)
+    return y, u
+
+
+def _backward_kernel(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+    du, dx = torch.empty_like(u), x.new_empty(x.shape)
+    dy, x, u, w_up, w_down = (t.contiguous() for t in (dy, x, u, w_up, w_down))
+    # The kernel adds to the weight gradients in an order that varies.
+    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(dy, x, rstd, scale, u, w_up, w_down, activation, du, dx, dw_up, dw_down)
+    return dx, du
 
 
 @torch.library.impl(library, "fused_mlp_fwd", "CUDA")
 def _fwd_cuda(x, w_up, w_down, activation):
     if not _library.uses_kernel("fused_mlp_fwd", x.device):
         return _forward_formula(x, w_up, w_down, activation)
-    u = x.new_empty(x.shape[0], w_up.shape[0])
-    y = x.new_empty(x.shape[0], w_down.shape[0])
-    torch.ops.pgolf_fast_sm90.fused_mlp_fwd(x.contiguous(), w_up.contiguous(), w_down.contiguous(), activation, u, y)
-    return y, u
+    return _forward_kernel(x, None, 1.0, None, w_up, w_down, activation)
 
 
 @torch.library.impl(library, "fused_mlp_bwd", "CUDA")
 def _bwd_cuda(dy, x, u, w_up, w_down, activation):
     if not _library.uses_kernel("fused_mlp_bwd", x.device):
         return _backward_formula(dy, x, u, w_up, w_down, activation)
-    du, dx = torch.empty_like(u), x.new_empty(x.shape)
-    # The kernel adds to them, in an order that varies: deterministic algorithms make these two products again.
     dw_up, dw_down = (torch.zeros_like(w, dtype=torch.float32) for w in (w_up, w_down))
-    tensors = [t.contiguous() for t in (dy, x, u, w_up, w_down)]
-    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(*tensors, activation, du, dx, dw_up, dw_down)
+    dx, du = _backward_kernel(dy, x, None, 1.0, u, w_up, w_down, activation, dw_up, dw_down)
     if torch.are_deterministic_algorithms_enabled():
+        # The kernel adds in an order that varies: these two products again.
         return dx, du.T @ x, dy.T @ activation_ref(u, ACTIVATIONS[activation])
     return dx, dw_up.to(w_up.dtype), dw_down.to(w_down.dtype)
 
@@ -86,6 +121,18 @@ def _bwd_input_cuda(dy, u, w_up, w_down, activation):
     tensors = [t.contiguous() for t in (dy, u, w_up, w_down)]
     torch.ops.pgolf_fast_sm90.fused_mlp_bwd_input(*tensors, activation, du, dx)
     return dx
+
+
+@torch.library.impl(library, "norm_mlp_fwd", "CUDA")
+def _norm_fwd_cuda(x, *arguments):
+    return (_forward_kernel if _library.uses_kernel("fused_mlp_fwd", x.device) else _norm_forward_formula)(x, *arguments)
+
+
+@torch.library.impl(library, "norm_mlp_bwd", "CUDA")
+def _norm_bwd_cuda(dy, *arguments):
+    if not _library.uses_kernel("fused_mlp_bwd", dy.device):
+        return _norm_backward_formula(dy, *arguments)
+    return _backward_kernel(dy, *arguments)[0]
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_fwd")
@@ -101,6 +148,16 @@ def _bwd_fake(dy, x, u, w_up, w_down, activation):
 @torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_bwd_input")
 def _bwd_input_fake(dy, u, w_up, w_down, activation):
     return dy.new_empty(dy.shape[0], w_up.shape[1])
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::norm_mlp_fwd")
+def _norm_fwd_fake(x, rstd, scale, residual, w_up, w_down, activation):
+    return _fwd_fake(x, w_up, w_down, activation)
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::norm_mlp_bwd")
+def _norm_bwd_fake(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+    return x.new_empty(x.shape)
 
 
 def _save(ctx, inputs, output):

@@ -36,16 +36,19 @@ def mix_norm_ref(tensors, coefficients=None, rows=None, norm_scale=1.0):
 library.define(
     "mix_norm_fwd(Tensor[] tensors, Tensor? coefficients, int[] rows, float? norm_scale) -> (Tensor mixed, Tensor normed, Tensor rstd)"
 )
+# rstd alone, of a tensor that a product will normalise as it multiplies.
+library.define("row_rstd(Tensor x) -> Tensor")
 
 # d_mixed, d_normed  [.., C], at least one of them
 # mixed              the forward's (its tensor, where it had one without coefficients); read only with d_normed and without tensors
 # rstd               the forward's; read only with d_normed
 # tensors            the forward's if the coefficients' gradient is wanted (the mix is then made again); otherwise an empty list
+# norm_scale         none: d_normed has been multiplied by norm_scale * rstd already
 # accumulate         one entry per coefficient row: [.., C] added before rounding, or none
 # Returns one gradient [.., C] per coefficient row, and d_coefficients [g, C], empty without tensors.
 library.define(
     "mix_norm_bwd(Tensor? d_mixed, Tensor? d_normed, Tensor? mixed, Tensor? rstd, Tensor[] tensors, Tensor? coefficients, int[] rows,"
-    " float norm_scale, Tensor?[] accumulate) -> (Tensor[] gradients, Tensor d_coefficients)"
+    " float? norm_scale, Tensor?[] accumulate) -> (Tensor[] gradients, Tensor d_coefficients)"
 )
 
 
@@ -67,7 +70,7 @@ def _forward_formula(tensors, coefficients, rows, norm_scale):
     if norm_scale is None:
         normed, rstd = empty, wide.new_empty(0)
     else:
-        rstd = torch.rsqrt(wide.square().mean(-1) + EPSILON)
+        rstd = _rstd_formula(wide)
         normed = (norm_scale * rstd[..., None] * wide).to(mixed.dtype)
     return empty if _is_own_mix(tensors, coefficients) else mixed, normed, rstd
 
@@ -78,8 +81,8 @@ def _backward_formula(d_mixed, d_normed, mixed, rstd, tensors, coefficients, row
     d = 0 if d_mixed is None else d_mixed.to(wide)
     if d_normed is not None:
         n = rstd[..., None] * (_mix(tensors, coefficients, rows) if tensors else mixed).to(wide)
-        dn = d_normed.to(wide)
-        d = d + norm_scale * rstd[..., None] * (dn - n * (n * dn).mean(-1, keepdim=True))
+        dn = d_normed.to(wide) * (1.0 if norm_scale is None else norm_scale * rstd[..., None])
+        d = d + dn - n * (n * dn).mean(-1, keepdim=True)
     gradients = []
     for r, incoming in enumerate(accumulate):
         gradient = d if coefficients is None else coefficients[r] * d
@@ -92,6 +95,11 @@ def _backward_formula(d_mixed, d_normed, mixed, rstd, tensors, coefficients, row
     return gradients, d_coefficients
 
 
+def _rstd_formula(x):
+    return torch.rsqrt(x.to(accumulation_dtype(x.dtype)).square().mean(-1) + EPSILON)
+
+
+library.impl("row_rstd", _rstd_formula, "CPU")
 library.impl("mix_norm_fwd", _forward_formula, "CPU")
 library.impl("mix_norm_bwd", _backward_formula, "CPU")
 
@@ -114,7 +122,8 @@ def _fwd_cuda(tensors, coefficients, rows, norm_scale):
     matrices = [_as_matrix(t) for t in tensors]
     m = matrices[0].shape[0]
     mixed = None if _is_own_mix(tensors, coefficients) else x.new_empty(m, KERNEL_WIDTH)
-    normed, rstd = (None, None) if norm_scale is None else (x.new_empty(m, KERNEL_WIDTH), x.new_empty(m, dtype=torch.float32))
+    rstd = None if norm_scale is None else x.new_empty(m, dtype=torch.float32)
+    normed = x.new_empty(m, KERNEL_WIDTH) if rstd is not None else None
     coefficients = None if coefficients is None else coefficients.contiguous()
     torch.ops.pgolf_fast_sm90.mix_norm_fwd(matrices, coefficients, rows, 1.0 if norm_scale is None else norm_scale, mixed, normed, rstd)
     return (
@@ -122,6 +131,15 @@ def _fwd_cuda(tensors, coefficients, rows, norm_scale):
         x.new_empty(0) if normed is None else normed.view(x.shape),
         x.new_empty(0, dtype=torch.float32) if rstd is None else rstd.view(x.shape[:-1]),
     )
+
+
+@torch.library.impl(library, "row_rstd", "CUDA")
+def _rstd_cuda(x):
+    if not _kernel_serves("mix_norm_fwd", x):
+        return _rstd_formula(x)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    torch.ops.pgolf_fast_sm90.mix_norm_fwd([_as_matrix(x)], None, [0], 1.0, None, None, rstd.view(-1))
+    return rstd
 
 
 @torch.library.impl(library, "mix_norm_bwd", "CUDA")
@@ -147,6 +165,11 @@ def _bwd_cuda(d_mixed, d_normed, mixed, rstd, tensors, coefficients, rows, norm_
     )  # fmt: skip
     empty = given.new_empty(0, dtype=torch.float32)
     return [g.view(given.shape) for g in gradients], empty if d_coefficients is None else d_coefficients
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::row_rstd")
+def _rstd_fake(x):
+    return x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::mix_norm_fwd")

@@ -77,6 +77,12 @@ library.define(
     " Tensor? cu_seqlens, int max_seqlen, bool xsa, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
 )
 
+# The same with the gradients side by side, dqkv [B, T, Hq + 2 Hk, D].
+library.define(
+    "xsa_attention_bwd_packed(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
+    " Tensor? cu_seqlens, int max_seqlen, bool xsa, float scale) -> (Tensor dqkv, Tensor dgate)"
+)
+
 
 @torch.library.impl(library, "xsa_attention_fwd", "CPU")
 def _fwd_cpu(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
@@ -125,6 +131,12 @@ def _bwd_cpu(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa
     return dq, dk, dv, dgate
 
 
+@torch.library.impl(library, "xsa_attention_bwd_packed", "CPU")
+def _bwd_packed_cpu(*arguments):
+    *gradients, dgate = _bwd_cpu(*arguments)
+    return torch.cat(gradients, dim=2), dgate
+
+
 # ---- CUDA: the kernels of csrc/kernels/xsa_attention_*.cu
 
 HEAD_DIM = 64
@@ -170,18 +182,31 @@ def _fwd_cuda(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
 
 @torch.library.impl(library, "xsa_attention_bwd", "CUDA")
 def _bwd_cuda(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    return *gradients, _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale)
+
+
+@torch.library.impl(library, "xsa_attention_bwd_packed", "CUDA")
+def _bwd_packed_cuda(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+    heads = [x.shape[2] for x in (q, k, v)]
+    dqkv = q.new_empty((*q.shape[:2], sum(heads), q.shape[3]))
+    return dqkv, _bwd_into(dqkv.split(heads, dim=2), grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale)
+
+
+def _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale):
+    """Writes the gradients of q, k and v, which may be strided, and returns the gate's."""
     q, k, v, cu_seqlens = _kernel_inputs(q, k, v, gate, cu_seqlens)
     grad_out = _kernel_rows(grad_out, "grad_out")
-    dq, dk, dv, dy = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, q))
+    dy = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if gate is not None else None
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     stats_width = -(-q.shape[1] // 4) * 4 + 4 * documents
     stats = torch.empty((q.shape[0] * q.shape[2], 2, stats_width), dtype=torch.float32, device=q.device)
     plan, plan_keys = (_plan_space(q, cu_seqlens, tokens) for tokens in (_queries_per_block(q, k), KEYS_PER_BLOCK))
     torch.ops.pgolf_fast_sm90.xsa_attention_bwd(
-        grad_out, q, k, v, gate, out, lse, own, cu_seqlens, dq, dk, dv, dgate, dy, stats, plan, plan_keys, xsa, scale
+        grad_out, q, k, v, gate, out, lse, own, cu_seqlens, *gradients, dgate, dy, stats, plan, plan_keys, xsa, scale
     )
-    return dq, dk, dv, dgate if dgate is not None else q.new_empty(0)
+    return dgate if dgate is not None else q.new_empty(0)
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::xsa_attention_fwd")
@@ -194,6 +219,12 @@ def _fwd_fake(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
 def _bwd_fake(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
     dgate = gate.new_empty(gate.shape) if gate is not None else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dgate
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::xsa_attention_bwd_packed")
+def _bwd_packed_fake(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+    dgate = gate.new_empty(gate.shape) if gate is not None else q.new_empty(0)
+    return q.new_empty((*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3])), dgate
 
 
 def _save(ctx, inputs, output):

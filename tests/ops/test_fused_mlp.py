@@ -74,6 +74,62 @@ def check_agreement(device, activation, shape):
         assert_within(o, p, t, name)
 
 
+SCALE = 0.7
+
+
+def normed(x, up, down, residual, dy, dx_residual, before):
+    """Result and gradients of the norm and the MLP together, the norm's by mix_norm; those of the weights are added to `before`."""
+    ops, sums = torch.ops.pgolf_fast, [b.clone() for b in before]
+    rstd = torch.rsqrt(x.to(before[0].dtype).square().mean(-1) + 2.0**-23)
+    y, u = ops.norm_mlp_fwd(x, rstd, SCALE, residual, up, down, 1)
+    scaled = ops.norm_mlp_bwd(dy, x, rstd, SCALE, u, up, down, 1, *sums)
+    (dx,), _ = ops.mix_norm_bwd(dx_residual, scaled, x, rstd, [], None, [], None, [None])
+    return y, dx, *sums
+
+
+def normed_by_autograd(x, up, down, residual, dy, dx_residual, before):
+    def function(x, up, down, activation):
+        return fused_mlp_ref(SCALE * torch.nn.functional.rms_norm(x, x.shape[-1:], eps=2.0**-23), up, down, activation)
+
+    y, dx, dw_up, dw_down = gradients(function, [x, up, down], dy, "leaky_relu2")
+    return y if residual is None else residual + y, dx_residual + dx, before[0] + dw_up, before[1] + dw_down
+
+
+def draw_normed(m, d, h, d_out, device="cpu", dtype=torch.bfloat16, with_residual=True):
+    wide = torch.promote_types(dtype, torch.float32)
+    residual, dy, dx_residual = (torch.randn(m, width).to(device, dtype) for width in (d_out, d_out, d))
+    before = [torch.randn(h, d).to(device, wide), torch.randn(d_out, h).to(device, wide)]
+    return *draw(m, d, h, d_out, device, dtype), residual if with_residual else None, dy, dx_residual, before
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_normed_definition(with_residual):
+    inputs = draw_normed(5, 7, 11, 3, dtype=torch.float64, with_residual=with_residual)
+    for found, expected in zip(normed(*inputs), normed_by_autograd(*inputs)):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES[:5], pytest.param(SHAPES[6], marks=pytest.mark.cuda)], ids=str)
+def test_normed_agrees(device, shape, with_residual):
+    inputs = draw_normed(*shape, device, with_residual=with_residual)
+
+    def wide(t):
+        return t if t is None else [wide(b) for b in t] if isinstance(t, list) else t.double().cpu()
+
+    ours, peer, truth = normed(*inputs), normed_by_autograd(*inputs), normed_by_autograd(*(wide(t) for t in inputs))
+    for name, o, p, t in zip(("y", "dx", "dw_up", "dw_down"), ours, peer, truth):
+        assert_within(o, p, t, name, floor=1e-6)
+
+
+def test_normed_registration(device):
+    x, up, down, residual, dy, dx_residual, before = draw_normed(16, 8, 16, 8, device)
+    ops, rstd = torch.ops.pgolf_fast, torch.ones(16, device=device)
+    torch.library.opcheck(ops.norm_mlp_fwd.default, (x, rstd, SCALE, residual, up, down, 1))
+    _, u = ops.norm_mlp_fwd(x, rstd, SCALE, None, up, down, 1)
+    torch.library.opcheck(ops.norm_mlp_bwd.default, (dy, x, rstd, SCALE, u, up, down, 1, *before))
+
+
 def test_leading_dimensions_and_empty_batch(device):
     _, up, down = draw(1, 8, 16, 8, device)
     assert fused_mlp(torch.randn(2, 3, 8, device=device).bfloat16(), up, down).shape == (2, 3, 8)

@@ -270,6 +270,19 @@ def test_opcheck(device, gated):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_packed_gradients_are_the_same_side_by_side(device, gated):
+    q, k, v, gate, cu_seqlens, grad = inputs([20, 0, 50], gate=torch.float32 if gated else None, device=device)
+    ops = torch.ops.pgolf_fast
+    forward = ops.xsa_attention_fwd(q, k, v, gate, cu_seqlens, 50, True, 0.125)
+    arguments = (grad, q, k, v, gate, *forward, cu_seqlens, 50, True, 0.125)
+    *apart, dgate = ops.xsa_attention_bwd(*arguments)
+    dqkv, same_dgate = ops.xsa_attention_bwd_packed(*arguments)
+    assert torch.equal(dqkv, torch.cat(apart, dim=2)) and torch.equal(dgate, same_dgate)
+    torch.library.opcheck(ops.xsa_attention_bwd_packed, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_fullgraph_compile(device):
     case = inputs([20, 0, 50], gate=torch.float32, device=device)
     expected = outcome(xsa_attention, *case)

@@ -20,7 +20,12 @@
 //     kBlockN                     192 or 256
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
-//     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value
+//     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value. With 192 columns
+//                                 the auxiliary tile comes through the staging area; with 256 the threads load it themselves
+//     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with all its
+//                                 accumulators before they are staged
+//     kRowSums, row_term()        what a stored pair and its auxiliary pair add to a sum per row and column tile, in Arguments::row_sums
+//                                 [column tiles, m]
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
 //                                 tiles is then cut into one equal share per cluster, so that a few tiles with a long K
 //                                 (a weight gradient) keep every multiprocessor busy; the order of the additions varies.
@@ -44,13 +49,14 @@ enum Output { kStoreBf16, kAddFp32, kAddFp32Transposed };
 template <class Op>
 struct Layout {
     static_assert(Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
-    static_assert(!Op::kHasAux || Op::kBlockN == 192, "the auxiliary tile is staged whole");
+    static_assert(!Op::kRowSums || Op::kBlockN == 192, "summed over one pass");
     static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
     static constexpr int kStageABytes = kBlockM * kBlockK * 2;
     static constexpr int kStageBytes = kStageABytes + Op::kBlockN * kBlockK * 2;
     static constexpr bool kStaged = Op::kOutput == kStoreBf16;
     static constexpr bool kOverlapped = kStaged && Op::kBlockN == 192;  // results of a tile under the products of the next
     static_assert(!kOverlapped || !Op::kTransformA, "no registers left for it");
+    static constexpr bool kAuxStaged = Op::kHasAux && kOverlapped, kAuxLoaded = Op::kHasAux && !kOverlapped;
     static constexpr int kPasses = Op::kBlockN == 256 ? 2 : 1;
     static constexpr int kPassBlocks = kStaged ? kColumnBlocks / kPasses : 0;  // column blocks staged at a time, per warpgroup
     // Both together are what 384 threads start with, 168 each.
@@ -62,10 +68,22 @@ struct Layout {
 struct Maps {
     CUtensorMap a, b, c, aux;
     float* c_fp32;  // where the output is added to, contiguous rows
+    const __nv_bfloat16* aux_rows;  // for threads that load it
 };
 
 struct Shape {
     int m, n, k;
+};
+
+// What an Op inherits and replaces where it does more.
+struct PlainOp {
+    static constexpr bool kTransformA = false, kHasAux = false, kRowSums = false;
+    struct Arguments {};
+    struct Fetched {};
+    static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int) { return {}; }
+    template <int kCount>
+    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[kCount], int, int, int) {}
+    static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t) { return ptx::pack_bf16(low, high); }
 };
 
 // A tile of the cluster pair, and the k blocks of it to sum.
@@ -195,12 +213,12 @@ __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, ui
                                                n0 + block * kColumnBlock, kb * kBlockK + rank * half, 3);
             }
             // The auxiliary tile of the tile before, whose result is due under this one; the ring is fed first.
-            if (Op::kHasAux && kb == min(kStages, work.k_end) - 1 && has_before) load_aux(before);
+            if (L::kAuxStaged && kb == min(kStages, work.k_end) - 1 && has_before) load_aux(before);
         }
         before = work;
         has_before = true;
     }
-    if (Op::kHasAux && has_before) load_aux(before);
+    if (L::kAuxStaged && has_before) load_aux(before);
 }
 
 // Adds a warpgroup's accumulators to float32 C. `row`, `column`: of this thread's first element.
@@ -228,6 +246,7 @@ struct Consumer {
 
     const Maps& maps;
     const Shape& shape;
+    const typename Op::Arguments& arguments;
     uint8_t* stages;
     uint8_t* staging;  // this warpgroup's
     Barriers& bars;
@@ -235,11 +254,13 @@ struct Consumer {
     const uint32_t lane_row, lane_chunk;  // row and 16-byte column chunk that this lane addresses in a 16 x 16 block
     Ring ring;
     int unreleased = -1;  // the stage that the newest product but one reads
+    float row_sums[2];
     uint32_t aux_parity = 0;
 
     // `group` is broadcast, so that the compiler keeps descriptors in uniform registers.
-    __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging, Barriers& bars)
-        : maps(maps), shape(shape), stages(stages), bars(bars), group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
+    __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, const typename Op::Arguments& arguments, uint8_t* stages,
+                                        uint8_t* staging, Barriers& bars)
+        : maps(maps), shape(shape), arguments(arguments), stages(stages), bars(bars), group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
           warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), lane_row(warp * 16 + (lane / 8 % 2) * 8 + lane % 8), lane_chunk(lane / 16) {
         this->staging = staging + group * L::kPassBlocks * kStagingBlockBytes;
     }
@@ -299,29 +320,67 @@ struct Consumer {
     __device__ __forceinline__ void offer_staging() {
         if (leads()) {
             ptx::bulk_wait_read<0>();
-            if constexpr (Op::kHasAux) ptx::mbarrier_arrive(&bars.aux_empty);
+            if constexpr (L::kAuxStaged) ptx::mbarrier_arrive(&bars.aux_empty);
         }
     }
     // ... and may be written by all its threads.
     __device__ __forceinline__ void await_staging() {
-        if constexpr (Op::kHasAux) {
+        if constexpr (L::kAuxStaged) {
             ptx::mbarrier_wait(&bars.aux_full, aux_parity);
             aux_parity ^= 1;
         } else {
             ptx::named_sync(1 + group, 128);
         }
     }
+    __device__ __forceinline__ int row_of(const Work& work) const { return work.m0 + group * 64 + warp * 16 + lane / 4; }
+    __device__ __forceinline__ typename Op::Fetched fetch(const Work& work) const { return Op::fetch(arguments, row_of(work), shape.m); }
+    // All accumulators of a tile are final.
+    __device__ __forceinline__ void finish(float (&acc)[kAccumulators], const Work& work, const typename Op::Fetched& fetched) {
+        Op::finish(arguments, fetched, acc, row_of(work), work.n0, shape.m);
+        if constexpr (Op::kRowSums) row_sums[0] = row_sums[1] = 0.f;
+    }
+    // Auxiliary pairs at the places of the accumulators of 16 columns; what lies outside stays as it is, and will not be stored.
+    using AuxPairs = uint32_t[4];
+    __device__ __forceinline__ void load_aux(AuxPairs& aux, const Work& work, int pass, int i) const {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const int m = row_of(work) + r % 2 * 8, n = work.n0 + (pass * kChunks + i) * 16 + r / 2 * 8;
+            if (m < shape.m && n < shape.n)
+                aux[r] = __ldg(reinterpret_cast<const unsigned*>(maps.aux_rows + (int64_t(m) * shape.n + n + lane % 4 * 2)));
+        }
+    }
+
     // Result of 16 columns, into the staging area.
     __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i) {
-        const uint32_t address = ptx::smem_u32(staging) + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
+        AuxPairs aux = {};
+        if constexpr (L::kAuxStaged) ptx::ldmatrix_x4(chunk_address(i), aux[0], aux[1], aux[2], aux[3]);
+        stage_chunk(acc, pass, i, aux);
+    }
+    __device__ __forceinline__ uint32_t chunk_address(int i) const {
+        return ptx::smem_u32(staging) + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
+    }
+    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i, const AuxPairs& aux) {
         const int j = 8 * (pass * kChunks + i);
-        uint32_t aux[4] = {}, out[4];
-        if constexpr (Op::kHasAux) ptx::ldmatrix_x4(address, aux[0], aux[1], aux[2], aux[3]);
+        uint32_t out[4];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) out[r] = Op::result(acc[j + 2 * r], acc[j + 2 * r + 1], aux[r]);
-        ptx::stmatrix_x4(address, out[0], out[1], out[2], out[3]);
+        for (int r = 0; r < 4; ++r) {
+            out[r] = Op::result(acc[j + 2 * r], acc[j + 2 * r + 1], aux[r]);
+            if constexpr (Op::kRowSums) row_sums[r % 2] += Op::row_term(out[r], aux[r]);
+        }
+        ptx::stmatrix_x4(chunk_address(i), out[0], out[1], out[2], out[3]);
+    }
+    __device__ __forceinline__ void store_row_sums(const Work& work) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float sum = row_sums[r];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const int row = row_of(work) + 8 * r;
+            if (lane % 4 == 0 && row < shape.m) arguments.row_sums[int64_t(work.n0 / Op::kBlockN) * shape.m + row] = sum;
+        }
     }
     __device__ __forceinline__ void store(const Work& work, int pass) {
+        if constexpr (Op::kRowSums) store_row_sums(work);
         ptx::fence_async_shared();
         ptx::named_sync(1 + group, 128);
         if (leads()) {
@@ -347,12 +406,21 @@ struct Consumer {
             release();
             unreleased = -1;
             if constexpr (L::kStaged) {
+                AuxPairs aux[kChunks] = {};
+                if constexpr (L::kAuxLoaded) {
+#pragma unroll
+                    for (int i = 0; i < kChunks; ++i) load_aux(aux[i], work, 0, i);
+                }
+                finish(acc, work, fetch(work));
 #pragma unroll
                 for (int pass = 0; pass < L::kPasses; ++pass) {
                     offer_staging();
                     await_staging();
 #pragma unroll
-                    for (int i = 0; i < kChunks; ++i) stage_chunk(acc, pass, i);
+                    for (int i = 0; i < kChunks; ++i) {
+                        stage_chunk(acc, pass, i, aux[i]);
+                        if (L::kAuxLoaded && pass + 1 < L::kPasses) load_aux(aux[i], work, pass + 1, i);
+                    }
                     store(work, pass);
                 }
             } else {
@@ -372,11 +440,13 @@ struct Consumer {
                                                     const Work& before) {
         constexpr int kTaken = 4, kStored = kLeastKBlocks, kChunksPerStep = kChunks / (kStored - kTaken);
         uint32_t unused[4][4];
+        const typename Op::Fetched fetched = fetch(before);
         multiply(acc, unused, false);
         wgmma::pin(finished);  // its last product is done: the wait was for all but the newest
         offer_staging();
 #pragma unroll
         for (int i = 1; i < kTaken; ++i) multiply(acc, unused, true);
+        finish(finished, before, fetched);
         await_staging();
 #pragma unroll
         for (int i = kTaken; i < kStored; ++i) {
@@ -392,6 +462,7 @@ struct Consumer {
         wgmma::pin(acc);
         release();
         offer_staging();
+        finish(acc, work, fetch(work));
         await_staging();
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) stage_chunk(acc, 0, i);
@@ -424,7 +495,7 @@ struct Consumer {
 
 template <class Op>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ Maps maps, const Shape shape) {
+    gemm_kernel(const __grid_constant__ Maps maps, const Shape shape, const __grid_constant__ typename Op::Arguments arguments) {
     extern __shared__ uint8_t raw[];
     // NOTE: 1024-aligned in the shared window, which is the same in both CTAs of the cluster.
     uint8_t* stages = raw + (1024 - ptx::smem_u32(raw) % 1024) % 1024;
@@ -445,7 +516,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
         if (threadIdx.x / 32 == kConsumers * 4 && ptx::elect_one()) produce<Op>(maps, shape, stages, staging, bars);
     } else {
         ptx::registers_increase<Layout<Op>::kConsumerRegisters>();
-        Consumer<Op>(maps, shape, stages, staging, bars).run();
+        Consumer<Op>(maps, shape, arguments, stages, staging, bars).run();
     }
     // A CTA stays while its neighbour may still write into it or signal it.
     ptx::cluster_sync();
@@ -458,7 +529,8 @@ inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int6
 
 // A, B as their majors say; C [m, n] bf16, or float32 [m, n] or [n, m] that is added to; aux [m, n]; all with contiguous rows.
 template <class Op>
-cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream) {
+cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream,
+                   const typename Op::Arguments& arguments = {}) {
     if (shape.m == 0 || shape.k == 0) return cudaSuccess;
     constexpr int kSharedBytes = Layout<Op>::kSharedBytes;
     Maps maps{};
@@ -469,7 +541,8 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
         status = Op::kBMajor == wgmma::kMajorK ? map_2d(&maps.b, b, shape.n, shape.k, shape.k, Op::kBlockN / kCluster)
                                                : map_2d(&maps.b, b, shape.k, shape.n, shape.n, kBlockK / kCluster);
     if (status == cudaSuccess && Layout<Op>::kStaged) status = map_2d(&maps.c, c, shape.m, shape.n, shape.n, 64);
-    if (status == cudaSuccess && Op::kHasAux) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
+    maps.aux_rows = static_cast<const __nv_bfloat16*>(aux);
+    if (status == cudaSuccess && Layout<Op>::kAuxStaged) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
     int device = 0, sms = 0;
     if (status == cudaSuccess) status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
@@ -480,7 +553,7 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
         const int64_t pairs = int64_t((shape.m + kCluster * kBlockM - 1) / (kCluster * kBlockM)) * ((shape.n + Op::kBlockN - 1) / Op::kBlockN);
         clusters = int(pairs < clusters ? pairs : clusters);
     }
-    gemm_kernel<Op><<<kCluster * clusters, kThreads, kSharedBytes, stream>>>(maps, shape);
+    gemm_kernel<Op><<<kCluster * clusters, kThreads, kSharedBytes, stream>>>(maps, shape, arguments);
     return cudaGetLastError();
 }
 

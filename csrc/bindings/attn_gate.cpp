@@ -1,0 +1,57 @@
+#include "kernels/attn_gate.h"
+
+#include "bindings/checks.h"
+
+namespace pgolf {
+namespace {
+
+__nv_bfloat16* matrix(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {
+    check(t, argument, ScalarType::BFloat16, {rows, columns});
+    check_contiguous(t, argument);
+    check_aligned(t, argument);
+    return static_cast<__nv_bfloat16*>(t.data_ptr());
+}
+
+AttnGateParams params(const Tensor& n, const Tensor& weight, double scale, const Tensor& gate) {
+    AttnGateParams p{};
+    const int64_t m = n.size(0), channels = n.size(1), window = weight.size(1);
+    STD_TORCH_CHECK(m <= INT32_MAX, "n: more than 2^31 rows");
+    STD_TORCH_CHECK(window <= kGateMaxWindow && channels >= kGateMaxWindow && channels % 8 == 0, "n, weight: the kernel takes a window of up to ",
+                    kGateMaxWindow, " of at least as many channels, a multiple of 8");
+    p.m = int(m), p.channels = int(channels), p.window = int(window), p.scale = float(scale);
+    p.n = matrix(n, "n", m, channels);
+    p.gate = matrix(gate, "gate", m, kGateHeads);
+    check(weight, "weight", ScalarType::Float, {kGateHeads, window});
+    check_contiguous(weight, "weight");
+    p.weight = static_cast<const float*>(weight.data_ptr());
+    return p;
+}
+
+void fwd(Tensor n, Tensor weight, double scale, Tensor gate) {
+    const AttnGateParams p = params(n, weight, scale, gate);
+    OnDeviceOf here(n);
+    check_launch(attn_gate_fwd(p, here.stream), "attn_gate_fwd");
+}
+
+void bwd(Tensor dgate, Tensor gate, Tensor n, Tensor weight, double scale, Tensor dn, Tensor dweight) {
+    AttnGateParams p = params(n, weight, scale, gate);
+    p.dgate = matrix(dgate, "dgate", p.m, kGateHeads);
+    p.dn = matrix(dn, "dn", p.m, p.channels);
+    check(dweight, "dweight", ScalarType::Float, {kGateHeads, p.window});
+    check_contiguous(dweight, "dweight");
+    p.dweight = static_cast<float*>(dweight.data_ptr());
+    OnDeviceOf here(n);
+    check_launch(attn_gate_bwd(p, here.stream), "attn_gate_bwd");
+}
+
+}  // namespace
+}  // namespace pgolf
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
+    m.def("attn_gate_fwd(Tensor n, Tensor weight, float scale, Tensor(a!) gate) -> ()");
+    m.def("attn_gate_bwd(Tensor dgate, Tensor gate, Tensor n, Tensor weight, float scale, Tensor(a!) dn, Tensor(b!) dweight) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
+    m.impl("attn_gate_fwd", TORCH_BOX(&pgolf::fwd));
+    m.impl("attn_gate_bwd", TORCH_BOX(&pgolf::bwd));
+}

@@ -1,0 +1,77 @@
+#include "kernels/products.h"
+
+#include "kernels/common/gemm.cuh"
+
+namespace pgolf {
+namespace {
+
+using wgmma::kMajorK;
+using wgmma::kMajorMN;
+
+constexpr float kEpsilon = 1.1920928955078125e-7f;  // 2^-23, RMS_EPSILON of the model
+
+// 192 columns: with the K of a layer's width, the result of a tile must be stored under the products of the next.
+struct Forward : gemm::PlainOp {
+    static constexpr int kBlockN = 192, kAMajor = kMajorK, kBMajor = kMajorK;
+    static constexpr gemm::Output kOutput = gemm::kStoreBf16;
+};
+
+struct ForwardResidual : Forward {
+    static constexpr bool kHasAux = true;
+    static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t residual) {
+        return ptx::pack_bf16(low + __uint_as_float(residual << 16), high + __uint_as_float(residual & 0xffff0000u));
+    }
+};
+
+struct ForwardResidualSquares : ForwardResidual {
+    static constexpr bool kRowSums = true;
+    struct Arguments {
+        float* row_sums;
+    };
+    static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int) { return {}; }
+    template <int kCount>
+    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[kCount], int, int, int) {}
+    static __device__ __forceinline__ float row_term(uint32_t sum, uint32_t) {
+        const float low = __uint_as_float(sum << 16), high = __uint_as_float(sum & 0xffff0000u);
+        return fmaf(low, low, high * high);
+    }
+};
+
+__global__ void row_rstd_kernel(const ProductParams p, int tiles) {
+    const int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= p.m) return;
+    float sum = 0.f;
+    for (int tile = 0; tile < tiles; ++tile) sum += p.row_squares[int64_t(tile) * p.m + row];
+    p.rstd[row] = rsqrtf(sum / float(p.n) + kEpsilon);
+}
+
+struct Backward : Forward {
+    static constexpr int kBMajor = kMajorMN;
+};
+
+struct Weight : Forward {
+    static constexpr int kBlockN = 256, kAMajor = kMajorMN, kBMajor = kMajorMN;
+    static constexpr gemm::Output kOutput = gemm::kAddFp32;
+};
+
+template <class Op>
+cudaError_t launch(const ProductParams& p, cudaStream_t stream) {
+    return gemm::launch<Op>(p.a, p.b, p.c, p.residual, {p.m, p.n, p.k}, stream);
+}
+
+}  // namespace
+
+cudaError_t product_forward(const ProductParams& p, cudaStream_t stream) {
+    if (p.rstd == nullptr) return p.residual != nullptr ? launch<ForwardResidual>(p, stream) : launch<Forward>(p, stream);
+    using Op = ForwardResidualSquares;
+    static_assert(product_column_tiles(Op::kBlockN) == 1 && product_column_tiles(Op::kBlockN + 1) == 2);
+    if (p.m == 0) return cudaSuccess;
+    const cudaError_t status = gemm::launch<Op>(p.a, p.b, p.c, p.residual, {p.m, p.n, p.k}, stream, {p.row_squares});
+    if (status != cudaSuccess) return status;
+    row_rstd_kernel<<<(p.m + 255) / 256, 256, 0, stream>>>(p, product_column_tiles(p.n));
+    return cudaGetLastError();
+}
+cudaError_t product_backward(const ProductParams& p, cudaStream_t stream) { return launch<Backward>(p, stream); }
+cudaError_t product_weight(const ProductParams& p, cudaStream_t stream) { return launch<Weight>(p, stream); }
+
+}  // namespace pgolf

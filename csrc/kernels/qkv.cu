@@ -1,0 +1,174 @@
+#include "kernels/qkv.h"
+
+#include "kernels/common/gemm.cuh"
+
+namespace pgolf {
+namespace {
+
+constexpr float kEpsilon = 1.1920928955078125e-7f;  // 2^-23, RMS_EPSILON of the model
+constexpr int kHalf = kQkvRotated / 2;
+
+__device__ __forceinline__ float2 unpack(uint32_t pair) { return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)}; }
+
+// ---- forward: a tile of 192 columns is three heads. A thread holds, of two rows, columns 8 j + 2 (lane % 4) and the next, so
+// dimensions i and i + 8 of a head are its own, and four neighbouring lanes hold a row of a head.
+
+struct QkvArguments {
+    const float* gain;
+    const __nv_bfloat16 *cos, *sin;
+    float* rstd;
+    int q_heads, normed_heads, positions;
+};
+
+struct Qkv : gemm::PlainOp {
+    static constexpr int kBlockN = 192, kAMajor = wgmma::kMajorK, kBMajor = wgmma::kMajorK;
+    static constexpr gemm::Output kOutput = gemm::kStoreBf16;
+    using Arguments = QkvArguments;
+
+    struct Fetched {
+        uint32_t cos[2], sin[2];  // of the two rows, pairs
+    };
+    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int) {
+        Fetched fetched;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int at = (row + 8 * r) % p.positions * kHalf + 2 * (threadIdx.x % 4);
+            fetched.cos[r] = __ldg(reinterpret_cast<const unsigned*>(p.cos + at));
+            fetched.sin[r] = __ldg(reinterpret_cast<const unsigned*>(p.sin + at));
+        }
+        return fetched;
+    }
+    // acc[4 j + 2 r] and the next: row `row + 8 r`, columns `n0 + 8 j + 2 (lane % 4)` and the next.
+    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[96], int row, int n0, int m) {
+        const int quad = threadIdx.x % 4;
+        const float2 cos[2] = {unpack(fetched.cos[0]), unpack(fetched.cos[1])}, sin[2] = {unpack(fetched.sin[0]), unpack(fetched.sin[1])};
+#pragma unroll
+        for (int h = 0; h < 3; ++h) {
+            const int head = n0 / kQkvHeadDim + h;
+            if (head >= p.normed_heads) return;
+            const float gain = head < p.q_heads ? __ldg(p.gain + head) : 1.f;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float sum = 0.f;
+#pragma unroll
+                for (int j = 8 * h; j < 8 * h + 8; ++j) {
+                    sum = fmaf(acc[4 * j + 2 * r], acc[4 * j + 2 * r], sum);
+                    sum = fmaf(acc[4 * j + 2 * r + 1], acc[4 * j + 2 * r + 1], sum);
+                }
+                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+                const float rstd = rsqrtf(sum * (1.f / kQkvHeadDim) + kEpsilon);
+                if (quad == 0 && row + 8 * r < m) p.rstd[int64_t(row + 8 * r) * p.normed_heads + head] = rstd;
+                const float factor = rstd * gain;
+#pragma unroll
+                for (int j = 8 * h; j < 8 * h + 8; ++j) acc[4 * j + 2 * r] *= factor, acc[4 * j + 2 * r + 1] *= factor;
+                const int a = 32 * h + 2 * r, b = a + 4;
+                const float a0 = acc[a], a1 = acc[a + 1];
+                acc[a] = a0 * cos[r].x + acc[b] * sin[r].x;
+                acc[a + 1] = a1 * cos[r].y + acc[b + 1] * sin[r].y;
+                acc[b] = acc[b] * cos[r].x - a0 * sin[r].x;
+                acc[b + 1] = acc[b + 1] * cos[r].y - a1 * sin[r].y;
+            }
+        }
+    }
+};
+
+// ---- backward: a warp per row, eight dimensions a lane, eight lanes a head, so four heads at a time.
+
+constexpr int kWarps = 8;
+constexpr int kMaxGroups = 8;  // of four heads
+
+__device__ __forceinline__ void unpack8(float (&x)[8], const uint4& packed) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack((&packed.x)[i]);
+        x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+    }
+}
+
+// kGroups: of four heads, the last perhaps not full.
+template <int kGroups>
+__global__ void __launch_bounds__(32 * kWarps) qkv_backward_kernel(const QkvBackwardParams p) {
+    __shared__ float s_dgain[4 * kMaxGroups];
+    if (threadIdx.x < 4 * kMaxGroups) s_dgain[threadIdx.x] = 0.f;
+    __syncthreads();
+    const int lane = threadIdx.x % 32, part = lane % 8;
+    const int heads = p.q_heads + 2 * p.kv_heads, normed_heads = p.q_heads + p.kv_heads;
+    float gain[kGroups], over_gain[kGroups], dgain[kGroups] = {};
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+        const int head = 4 * group + lane / 8;
+        gain[group] = head < p.q_heads ? p.gain[head] : 1.f;
+        over_gain[group] = gain[group] != 0.f ? 1.f / gain[group] : 0.f;
+    }
+    for (int row = blockIdx.x * kWarps + threadIdx.x / 32; row < p.m; row += gridDim.x * kWarps) {
+        const int64_t at = int64_t(row) * heads * kQkvHeadDim + 8 * lane;
+        uint4 d8[kGroups] = {}, x8[kGroups] = {};
+        float rstd[kGroups] = {};
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            const int head = 4 * group + lane / 8;
+            if (head >= normed_heads) continue;
+            d8[group] = *reinterpret_cast<const uint4*>(p.dqkv + at + 256 * group);
+            x8[group] = __ldg(reinterpret_cast<const uint4*>(p.qkv + at + 256 * group));
+            rstd[group] = __ldg(p.rstd + int64_t(row) * normed_heads + head);
+        }
+        float cos[8], sin[8];
+        const int position = row % p.positions;
+        unpack8(cos, __ldg(reinterpret_cast<const uint4*>(p.cos + position * kHalf)));
+        unpack8(sin, __ldg(reinterpret_cast<const uint4*>(p.sin + position * kHalf)));
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            float d[8], x[8], dot = 0.f;
+            unpack8(d, d8[group]);
+            unpack8(x, x8[group]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) dot = fmaf(d[j], x[j], dot);
+#pragma unroll
+            for (int offset = 4; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
+            dot *= over_gain[group];
+            dgain[group] += dot;
+            const float scale = rstd[group] * gain[group], along = -rstd[group] * dot * (1.f / kQkvHeadDim);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                d[j] = fmaf(scale, d[j], along * x[j]);
+                const float other = __shfl_xor_sync(0xffffffffu, d[j], 1);
+                if (part < 2) d[j] = fmaf(part == 0 ? -other : other, sin[j], d[j] * cos[j]);
+            }
+            if (4 * group + lane / 8 < normed_heads)
+                *reinterpret_cast<uint4*>(p.dqkv + at + 256 * group) = {ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]),
+                                                                        ptx::pack_bf16(d[4], d[5]), ptx::pack_bf16(d[6], d[7])};
+        }
+    }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group)
+        if (part == 0) atomicAdd(s_dgain + 4 * group + lane / 8, dgain[group]);
+    __syncthreads();
+    if (threadIdx.x < p.q_heads) atomicAdd(p.dgain + threadIdx.x, s_dgain[threadIdx.x]);
+}
+
+}  // namespace
+
+cudaError_t qkv_forward(const QkvForwardParams& p, cudaStream_t stream) {
+    const int normed_heads = p.q_heads + p.kv_heads;
+    const QkvArguments arguments{p.gain, p.cos, p.sin, p.rstd, p.q_heads, normed_heads, p.positions};
+    return gemm::launch<Qkv>(p.n, p.weight, p.qkv, nullptr, {p.m, (normed_heads + p.kv_heads) * kQkvHeadDim, p.width}, stream, arguments);
+}
+
+cudaError_t qkv_backward(const QkvBackwardParams& p, cudaStream_t stream) {
+    if (p.m == 0) return cudaSuccess;
+    using Kernel = void (*)(QkvBackwardParams);
+    constexpr Kernel kernels[kMaxGroups] = {qkv_backward_kernel<1>, qkv_backward_kernel<2>, qkv_backward_kernel<3>, qkv_backward_kernel<4>,
+                                            qkv_backward_kernel<5>, qkv_backward_kernel<6>, qkv_backward_kernel<7>, qkv_backward_kernel<8>};
+    const int groups = (p.q_heads + p.kv_heads + 3) / 4;
+    if (groups > kMaxGroups) return cudaErrorInvalidValue;
+    int device = 0, sms = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    if (status != cudaSuccess) return status;
+    const int ctas = min(4 * sms, (p.m + kWarps - 1) / kWarps);
+    kernels[groups - 1]<<<ctas, 32 * kWarps, 0, stream>>>(p);
+    return cudaGetLastError();
+}
+
+}  // namespace pgolf

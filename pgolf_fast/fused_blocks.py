@@ -1,0 +1,305 @@
+"""All visits of a model's blocks as one autograd node: forward and backward written out by hand over the ops.
+
+The forward leaves a tape, the backward reads it from its end. In between no gradient of an activation meets autograd, and
+the weights' gradients are summed over the visits in the accumulation dtype. The weights come packed (`Weights`), by
+differentiable torch code in model.py, which turns the sums of the packed gradients into those of the parameters.
+
+model.py states the same mathematics in plain torch; the tests hold the two against each other.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from pgolf_fast.ops import _library, attn_gate  # noqa: F401  defines its ops
+from pgolf_fast.ops._library import accumulation_dtype
+from pgolf_fast.ops.fused_mlp import ACTIVATIONS
+from pgolf_fast.ops.mix_norm import KERNEL_WIDTH as MIX_WIDTH
+from pgolf_fast.ops.products import add_weight_gradient, project, project_backward, project_residual_rstd
+from pgolf_fast.ops.qkv import kernel_fits as qkv_kernel_fits
+
+ops = torch.ops.pgolf_fast
+
+
+class Weights(NamedTuple):
+    """Computed with in the accumulation dtype; every field is an input of the node and receives a gradient. Absent parts are None."""
+
+    qkv: torch.Tensor  # [layers, C + 2 kv_dim, C]: queries, keys, values
+    gate: torch.Tensor | None  # [layers, heads, gate_window]
+    o: torch.Tensor  # [layers, C, C], rows times attn_scale
+    up: torch.Tensor  # [layers, hidden, C]
+    down: torch.Tensor  # [layers, C, hidden], rows times mlp_scale, columns times star_scale
+    shift: torch.Tensor | None  # [layers, C], added to the MLP's output
+    q_gain: torch.Tensor  # [layers, heads]
+    mix: torch.Tensor  # [visits, 3, C]: what of the stream, of x0 and of the skip enters the block
+    lane0: torch.Tensor | None  # [visits, 4, C]: what of lane 0, attention, MLP and skip leaves on lane 0
+    lane1: torch.Tensor | None  # [visits, 3, C]: what of lane 1, attention and MLP leaves on lane 1
+
+
+class Plan(NamedTuple):
+    """What the visits read beside weights and streams."""
+
+    visits: tuple
+    config: object  # ModelConfig
+    tokens: torch.Size  # (B, T)
+    cos: torch.Tensor  # [T, half]
+    sin: torch.Tensor
+    value_blocks: tuple[int, ...]  # the blocks whose values receive an embedding
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+
+    def norm_scale(self, block):
+        return 1 / math.sqrt(block + 1) if self.config.ln_scale else 1.0
+
+
+def serve(config, x) -> bool:
+    """Whether the kernels take this stream: chosen by device, dtype and widths, never by a failure."""
+    if torch.are_deterministic_algorithms_enabled():
+        return False  # the weights' gradients are added up in an order that varies
+    fits = x.is_cuda and x.dtype == torch.bfloat16 and x.numel() > 0 and config.hidden_dim % 8 == 0
+    fits = fits and config.model_dim == MIX_WIDTH and qkv_kernel_fits(config.head_dim, config.rope_dims)
+    return fits and _library.uses_kernel("product_forward", x.device)
+
+
+def run(plan, weights, x0, values):
+    """The stream after the last visit.  x0 [B, T, C]; values: one [B, T, kv_dim] for each of plan.value_blocks"""
+    x0, values = x0.flatten(0, 1), [v.flatten(0, 1) for v in values]
+    weights = Weights(*(None if w is None else w.to(accumulation_dtype(x0.dtype)) for w in weights))
+    if torch.is_grad_enabled():
+        out = _Blocks.apply(plan, x0, *weights, *values)
+    else:
+        out = _Forward(plan, weights, x0, values, tape=None).run()
+    return out.view(*plan.tokens, -1)
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, x0, *tensors):
+        weights, values = Weights(*tensors[: len(Weights._fields)]), tensors[len(Weights._fields) :]
+        tape = []
+        forward = _Forward(plan, weights, x0, values, tape)
+        out = forward.run()
+        ctx.plan, ctx.tape, ctx.operands = plan, tape, forward.operands
+        ctx.save_for_backward(*weights)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        weights = ctx.saved_tensors
+        if ctx.tape is None:
+            raise RuntimeError("the blocks' activations were freed by the first backward; run the forward again")
+        tape, ctx.tape = ctx.tape, None
+        backward = _Backward(ctx.plan, Weights(*weights), ctx.operands, tape)
+        dx0 = backward.run(dout)
+        return None, dx0, *backward.gradients, *(backward.dvalues.get(block) for block in ctx.plan.value_blocks)
+
+
+class Operands(NamedTuple):
+    """The matrices in the stream's dtype."""
+
+    qkv: tuple
+    o: tuple
+    up: tuple
+    down: tuple
+
+
+class Attended(NamedTuple):
+    n: torch.Tensor
+    qkv: torch.Tensor
+    rstd: torch.Tensor
+    gate: torch.Tensor | None
+    y: torch.Tensor
+    lse: torch.Tensor
+    own: torch.Tensor
+
+
+class Mix(NamedTuple):
+    """Of a sum of tensors, each times its row of coefficients, and of the norm of that sum. The backward makes the sum again."""
+
+    tensors: list[torch.Tensor]
+    rstd: torch.Tensor
+
+
+def _heads(packed, config, tokens):
+    """Queries, keys and values of a packed product, as views [B, T, H, D]."""
+    dim, kv = config.model_dim, config.kv_dim
+    rows = packed.view(*tokens, -1)
+    parts = rows[..., :dim], rows[..., dim : dim + kv], rows[..., dim + kv : dim + 2 * kv]
+    return [part.unflatten(-1, (-1, config.head_dim)) for part in parts]
+
+
+class _Forward:
+    def __init__(self, plan, weights, x0, values, tape):
+        self.plan, self.config, self.weights, self.x0, self.tape = plan, plan.config, weights, x0, tape
+        self.values = dict(zip(plan.value_blocks, values))
+        matrices = (weights.qkv, weights.o, weights.up, weights.down)
+        self.operands = Operands(*(w.to(x0.dtype).unbind(0) for w in matrices))
+
+    def keep(self, entry):
+        if self.tape is not None:
+            self.tape.append(entry)
+
+    def run(self):
+        stream, lane1, kept = self.x0, None, []
+        for i, visit in enumerate(self.plan.visits):
+            skip = kept.pop() if visit.skip is not None else None
+            if visit.two_lanes:
+                stream, lane1 = self.two_lanes(i, visit.block, stream, stream if lane1 is None else lane1, skip)
+            else:
+                stream = self.sequential(i, visit.block, stream, skip)
+            if visit.first_half:
+                kept.append(stream)
+        if lane1 is None:
+            return stream
+        _, mean, _ = _mix(torch.full_like(self.weights.mix[0, :2], 0.5), (stream, lane1))
+        return mean
+
+    def sequential(self, i, block, stream, skip):
+        scale = self.plan.norm_scale(block)
+        entered, x, n = _mix(self.weights.mix[i], (stream, self.x0, skip), scale)
+        attended = self.attend(block, n)
+        x1, rstd1 = project_residual_rstd(attended.y, self.operands.o[block], x)
+        x2, u = self.mlp(block, x1, rstd1, residual=x1)
+        self.keep((entered, attended, x1, rstd1, u))
+        return x2
+
+    def two_lanes(self, i, block, lane0, lane1, skip):
+        """Attention reads lane 0, the MLP lane 1; both write both."""
+        scale = self.plan.norm_scale(block)
+        entered, _, n = _mix(self.weights.mix[i], (lane0, self.x0, skip), scale)
+        attended = self.attend(block, n)
+        attention = project(attended.y, self.operands.o[block])
+        rstd1 = ops.row_rstd(lane1)
+        mlp, u = self.mlp(block, lane1, rstd1, residual=None)
+        left0, out0, _ = _mix(self.weights.lane0[i], (lane0, attention, mlp, skip))
+        left1, out1, _ = _mix(self.weights.lane1[i], (lane1, attention, mlp))
+        self.keep((entered, attended, lane1, rstd1, u, left0, left1))
+        return out0, out1
+
+    def attend(self, block, n):
+        config, plan = self.config, self.plan
+        qkv, rstd = ops.qkv_forward(n, self.operands.qkv[block], self.weights.q_gain[block], plan.cos, plan.sin, config.num_kv_heads)
+        q, k, v = _heads(qkv, config, plan.tokens)
+        if block in self.values:
+            v += self.values[block].view(v.shape)
+        gate = None
+        if config.attn_gate:
+            gate = ops.attn_gate_fwd(n, self.weights.gate[block], config.attn_gate_scale).view(*plan.tokens, -1)
+        y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, _is_xsa(config, block), config.head_dim**-0.5)
+        return Attended(n, qkv, rstd, gate, y.flatten(0, 1).flatten(1), lse, own)
+
+    def mlp(self, block, x, rstd, residual):
+        """Of the norm of x, plus the residual."""
+        up, down = self.operands.up[block], self.operands.down[block]
+        y, u = ops.norm_mlp_fwd(x, rstd, self.plan.norm_scale(block), residual, up, down, _activation(self.config))
+        if self.weights.shift is not None:
+            y += self.weights.shift[block].to(y.dtype)
+        return y, u
+
+
+class _Backward:
+    def __init__(self, plan, weights, operands, tape):
+        self.plan, self.config, self.weights, self.operands, self.tape = plan, plan.config, weights, operands, tape
+        self.gradients = Weights(*(None if w is None else torch.zeros_like(w) for w in weights))
+        self.dx0 = None
+        self.dvalues = {}
+
+    def run(self, dout):
+        """The gradient of x0."""
+        visits = self.plan.visits
+        dstream, dlane1, dkept = dout, None, []  # dkept: of streams kept for a skip, the first kept at the bottom
+        if visits[-1].two_lanes:
+            dstream = dlane1 = 0.5 * dout
+        for i, visit in reversed(list(enumerate(visits))):
+            was_kept = i > 0 and visits[i - 1].first_half
+            from_skip = dkept.pop() if was_kept and visit.skip is None else None
+            if visit.two_lanes:
+                dstream, dlane1, dskip = self.two_lanes(i, visit.block, dstream, dlane1)
+            else:
+                dstream, dskip = self.sequential(i, visit.block, dstream, from_skip)
+            if visit.skip is not None:
+                dkept.append(dskip)
+                from_skip = dkept.pop() if was_kept else None  # the skip of the visit just before
+                dstream = dstream if from_skip is None else dstream + from_skip
+            if visit.two_lanes and not visits[i - 1].two_lanes:
+                dstream, dlane1 = dstream + dlane1, None
+        return self.dx0 + dstream
+
+    def sequential(self, i, block, dx2, from_skip):
+        entered, attended, x1, rstd1, u = self.tape.pop()
+        dx1 = self.mlp(block, dx2, dx2, x1, rstd1, u)
+        dn = self.attend(block, dx1, attended)
+        return self.unmix_entered(i, block, entered, dx1, dn, from_skip, None)
+
+    def two_lanes(self, i, block, dlane0, dlane1):
+        entered, attended, lane1, rstd1, u, left0, left1 = self.tape.pop()
+        dlane0, dattention, dmlp, *dskip = self.unmix(i, "lane0", left0, dlane0)
+        dlane1, dattention, dmlp = self.unmix(i, "lane1", left1, dlane1, accumulate=[None, dattention, dmlp])
+        dlane1 = self.mlp(block, dmlp, dlane1, lane1, rstd1, u)
+        dn = self.attend(block, dattention, attended)
+        dlane0, dskip = self.unmix_entered(i, block, entered, None, dn, dlane0, *(dskip or [None]))
+        return dlane0, dlane1, dskip
+
+    def unmix_entered(self, i, block, entered, dmixed, dn, dstream, dskip):
+        """Gradients of the stream and of the skip, added to what they have already; that of x0 is added up over the visits."""
+        accumulate = [dstream, self.dx0, dskip][: len(entered.tensors)]
+        dstream, self.dx0, *dskip = self.unmix(i, "mix", entered, dmixed, dn, self.plan.norm_scale(block), accumulate)
+        return dstream, dskip[0] if dskip else None
+
+    def unmix(self, i, name, mix, dmixed, dn=None, scale=1.0, accumulate=None):
+        """Gradients of what was mixed, one for each coefficient row, and of the coefficients."""
+        rows = list(range(len(mix.tensors)))
+        coefficients = getattr(self.weights, name)[i, : len(rows)]
+        accumulate = accumulate or [None] * len(rows)
+        gradients, dcoefficients = ops.mix_norm_bwd(dmixed, dn, None, mix.rstd, mix.tensors, coefficients, rows, scale, accumulate)
+        getattr(self.gradients, name)[i, : len(rows)] = dcoefficients
+        return gradients
+
+    def attend(self, block, dx1, saved):
+        config, plan = self.config, self.plan
+        add_weight_gradient(self.gradients.o[block], dx1, saved.y)
+        q, k, v = _heads(saved.qkv, config, plan.tokens)
+        dy, y = (rows.view(q.shape) for rows in (project_backward(dx1, self.operands.o[block]), saved.y))
+        xsa, scale = _is_xsa(config, block), config.head_dim**-0.5
+        dqkv, dgate = ops.xsa_attention_bwd_packed(
+            dy, q, k, v, saved.gate, y, saved.lse, saved.own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
+        )
+        dqkv = dqkv.view_as(saved.qkv)
+        dv = dqkv[:, -config.kv_dim :]
+        ops.qkv_backward(dqkv, saved.qkv, saved.rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.gradients.q_gain[block])
+        if block in plan.value_blocks:
+            self.dvalues[block] = self.dvalues[block] + dv if block in self.dvalues else dv
+        add_weight_gradient(self.gradients.qkv[block], dqkv, saved.n)
+        dn = project_backward(dqkv, self.operands.qkv[block])
+        if config.attn_gate:
+            gate, dgate = saved.gate.flatten(0, 1), dgate.flatten(0, 1)
+            ops.attn_gate_bwd(dgate, gate, saved.n, self.weights.gate[block], config.attn_gate_scale, dn, self.gradients.gate[block])
+        return dn
+
+    def mlp(self, block, dy, dx, x, rstd, u):
+        """dx, the gradient that x has already, plus that through the norm and the MLP."""
+        if self.weights.shift is not None:
+            self.gradients.shift[block] += dy.sum(0, dtype=self.gradients.shift.dtype)
+        up, down = self.operands.up[block], self.operands.down[block]
+        sums = self.gradients.up[block], self.gradients.down[block]
+        scale, activation = self.plan.norm_scale(block), _activation(self.config)
+        scaled = ops.norm_mlp_bwd(dy, x, rstd, scale, u, up, down, activation, *sums)
+        (dx,), _ = ops.mix_norm_bwd(dx, scaled, x, rstd, [], None, [], None, [None])
+        return dx
+
+
+def _is_xsa(config, block):
+    return block >= config.num_layers - config.xsa_last_n
+
+
+def _activation(config):
+    # star_relu2 is relu2 between scaled weights (model.py).
+    return ACTIVATIONS.index("leaky_relu2" if config.activation == "leaky_relu2" else "relu2")
+
+
+def _mix(coefficients, tensors, norm_scale=None):
+    """Each tensor (but those that are None, at the end) times its row of coefficients, summed; and the norm of the sum if it has a scale."""
+    tensors = [t for t in tensors if t is not None]
+    mixed, normed, rstd = ops.mix_norm_fwd(tensors, coefficients[: len(tensors)], list(range(len(tensors))), norm_scale)
+    return Mix(tensors, rstd), mixed, normed
