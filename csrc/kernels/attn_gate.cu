@@ -1,5 +1,6 @@
 #include "kernels/attn_gate.h"
 
+#include "kernels/common/launch.h"
 #include "kernels/common/vector8.cuh"
 
 namespace pgolf {
@@ -89,11 +90,9 @@ cudaError_t attn_gate_fwd(const AttnGateParams& p, cudaStream_t stream) {
 
 cudaError_t attn_gate_bwd(const AttnGateParams& p, cudaStream_t stream) {
     if (p.m == 0) return cudaSuccess;
-    int device = 0, sms = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    if (status != cudaSuccess) return status;
-    attn_gate_bwd_kernel<<<min(4 * sms, (2 * p.m + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
+    int ctas = 0;
+    if (cudaError_t status = resident_ctas(attn_gate_bwd_kernel, kThreads, ctas); status != cudaSuccess) return status;
+    attn_gate_bwd_kernel<<<min(int64_t(ctas), (2 * int64_t(p.m) + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
     return cudaGetLastError();
 }
 

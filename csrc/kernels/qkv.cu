@@ -1,6 +1,8 @@
 #include "kernels/qkv.h"
 
 #include "kernels/common/gemm.cuh"
+#include "kernels/common/launch.h"
+#include "kernels/common/vector8.cuh"
 
 namespace pgolf {
 namespace {
@@ -78,14 +80,6 @@ struct Qkv : gemm::PlainOp {
 constexpr int kWarps = 8;
 constexpr int kMaxGroups = 8;  // of four heads
 
-__device__ __forceinline__ void unpack8(float (&x)[8], const uint4& packed) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack((&packed.x)[i]);
-        x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
-    }
-}
-
 // kGroups: of four heads, the last perhaps not full.
 template <int kGroups>
 __global__ void __launch_bounds__(32 * kWarps) qkv_backward_kernel(const QkvBackwardParams p) {
@@ -136,8 +130,7 @@ __global__ void __launch_bounds__(32 * kWarps) qkv_backward_kernel(const QkvBack
                 if (part < 2) d[j] = fmaf(part == 0 ? -other : other, sin[j], d[j] * cos[j]);
             }
             if (4 * group + lane / 8 < normed_heads)
-                *reinterpret_cast<uint4*>(p.dqkv + at + 256 * group) = {ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]),
-                                                                        ptx::pack_bf16(d[4], d[5]), ptx::pack_bf16(d[6], d[7])};
+                *reinterpret_cast<uint4*>(p.dqkv + at + 256 * group) = pack8(d);
         }
     }
 #pragma unroll
@@ -162,12 +155,9 @@ cudaError_t qkv_backward(const QkvBackwardParams& p, cudaStream_t stream) {
                                             qkv_backward_kernel<5>, qkv_backward_kernel<6>, qkv_backward_kernel<7>, qkv_backward_kernel<8>};
     const int groups = (p.q_heads + p.kv_heads + 3) / 4;
     if (groups > kMaxGroups) return cudaErrorInvalidValue;
-    int device = 0, sms = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    if (status != cudaSuccess) return status;
-    const int ctas = min(4 * sms, (p.m + kWarps - 1) / kWarps);
-    kernels[groups - 1]<<<ctas, 32 * kWarps, 0, stream>>>(p);
+    int ctas = 0;
+    if (cudaError_t status = resident_ctas(kernels[groups - 1], 32 * kWarps, ctas); status != cudaSuccess) return status;
+    kernels[groups - 1]<<<min(ctas, (p.m + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(p);
     return cudaGetLastError();
 }
 

@@ -8,7 +8,6 @@ from pgolf_fast.ops.int6_pack import pack_int6, unpack_int6
 from pgolf_fast.ops.linear_softcap_ce import linear_softcap_cross_entropy
 from pgolf_fast.ops.mix_norm import mix_norm
 from pgolf_fast.ops.orthogonalize import orthogonalize
-from pgolf_fast.ops.qk_norm_rope import qk_norm_rope
 from pgolf_fast.ops.softcap_ce import softcap_cross_entropy
 from pgolf_fast.ops.xsa_attention import xsa_attention
 
@@ -21,7 +20,6 @@ __all__ = [
     "mix_norm",
     "orthogonalize",
     "pack_int6",
-    "qk_norm_rope",
     "softcap_cross_entropy",
     "unpack_int6",
     "xsa_attention",
