@@ -1,7 +1,7 @@
 """Milliseconds of a whole training step, of one GPU's share (98,304 tokens) or of several GPUs.
 
-    python -m benchmarks.bench_train_step --recipe caseops-1934 --profile --save
-    python -m benchmarks.bench_train_step --recipe legal-ttt-691 --gpus 8 --save
+    pgolf bench step --profile --save
+    pgolf bench step --recipe legal-ttt-691 --gpus 8 --save
 
 The step is the trainer's own: forward, backward, collectives, update, averaged weights, from batches that lie on the device; the
 loader is not in it. Tokens follow Zipf's law, documents are log-normal. `--peer` adds the composite model under torch.compile with
@@ -13,12 +13,10 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +26,7 @@ from benchmarks import shapes
 from pgolf_fast import dist, recipe
 from pgolf_fast.commands.train import under_torchrun
 from pgolf_fast.data import Batch
+from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT
 from pgolf_fast.ops import _library
 from pgolf_fast.optim import Optimizer
@@ -189,7 +188,9 @@ def show(rows, console):
 
 def run(config: TrainStep, console: Console) -> list[dict]:
     if config.gpus > 1 and "LOCAL_RANK" not in os.environ:
-        under_torchrun(config.gpus, "benchmarks.bench_train_step")
+        under_torchrun(config.gpus)
+    if not torch.cuda.is_available():
+        raise UserError("bench step: no CUDA GPU is visible here")
     device = dist.start("cuda")
     launched_s = since_launch_s()
     rows = [row for name in config.recipe for row in measure(name, config, device)]
@@ -205,6 +206,3 @@ def run(config: TrainStep, console: Console) -> list[dict]:
     dist.stop()
     return rows
 
-
-if __name__ == "__main__":
-    run(tyro.cli(TrainStep, config=(tyro.conf.FlagCreatePairsOff,)), Console(width=None if sys.stdout.isatty() else 140))

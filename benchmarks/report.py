@@ -50,7 +50,33 @@ def parity_table(folder: Path = RESULTS) -> str:
     return "\n".join(lines) if len(lines) > 2 else "No parity run is stored yet."
 
 
-TABLES = {"parity": parity_table, "kernels": lambda: kernel_table(kernel_results())}
+# Milliseconds of the challenge's own scripts, unchanged but for a timer, on the same kind of machine (torch 2.11, FA3): recipe, visits and
+# GPUs to that. 8 H200: PR #414 for the SP1024 recipes, PR #1855 for CaseOps; one: PR #1855 with one GPU's share.
+PUBLISHED_STEP_MS = {("legal-ttt-691", 11, 8): 74.4, ("caseops-1934", 11, 8): 86.1, ("caseops-1934", 17, 8): 126.4,
+                     ("caseops-1934", 11, 1): 85.3, ("caseops-1934", 17, 1): 124.8}  # fmt: skip
+
+
+def step_table(folder: Path = RESULTS) -> str:
+    """Whole training steps, of one GPU's share or of several GPUs."""
+    lines = [
+        "| recipe | block visits | GPUs | ours, ms | published script, ms | ratio | M tokens/s | MFU | peak GiB | commit |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for path in sorted(folder.glob("train_step_*.json")):
+        run = json.loads(path.read_text())
+        for row in run["steps"]:
+            if row["contestant"] != "ours":
+                continue
+            published = PUBLISHED_STEP_MS.get((row["recipe"], row["visits"], row["gpus"]))
+            beside = f"{published} | {row['ms'] / published:.2f}" if published else "- | -"
+            lines.append(
+                f"| {row['recipe']} | {row['visits']} | {row['gpus']} | {row['ms']:.1f} | {beside} | {row['tokens_per_s'] / 1e6:.2f} "
+                f"| {row['mfu']:.1%} | {row['memory_gib']:.1f} | {run['environment']['commit']} |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "No step is stored yet."
+
+
+TABLES = {"steps": step_table, "parity": parity_table, "kernels": lambda: kernel_table(kernel_results())}
 
 
 def rewrite(text: str) -> str:

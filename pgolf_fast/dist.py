@@ -41,9 +41,12 @@ class _Done:
         pass
 
 
+DONE = _Done()
+
+
 def sum_(tensor):
     """Start adding up `tensor` over the ranks, in place; `wait()` on the result."""
-    return dist.all_reduce(tensor, async_op=True) if world_size() > 1 else _Done()
+    return dist.all_reduce(tensor, async_op=True) if world_size() > 1 else DONE
 
 
 def mean_(tensor):
@@ -62,7 +65,7 @@ def max_(tensor):
 def sum_shard(tensor):
     """Start adding up over the ranks, of which each receives its part along the first dimension: (part, what to wait on)."""
     if world_size() == 1:
-        return tensor, _Done()
+        return tensor, DONE
     shard = tensor.new_empty((tensor.shape[0] // world_size(), *tensor.shape[1:]))
     return shard, _reduce_scatter(shard, tensor, async_op=True)
 
@@ -70,7 +73,7 @@ def sum_shard(tensor):
 def gather(shard):
     """Start joining the ranks' parts along the first dimension: (whole, what to wait on)."""
     if world_size() == 1:
-        return shard, _Done()
+        return shard, DONE
     whole = shard.new_empty((shard.shape[0] * world_size(), *shard.shape[1:]))
     return whole, _all_gather(whole, shard.contiguous(), async_op=True)
 

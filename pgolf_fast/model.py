@@ -412,23 +412,24 @@ class GPT(nn.Module):
         x = F.embedding(tokens, self.tok_emb).to(self.stream_dtype)
         if self.config.bigram_buckets:
             pair = F.embedding(bigram_bucket(tokens, self.config.bigram_buckets), self.bigram_embed).to(x.dtype)
-            x = x + self.bigram_scale.to(x.dtype) * linear(pair, _matrix(self.bigram_proj, fake_quant))
+            x = (x + self.bigram_scale[None] * linear(pair, _matrix(self.bigram_proj, fake_quant))).to(x.dtype)
         carries = (tokens != BOS)[..., None].to(x.dtype) if self.config.smear_mask_bos else 1.0
         if self.config.smear == "token":
-            gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(linear(x[..., : self.config.gate_window], self.smear_gate))
-            return rms(x + carries * gate * previous_token(x))
+            gate = self.smear_lambda * torch.sigmoid(linear(x[..., : self.config.gate_window], self.smear_gate))
+            return rms((x + carries * gate * previous_token(x)).to(x.dtype))
         x = rms(x)
         if self.config.smear == "channel":
-            gate = torch.sigmoid(self.smear_gate.to(x.dtype))
-            x = (1 - gate) * x + carries * gate * previous_token(x)
+            gate = torch.sigmoid(self.smear_gate)
+            x = ((1 - gate) * x + carries * gate * previous_token(x)).to(x.dtype)
         return x
 
     def _value_embeddings(self, tokens, fake_quant):
         if not self.config.value_embed:
             return {}
         table = F.embedding(tokens, self.ve_embed).to(self.stream_dtype)
-        shared = self.ve_scale.to(table.dtype) * linear(table, _matrix(self.ve_proj, fake_quant))
-        return {layer: scale.to(shared.dtype) * shared for layer, scale in zip(self.config.ve_layers, self.ve_layer_scales.unbind(0))}
+        shared = linear(table, _matrix(self.ve_proj, fake_quant))
+        scales = self.ve_scale * self.ve_layer_scales
+        return {layer: (scale * shared).to(shared.dtype) for layer, scale in zip(self.config.ve_layers, scales.unbind(0))}
 
     def _rotary_for(self, tokens, max_seqlen):
         """Constant tables, made at the first forward of a shape."""
@@ -457,31 +458,32 @@ class GPT(nn.Module):
         return [Block(*row) for row in rows]
 
     def _merge(self, x, skip, weight, gate):
-        skip = weight.to(x.dtype) * skip
         if gate is None:
-            return x + skip
-        gate = torch.sigmoid(gate.to(x.dtype))
-        return gate * x + (1 - gate) * skip
+            return (x + weight * skip).to(x.dtype)
+        gate = torch.sigmoid(gate)
+        return (gate * x + (1 - gate) * weight * skip).to(x.dtype)
 
     def _normed(self, block, x):
         return rms(x) / math.sqrt(block.index + 1) if self.config.ln_scale else rms(x)
 
     def _remixed(self, block, x, context):
-        stream, embedded = block.resid_mix.to(x.dtype)
-        return stream * x + embedded * context.x0
+        stream, embedded = block.resid_mix
+        return (stream * x + embedded * context.x0).to(x.dtype)
 
     def _sequential(self, block, x, context):
         x = self._remixed(block, x, context)
-        x = x + block.attn_scale.to(x.dtype) * self._attention(block, self._normed(block, x), context)
-        return x + block.mlp_scale.to(x.dtype) * self._mlp(block, self._normed(block, x), context)
+        x = (x + block.attn_scale * self._attention(block, self._normed(block, x), context)).to(x.dtype)
+        return (x + block.mlp_scale * self._mlp(block, self._normed(block, x), context)).to(x.dtype)
 
     def _two_lanes(self, block, lane0, lane1, context):
         """Attention reads lane 0, the MLP lane 1; both write both."""
         attention = self._attention(block, self._normed(block, self._remixed(block, lane0, context)), context)
-        attention = block.attn_scale.to(lane0.dtype) * attention
-        mlp = block.mlp_scale.to(lane1.dtype) * self._mlp(block, self._normed(block, lane1), context)
-        resid, post = block.lane_resid.to(lane0.dtype), block.lane_post.to(lane0.dtype)
-        lane0, lane1 = (resid[i] * lane + post[0, i] * attention + post[1, i] * mlp for i, lane in enumerate((lane0, lane1)))
+        mlp = self._mlp(block, self._normed(block, lane1), context)
+        resid, post_attention, post_mlp = block.lane_resid[:, None], block.lane_post[0, :, None], block.lane_post[1, :, None]
+        post_attention, post_mlp = post_attention * block.attn_scale, post_mlp * block.mlp_scale
+        lane0, lane1 = (
+            (resid[i] * lane + post_attention[i] * attention + post_mlp[i] * mlp).to(lane.dtype) for i, lane in enumerate((lane0, lane1))
+        )
         return lane0, lane1
 
     def _attention(self, block, n, context):
@@ -492,7 +494,7 @@ class GPT(nn.Module):
         if block.index in context.values:
             v = v + context.values[block.index]
         v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))
-        q = block.q_gain.to(q.dtype)[:, None] * rotate(rms(q), context.cos, context.sin)
+        q = (block.q_gain[:, None] * rotate(rms(q), context.cos, context.sin)).to(q.dtype)
         k = rotate(rms(k), context.cos, context.sin)
         gate = None
         if config.attn_gate:

@@ -17,10 +17,10 @@ import torch
 from pgolf_fast import dist
 from pgolf_fast.errors import UserError
 from pgolf_fast.ops import orthogonalize
+from pgolf_fast.ops.optimizer_step import adam_apply_, gradient_norm, muon_apply_, muon_direction_
 from pgolf_fast.settings import setting
 from pgolf_fast.tensor_names import PUBLISHED_NAMES, is_per_block
 
-ROW_EPSILON = 1e-7  # least norm of a row that muon_row_normalize divides by
 CLIP_EPSILON = 1e-6  # added to the gradient's norm
 
 
@@ -89,13 +89,12 @@ def group_of(name, config) -> Group:
     return next(group for group in groups(config) if any(fnmatch.fnmatch(name, pattern) for pattern in group.patterns))
 
 
-def _lr_of_rows(name, param, group, config, num_layers):
-    """The group's learning rate; where the decoder has its own, a tensor with one entry per block."""
+def _rates(name, param, group, config, num_layers):
+    """The group's learning rate, [1]; where the decoder has its own, one for each entry of a tensor's first dimension."""
     if config.decoder_lr_mult == 1.0 or not is_per_block(name):
-        return group.lr
+        return torch.full((1,), group.lr, device=param.device)
     block = torch.arange(param.shape[0], device=param.device) % num_layers
-    lr = torch.where(block >= num_layers // 2, group.lr * config.decoder_lr_mult, group.lr)
-    return lr.view(-1, *[1] * (param.dim() - 1))
+    return torch.where(block >= num_layers // 2, group.lr * config.decoder_lr_mult, group.lr).float()
 
 
 def _wide(tensor):
@@ -117,73 +116,49 @@ def _wait(arrivals):
 class MuonBank:
     """A stack of matrices [n, rows, columns], of which each rank updates its share."""
 
-    def __init__(self, param, lr, weight_decay, config):
-        self.lr, self.weight_decay, self.config = lr, weight_decay, config
-        self.matrices = param.detach().view(-1, *param.shape[-2:])
+    def __init__(self, param, rates, weight_decay, config):
+        self.param, self.rates, self.weight_decay = param, rates, weight_decay
+        self.count = param[..., 0, 0].numel()
         ranks = dist.world_size()
-        padded = math.ceil(self.matrices.shape[0] / ranks) * ranks
+        padded = math.ceil(self.count / ranks) * ranks
         self.grad = torch.zeros((padded, *param.shape[-2:]), dtype=param.dtype, device=param.device)
-        param.grad = self.grad[: self.matrices.shape[0]].view(param.shape)
-        self.dtype = getattr(torch, config.muon_dtype)
-        self.momentum = torch.zeros((padded // ranks, *param.shape[-2:]), dtype=self.dtype, device=param.device)
+        param.grad = self.grad[: self.count].view(param.shape)
+        dtype = getattr(torch, config.muon_dtype)
+        self.momentum = torch.zeros((padded // ranks, *param.shape[-2:]), dtype=dtype, device=param.device)
         self.shape_factor = math.sqrt(max(1.0, param.shape[-2] / param.shape[-1]))
 
-    def reduce(self):
-        """Start averaging; each rank receives its own matrices."""
-        self.shard, arrival = dist.sum_shard(self.grad.to(self.dtype))
+    def reduce(self, scale):
+        """Start adding up `scale * grad`; each rank receives its own matrices. One rank takes its gradient as it is, unscaled."""
+        if dist.world_size() == 1:
+            self.shard, arrival = self.grad, dist.DONE
+        else:
+            self.shard, arrival = dist.sum_shard((scale * self.grad).to(self.momentum.dtype))
         return arrival
-
-    def direction(self, momentum):
-        """What is to be orthogonalised: Nesterov momentum, its rows normalised. Each line rounds once to `dtype`."""
-        decayed = (momentum * _wide(self.momentum)).to(self.dtype)
-        self.momentum.copy_(decayed + self.shard)
-        ahead = (self.shard + momentum * _wide(self.momentum)).to(self.dtype)
-        if not self.config.muon_row_normalize:
-            return ahead
-        norm = torch.linalg.vector_norm(_wide(ahead), dim=-1, keepdim=True)
-        return ahead / norm.clamp_min(ROW_EPSILON).to(self.dtype)
 
     def gather(self, update):
         """Start collecting every rank's orthogonal matrices."""
         self.update, arrival = dist.gather(update)
         return arrival
 
-    def apply(self, lr_factor):
-        lr = self.lr * lr_factor
-        update = self.update[: self.matrices.shape[0]].to(self.matrices.dtype)
-        self.matrices.mul_(1 - lr * self.weight_decay).sub_(lr * self.shape_factor * update)
-        self.shard = self.update = None
-
 
 class AdamTensor:
-    """Decoupled AdamW in float32; parameter and moments are rounded once to how they are stored."""
+    """What AdamW keeps of a parameter, stored as the parameter is."""
 
-    def __init__(self, param, grad, lr, weight_decay, config):
-        self.param, self.grad, self.lr, self.weight_decay, self.config = param, grad, lr, weight_decay, config
+    def __init__(self, param, grad, rates, weight_decay):
+        self.param, self.grad, self.rates, self.weight_decay = param, grad, rates, weight_decay
         param.grad = grad
         self.mean, self.square = torch.zeros_like(param.detach()), torch.zeros_like(param.detach())
 
-    def apply(self, lr_factor, step):
-        beta1, beta2 = self.config.beta1, self.config.beta2
-        grad = _wide(self.grad)
-        mean = beta1 * _wide(self.mean) + (1 - beta1) * grad
-        square = beta2 * _wide(self.square) + (1 - beta2) * grad.square()
-        self.mean.copy_(mean)
-        self.square.copy_(square)
-        lr = self.lr * lr_factor
-        unbiased = mean / (1 - beta1**step)
-        update = unbiased / ((square / (1 - beta2**step)).sqrt() + self.config.adam_eps)
-        self.param.detach().copy_(_wide(self.param.detach()) * (1 - lr * self.weight_decay) - lr * update)
-
 
 def _flat_gradients(params):
-    """One zeroed buffer per dtype for the gradients of `params`, and the part of each."""
+    """One zeroed buffer per dtype for the gradients of `params`, and the part of each, on 32 bytes or more."""
     flats, parts = [], {}
     for dtype in dict.fromkeys(p.dtype for p in params.values()):
         members = {name: p for name, p in params.items() if p.dtype == dtype}
-        flat = torch.zeros(sum(p.numel() for p in members.values()), dtype=dtype, device=next(iter(members.values())).device)
+        room = [math.ceil(p.numel() / 16) * 16 for p in members.values()]
+        flat = torch.zeros(sum(room), dtype=dtype, device=next(iter(members.values())).device)
         flats.append(flat)
-        parts |= {name: part.view(members[name].shape) for name, part in zip(members, flat.split([p.numel() for p in members.values()]))}
+        parts |= {name: part[: p.numel()].view(p.shape) for (name, p), part in zip(members.items(), flat.split(room))}
     return flats, parts
 
 
@@ -209,23 +184,25 @@ class Optimizer:
         self.adam_step = torch.zeros((), dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros((), device=device)  # of the last clipped gradient, before clipping
 
+        self.one = torch.ones((), device=device)
+
         self.banks, self.adam = {}, {}
         group = {name: group_of(name, config) for name in self.params}
         self.adam_grads, adam_grad = _flat_gradients({name: p for name, p in self.params.items() if group[name].algorithm == "adam"})
         for name, param in self.params.items():
-            lr = _lr_of_rows(name, param, group[name], config, model.config.num_layers)
+            rates = _rates(name, param, group[name], config, model.config.num_layers)
             if group[name].algorithm == "adam":
-                self.adam[name] = AdamTensor(param, adam_grad[name], lr, group[name].weight_decay, config)
+                self.adam[name] = AdamTensor(param, adam_grad[name], rates, group[name].weight_decay)
             elif group[name].algorithm == "muon":
                 if param.dim() < 2 or param.dtype == torch.bfloat16:
                     raise UserError(f"optim.muon_tensors: {name} {list(param.shape)} {param.dtype} is not a stack of float32 matrices")
-                self.banks[name] = MuonBank(param, lr, group[name].weight_decay, config)
+                self.banks[name] = MuonBank(param, rates, group[name].weight_decay, config)
             else:
                 param.requires_grad_(False)
         self.buffers = [bank.grad for bank in self.banks.values()] + self.adam_grads
         self.grads = {name: p.grad for name, p in self.params.items() if p.requires_grad}
         # Sums of clipped pieces, where several are clipped one by one on this rank.
-        apart = config.grad_clip_scope == "piece" and config.grad_clip_norm > 0 and num_micro_batches > 1
+        apart = self._clips("piece") and num_micro_batches > 1
         self.sums = [torch.zeros_like(buffer) for buffer in self.buffers] if apart else None
         self.ema = {name: _wide(torch.empty_like(p)) for name, p in self.params.items()} if config.ema else {}
         self.reset()
@@ -252,9 +229,8 @@ class Optimizer:
         """After each micro-batch's backward."""
         if any(self.params[name].grad is not grad for name, grad in self.grads.items()):
             raise RuntimeError("gradients were moved out of the optimizer's buffers: it clears them itself, do not call zero_grad()")
-        if self.config.grad_clip_scope == "piece" and self.config.grad_clip_norm > 0:
-            self._clip(self.buffers, self._square_sum(self.buffers))
         if self.sums is not None:
+            _scale_each(self.buffers, self._clip_factor(gradient_norm(self.buffers)))
             for total, buffer in zip(self.sums, self.buffers):
                 total.add_(buffer)
                 buffer.zero_()
@@ -265,42 +241,81 @@ class Optimizer:
             for buffer, total in zip(self.buffers, self.sums):
                 buffer.copy_(total)
                 total.zero_()
+        # What the gradients are multiplied by where they are next read.
+        scale = self.one
+        if self._clips("piece") and self.sums is None:
+            scale = self._clip_factor(gradient_norm(self.buffers))
         # Reduce, the large banks first.
-        banks = sorted(self.banks.values(), key=lambda bank: -bank.grad.numel())
-        _wait([bank.reduce() for bank in banks] + [dist.sum_(grad) for grad in self.adam_grads])
-        shards = [bank.shard for bank in banks]
-        parts = self.num_micro_batches * dist.world_size()
-        if parts > 1:
-            _scale_each(shards + self.adam_grads, 1 / parts)
-        if self.config.grad_clip_scope == "global" and self.config.grad_clip_norm > 0:
-            # This rank holds a share of the banks, and all of the rest.
-            square = self._square_sum(shards)
-            dist.sum_(square).wait()
-            self._clip(shards + self.adam_grads, square + self._square_sum(self.adam_grads))
+        banks = dict(sorted(self.banks.items(), key=lambda item: -item[1].grad.numel()))
+        if dist.world_size() > 1:
+            _scale_each(self.adam_grads, scale)
+        _wait([bank.reduce(scale) for bank in banks.values()] + [dist.sum_(grad) for grad in self.adam_grads])
+        shards = [bank.shard for bank in banks.values()]
+        scale = (self.one if dist.world_size() > 1 else scale) / (self.num_micro_batches * dist.world_size())
+        if self._clips("global"):
+            scale = scale * self._clip_factor(scale * self._norm_over_ranks(shards))
 
-        directions = [bank.direction(self.momentum) for bank in banks]
+        directions = muon_direction_(
+            shards, [bank.momentum for bank in banks.values()], scale, self.momentum, self.config.muon_row_normalize
+        )
         updates = orthogonalize(directions, self.config.muon_coefficients, self.config.muon_steps)
-        arrivals = [bank.gather(update) for bank, update in zip(banks, updates)]
+        arrivals = [bank.gather(update) for bank, update in zip(banks.values(), updates)]
         # Adam works while Muon's updates travel.
         self.adam_step += 1
-        for tensor in self.adam.values():
-            tensor.apply(self.lr_factor, self.adam_step)
+        self._apply_adam(scale)
         _wait(arrivals)
-        for bank in banks:
-            bank.apply(self.lr_factor)
-
-        for name, average in self.ema.items():
-            average.lerp_(_wide(self.params[name]), 1 - self.config.ema_decay)
+        self._apply_muon(banks)
         for buffer in self.buffers:
             buffer.zero_()
 
-    def _square_sum(self, tensors):
-        norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-        return torch.stack([torch.zeros_like(self.grad_norm), *norms]).square().sum()
+    def _apply_adam(self, scale):
+        members, config = self.adam.values(), self.config
+        adam_apply_(
+            [m.param.detach() for m in members],
+            [m.grad for m in members],
+            [m.mean for m in members],
+            [m.square for m in members],
+            [self.ema[name] for name in self.adam] if config.ema else [],
+            [m.rates for m in members],
+            [m.weight_decay for m in members],
+            scale,
+            self.lr_factor,
+            self.adam_step,
+            config.beta1,
+            config.beta2,
+            config.adam_eps,
+            config.ema_decay,
+        )
 
-    def _clip(self, gradients, square_sum):
-        self.grad_norm.copy_(square_sum.sqrt())
-        _scale_each(gradients, (self.config.grad_clip_norm / (self.grad_norm + CLIP_EPSILON)).clamp(max=1.0))
+    def _apply_muon(self, banks):
+        members = banks.values()
+        muon_apply_(
+            [m.param.detach() for m in members],
+            [m.update[: m.count].view(m.param.shape) for m in members],
+            [self.ema[name] for name in banks] if self.config.ema else [],
+            [m.rates for m in members],
+            [m.weight_decay for m in members],
+            [m.shape_factor for m in members],
+            self.lr_factor,
+            self.config.ema_decay,
+        )
+        for bank in members:
+            bank.shard = bank.update = None
+
+    def _clips(self, scope):
+        return self.config.grad_clip_scope == scope and self.config.grad_clip_norm > 0
+
+    def _clip_factor(self, norm):
+        self.grad_norm.copy_(norm)
+        return (self.config.grad_clip_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+
+    def _norm_over_ranks(self, shards):
+        """Of the reduced gradients: this rank holds a share of the banks, and all of the rest."""
+        if dist.world_size() == 1:
+            return gradient_norm(shards + self.adam_grads)
+        square = gradient_norm(shards).square() if shards else torch.zeros_like(self.one)
+        dist.sum_(square).wait()
+        return (square + gradient_norm(self.adam_grads).square()).sqrt()
 
     # -- final weights
 
@@ -344,7 +359,7 @@ class Optimizer:
         for name, bank in self.banks.items():
             whole, arrival = dist.gather(bank.momentum)
             arrival.wait()
-            state[f"muon.{name}.momentum"] = whole[: bank.matrices.shape[0]]
+            state[f"muon.{name}.momentum"] = whole[: bank.count]
         state |= {f"ema.{name}": average for name, average in self.ema.items()}
         state |= {f"swa.{name}": total for name, total in self.snapshots.items()}
         return state | {"swa.count": torch.tensor(self.num_snapshots)}

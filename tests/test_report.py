@@ -28,6 +28,15 @@ def test_parity_is_judged_against_the_nearest_seed(tmp_path):
     assert "| r | 25 | 4.840 | 4.862, 4.822 | +0.018 |" in report.parity_table(tmp_path)
 
 
+def test_steps_stand_beside_the_published_script_on_as_many_gpus(tmp_path):
+    row = {"recipe": "caseops-1934", "contestant": "ours", "visits": 11, "gpus": 1, "ms": 42.65, "tokens_per_s": 2.3e6, "mfu": 0.5, "memory_gib": 20.0}
+    rows = [row, row | {"gpus": 2}, row | {"contestant": "torch.compile", "ms": 99.9}]
+    (tmp_path / "train_step_1x.json").write_text(json.dumps({"environment": ENVIRONMENT, "steps": rows}))
+    table = report.step_table(tmp_path)
+    assert "| caseops-1934 | 11 | 1 | 42.6 | 85.3 | 0.50 | 2.30 | 50.0% | 20.0 | abc |" in table
+    assert "| caseops-1934 | 11 | 2 | 42.6 | - | - |" in table and "99.9" not in table
+
+
 def test_only_the_text_between_the_markers_changes(monkeypatch):
     monkeypatch.setattr(report, "TABLES", {"kernels": lambda: "new"})
     assert report.rewrite("a <!-- table:kernels -->\nold\n<!-- /table:kernels --> b") == "a <!-- table:kernels -->\nnew\n<!-- /table:kernels --> b"

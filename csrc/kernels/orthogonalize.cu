@@ -123,6 +123,7 @@ constexpr int kBoxBytes = kBox * kBox * 2;
 constexpr int kTileBytes = kTile * kTile * 2;
 constexpr int kSlotBytes = kTile * kBox * 2;  // one operand of one k block
 constexpr int kSlots = 10;
+constexpr int kInFlight = kSlots - 3;  // slots that may be on their way from memory; see load_operand
 constexpr int kTeams = 2;  // warpgroups that multiply
 constexpr int kLoader = kTeams * 4, kScheduler = kLoader + 1, kStorer = kLoader + 2;  // warps; one storer per team
 constexpr int kThreads = (kStorer + kTeams) * 32;
@@ -241,8 +242,13 @@ __device__ uint32_t prerequisite(const GroupMaps& group, const Task& task) {
 }
 
 // 128 rows (k-major) or columns (mn-major) of one k block, into the next slot.
+//
+// NOTE: a team does not look at the slots of the other team's operands, and a parity tells a phase from its neighbours only. A team
+// that waits for position p has seen p - 3 at least, or has its task from after the loads up to p - 3 were issued; so the load of
+// p - kSlots must be complete by then, or the slot's phase before it would pass for the one waited for.
 __device__ void load_operand(Shared& s, uint32_t& position, const CUtensorMap& map, bool k_major, int tile, int k, int matrix) {
     const uint32_t slot = position % kSlots;
+    if (position >= kInFlight) mbarrier_wait(&s.full[(position - kInFlight) % kSlots], (position - kInFlight) / kSlots & 1);
     mbarrier_wait(&s.empty[slot], ((position / kSlots) & 1) ^ 1);
     mbarrier_arrive_expect(&s.full[slot], kSlotBytes);
 #pragma unroll

@@ -1,4 +1,4 @@
-"""`pgolf bench`: each op beside its peers, in one process, after its tests."""
+"""`pgolf bench`: each op beside its peers, in one process, after its tests; `pgolf bench step`: whole training steps."""
 
 import dataclasses
 import importlib
@@ -21,7 +21,7 @@ class Bench:
     """Benchmark ops against their peers; speed is printed only after the op's tests pass."""
 
     ops: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Ops to run; all of them if none is named."""
+    """Ops to run; all of them if none is named. `step` alone: the whole training step of recipes."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the first GPU if there is one."""
     budget_s: float = 0.5
@@ -34,6 +34,14 @@ class Bench:
     """Write one JSON per op there, or to benchmarks/results with `--save`."""
     save: bool = False
     """Keep the results in benchmarks/results."""
+    recipe: tuple[str, ...] = ("legal-ttt-691", "caseops-1934")
+    """step: recipes, in turn."""
+    gpus: int = 0
+    """step: run on this many GPUs of this machine; 0: as launched."""
+    profile: bool = False
+    """step: add the table of kernels."""
+    peer: bool = False
+    """step: also time the composite model under torch.compile."""
     json: bool = False
     """Print the rows as JSON."""
 
@@ -68,6 +76,9 @@ def show_rows(rows: list[dict], ceilings, console: Console) -> None:
 
 def run(config: Bench, console: Console) -> tuple[dict, int]:
     benchmarks = _benchmarks()
+    if config.ops == ("step",):
+        step = importlib.import_module("benchmarks.bench_train_step")
+        return {"steps": step.run(step.TrainStep(config.recipe, config.gpus, profile=config.profile, peer=config.peer, save=config.save), console)}, 0
     known = benchmarks.op_names()
     for op in config.ops:
         if op not in known:

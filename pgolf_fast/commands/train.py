@@ -37,11 +37,11 @@ class Train:
     """Print the result as JSON."""
 
 
-def under_torchrun(gpus: int, module: str = "pgolf_fast") -> None:
+def under_torchrun(gpus: int) -> None:
     """Replaces this process by torchrun with the same arguments; its processes have a LOCAL_RANK and so do not come here again."""
     if gpus > torch.cuda.device_count():
         raise UserError(f"gpus: {gpus} asked for, {torch.cuda.device_count()} visible here")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "-m", module, *sys.argv[1:]]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "-m", "pgolf_fast", *sys.argv[1:]]
     os.execv(sys.executable, command)
 
 

@@ -161,6 +161,23 @@ def test_repeats_bitwise(device):
 
 
 @pytest.mark.cuda
+def test_repeats_bitwise_while_memory_is_busy():
+    """Loads arrive late and out of step then, which once let a warpgroup multiply by what a slot held before."""
+    matrices = [torch.randn(s, device="cuda").bfloat16() for s in ((22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048))]
+    first = orthogonalize(matrices)
+    source, target = torch.ones(2, 2**27, device="cuda").unbind(0)
+    copies = torch.cuda.Stream()
+    different = 0
+    for _ in range(30):
+        with torch.cuda.stream(copies):
+            for _ in range(40):
+                target.copy_(source)
+        different += sum(not torch.equal(a, b) for _ in range(20) for a, b in zip(first, orthogonalize(matrices)))
+        copies.synchronize()
+    assert different == 0
+
+
+@pytest.mark.cuda
 def test_graph_replay_and_other_stream():
     matrices = [torch.randn(s, device="cuda") for s in MODEL]
     stream = torch.cuda.Stream()
