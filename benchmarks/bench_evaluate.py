@@ -2,8 +2,10 @@
 
     python -m benchmarks.bench_evaluate --save
     python -m benchmarks.bench_evaluate --recipe gepa-598 --evaluator score-first-sgd --profile
+    python -m benchmarks.bench_evaluate --artifact model.pglf --data FOLDER
 
-The evaluators are those of `pgolf eval`, after their warm-up, on a model with random weights and Zipf-distributed tokens; loading is not in it.
+The evaluators are those of `pgolf eval`, after their warm-up; loading is not in it. Without an artifact the model has random weights, and the
+tokens follow Zipf's law.
 A published time is that of the whole split of 62,023,616 scores; its rate per GPU is the scores over seconds times GPUs.
 """
 
@@ -11,6 +13,7 @@ import dataclasses
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,9 +24,10 @@ from rich.table import Table
 
 from benchmarks import run as bench
 from pgolf_fast import recipe
-from pgolf_fast.data import Validation
+from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.evaluation.evaluate import evaluate, make_evaluator, warm_up
 from pgolf_fast.evaluation.referee import Referee
+from pgolf_fast.export import load_model
 from pgolf_fast.model import GPT
 
 SPLIT_SCORES = 62_023_616
@@ -41,6 +45,10 @@ class Evaluate:
 
     recipe: str = "legal-ttt-691"
     """Whose model and settings."""
+    artifact: Path | None = None
+    """A model of that recipe, instead of random weights."""
+    data: Path | None = None
+    """Validation text, instead of random tokens."""
     evaluator: tuple[str, ...] = ("plain", "sliding", "score-first-sgd")
     """Evaluators, in turn."""
     positions: int = 1 << 20
@@ -60,23 +68,36 @@ def synthetic(num_positions: int, vocab_size: int) -> Validation:
     return Validation(tokens, np.full(num_positions, 2, np.uint16), np.zeros(0, np.int64), False)
 
 
-def measure(config: Evaluate, name: str, batch_tokens: int, device) -> dict:
-    settings = recipe.resolve(config.recipe, [f"eval.batch_tokens={batch_tokens}"]).recipe
+def first(text: Validation, num_positions: int) -> Validation:
+    n = min(num_positions, len(text))
+    starts = text.document_starts[text.document_starts < n]
+    return Validation(text.tokens[: n + 1], text.target_bytes[:n], starts, text.has_sidecar)
+
+
+def random_model(settings, device) -> GPT:
+    """No tensor is zero."""
     model = GPT(settings.model, 0, device, torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.02 * torch.randn(p.shape, generator=generator, device=device)
+    return model
+
+
+def measure(config: Evaluate, name: str, batch_tokens: int, device) -> dict:
+    settings = recipe.resolve(config.recipe, [f"eval.batch_tokens={batch_tokens}"]).recipe
+    model = load_model(config.artifact, device, expect=settings)[1] if config.artifact else random_model(settings, device)
+    text = load_validation(config.data, settings.eval.seq_len) if config.data else synthetic(config.positions, settings.model.vocab_size)
+    text = first(text, config.positions)
     evaluator = make_evaluator(name, model, settings)
     begin = time.perf_counter()
     warm_up(evaluator, model, 3 * max(settings.ttt.chunk_tokens, batch_tokens), device)
     torch.cuda.synchronize()
     warm_up_s = time.perf_counter() - begin
     torch.cuda.reset_peak_memory_stats()
-    referee = Referee(model, synthetic(config.positions, settings.model.vocab_size), device)
-    outcome = evaluate(evaluator, referee)
-    row = {"evaluator": name, "batch_tokens": batch_tokens, "positions": config.positions, "seconds": outcome.scoring_s, "warm_up_s": warm_up_s}
-    row["positions_per_s"] = config.positions / outcome.scoring_s
+    outcome = evaluate(evaluator, Referee(model, text, device))
+    row = {"evaluator": name, "batch_tokens": batch_tokens, "positions": len(text), "seconds": outcome.scoring_s, "warm_up_s": warm_up_s}
+    row |= {"positions_per_s": len(text) / outcome.scoring_s, "bits_per_byte": outcome.result.score.bits_per_byte}
     row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if published := PUBLISHED.get((config.recipe, name)):
         seconds, gpus, kind = published
@@ -95,12 +116,12 @@ def main() -> None:
     device = torch.device("cuda", 0)
     rows = [measure(config, name, tokens, device) for name in config.evaluator for tokens in config.batch_tokens]
     table = Table(title=f"{config.recipe}, one {torch.cuda.get_device_name()}", title_justify="left", box=box.SIMPLE)
-    for heading in ("evaluator", "tokens a batch", "positions", "seconds", "positions/s", "published, a GPU", "ratio", "GiB", "warm-up s"):
+    for heading in ("evaluator", "tokens a batch", "positions", "seconds", "positions/s", "published, a GPU", "ratio", "bits/byte", "GiB", "warm-up s"):
         table.add_column(heading, justify="left" if heading == "evaluator" else "right")
     for r in rows:
         theirs = r.get("published_positions_per_s")
         beside = (f"{theirs:,.0f} ({r['published_gpu']})", f"{r['positions_per_s'] / theirs:.2f}") if theirs else ("-", "-")
-        cells = f"{r['batch_tokens']:,}", f"{r['positions']:,}", f"{r['seconds']:.2f}", f"{r['positions_per_s']:,.0f}", *beside
+        cells = f"{r['batch_tokens']:,}", f"{r['positions']:,}", f"{r['seconds']:.2f}", f"{r['positions_per_s']:,.0f}", *beside, f"{r['bits_per_byte']:.5f}"
         table.add_row(r["evaluator"], *cells, f"{r['memory_gib']:.1f}", f"{r['warm_up_s']:.1f}")
     console.print(table)
     if config.profile:

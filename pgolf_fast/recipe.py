@@ -21,6 +21,7 @@ from pathlib import Path
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import EvalConfig
 from pgolf_fast.evaluation.score_first_sgd import TttConfig
+from pgolf_fast.evaluation.self_distillation import SelfDistillationConfig
 from pgolf_fast.model import ModelConfig
 from pgolf_fast.optim import OptimConfig
 from pgolf_fast.quantize import QuantizeConfig
@@ -39,6 +40,7 @@ class Recipe:
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     quantize: QuantizeConfig = QuantizeConfig()
+    sdttt: SelfDistillationConfig = SelfDistillationConfig()
     eval: EvalConfig = EvalConfig()
     ttt: TttConfig = TttConfig()
 

@@ -26,9 +26,12 @@ from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator, warm_up
 from pgolf_fast.evaluation.referee import Referee
+from pgolf_fast.evaluation.self_distillation import self_distill
+from pgolf_fast.shards import require_shards
 from pgolf_fast.tokenizers import Tokenizer
 
 EVALUATORS = recipe.SETTINGS["eval.evaluator"].kind.__args__
+NOT_LEGAL = "after SDTTT, not legal"
 LINE_EVERY_S = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -64,7 +67,7 @@ class Eval:
 class Row:
     """One line of the table."""
 
-    weights: str  # "artifact", or "before quantization"
+    weights: str  # "artifact", or "before quantization"; with NOT_LEGAL where they saw the text before it was scored
     evaluator: str
     nats_per_token: float
     bits_per_byte: float
@@ -113,7 +116,8 @@ def _run(config, console, artifact: Path, device):
     for weights, name in wanted:
         row = _score(config, console, artifact, weights, name, settings, validation, device, out, shared_s)
         if row is None:
-            console.print(f"stopped; the same command goes on from here (its state is in {out})")
+            if dist.rank() == 0:
+                console.print(f"stopped; the same command goes on from here (its state is in {out})")
             return {"rows": [dataclasses.asdict(r) for r in rows], "is_complete": False}, 130
         rows.append(row)
     if dist.rank() == 0:
@@ -129,15 +133,18 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
     else:
         scored, model = config.source / "model.safetensors", export.model_of(settings, device)
         model.load_published(export.read_run(config.source).state)
+    if settings.sdttt.enabled:
+        self_distill(model, validation, settings.eval.seq_len, settings.sdttt)
+        weights = f"{weights} {NOT_LEGAL}"
     evaluator = make_evaluator(name, model, settings)
     if device.type == "cuda":
         warm_up(evaluator, model, 3 * max(settings.ttt.chunk_tokens, settings.eval.batch_tokens), device)
     referee = Referee(model, validation, device, allow_published_tail=settings.eval.published_tail)
-    stem = f"{weights} {name}".replace(" ", "-")
+    stem = f"{weights} {name}".replace(",", "").replace(" ", "-")
     identity = {
         "artifact": hashlib.sha256(scored.read_bytes()).hexdigest(),
         "validation": hashlib.sha256(validation.tokens.tobytes() + validation.target_bytes.tobytes()).hexdigest(),
-        "settings": {key: value for key, value in recipe.values(settings).items() if key.startswith(("eval.", "ttt."))},
+        "settings": {key: value for key, value in recipe.values(settings).items() if key.startswith(("eval.", "ttt.", "sdttt."))},
     }
     identity = json.loads(json.dumps(identity))
     saved = SavedState(out / f"{stem}.unfinished", identity, settings.eval.save_seconds)
@@ -160,6 +167,7 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
 
 
 def _require_same_tokenizer(settings, config):
+    require_shards(config.data, "val")
     model = dataset.find_tokenizer(config.data, config.tokenizer)
     pieces = Tokenizer(model).vocab_size if model else None  # without one, load_validation says what is missing
     if pieces is not None and pieces != settings.model.vocab_size:

@@ -1,5 +1,6 @@
 """One evaluation from its first token to its result: which evaluator, warm-up, progress, stopping and going on."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -35,6 +36,7 @@ class EvalConfig:
         require = requirer("eval")
         for field in ("seq_len", "stride", "batch_tokens"):
             require(getattr(self, field) > 0, field, f"expected at least 1, got {getattr(self, field)}")
+        require(self.stride <= self.seq_len, "stride", f"expected 1 to eval.seq_len {self.seq_len}, got {self.stride}")
 
 
 def make_evaluator(name: str, model, recipe) -> Evaluator:
@@ -160,4 +162,7 @@ class SavedState:
         return Outcome(None, state["scoring_s"], state["practice_s"])
 
     def remove(self) -> None:
+        """Also the folder of all ranks, once it is empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()

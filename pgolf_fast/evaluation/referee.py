@@ -95,7 +95,7 @@ class Referee:
         self.num_positions = len(validation)
         self.document_starts = validation.document_starts.copy()  # positions of BOS
         self.version = 0  # of the weights
-        self.ledger = ScoreLedger(self.num_positions)
+        self.ledger = ScoreLedger(validation.target_bytes)
         self.allow_published_tail = allow_published_tail
         self._model = model
         self._tokens = torch.from_numpy(validation.tokens.astype(np.int32)).to(self.device)
@@ -226,12 +226,7 @@ class Referee:
     def running(self) -> Score:
         """Of what this rank has scored so far; waits for the device."""
         self.ledger.drain()
-        return self._sum(self.ledger)
-
-    def _sum(self, ledger: ScoreLedger) -> Score:
-        scored = ledger.is_scored
-        num_bytes = int(self._bytes[scored].sum(dtype=np.int64))
-        return Score(float(ledger.losses.sum(dtype=np.float64, where=scored)), int(scored.sum()), num_bytes)
+        return self.ledger.running
 
     def result(self) -> Result:
         """Of all ranks together; refused while a position is missing."""
@@ -243,7 +238,7 @@ class Referee:
         nats = sum(float(losses.sum(dtype=np.float64)) for _, losses in again)
         counts = [(len(positions), int(self._bytes[positions].sum(dtype=np.int64))) for positions, _ in again]
         sums = np.array(dist.gather_objects((nats, sum(c[0] for c in counts), sum(c[1] for c in counts)))).sum(0)
-        return Result(self._sum(whole), Score(float(sums[0]), int(sums[1]), int(sums[2])), self.version + 1, whole.digest.hex())
+        return Result(whole.score(), Score(float(sums[0]), int(sums[1]), int(sums[2])), self.version + 1, whole.digest.hex())
 
     # -- to stop and go on
 

@@ -45,7 +45,7 @@ class TttConfig:
         require(self.momentum < 1, "momentum", f"expected less than 1, got {self.momentum}")
 
 
-class _Plan(NamedTuple):
+class StepPlan(NamedTuple):
     """What a step is told, in the form that training's steps take."""
 
     lr: float
@@ -53,7 +53,7 @@ class _Plan(NamedTuple):
     looped: bool = True
 
 
-class _Sgd:
+class Sgd:
     """m <- momentum m + g;  p <- p - lr m; the optimizer of a Step."""
 
     def __init__(self, model, config: TttConfig):
@@ -63,7 +63,7 @@ class _Sgd:
         self.frozen = tuple(f"blocks.{i}." for i in range(config.freeze_blocks))
         self.lr = torch.zeros((), device=next(model.parameters()).device)  # read by a replayed graph
 
-    def set(self, plan: _Plan) -> None:
+    def set(self, plan: StepPlan) -> None:
         self.lr.fill_(plan.lr)
 
     def collect(self) -> None:
@@ -100,7 +100,7 @@ class ScoreFirstSgd:
             raise UserError(f"ttt.freeze_blocks: {config.freeze_blocks} of a model with {model.config.num_layers} blocks")
         self.model, self.config, self.published_tail = model, config, published_tail
         self.seq_len, self.stride, self.batch_rows = seq_len, stride, max(1, batch_tokens // seq_len)
-        self.optimizer = _Sgd(model, config)
+        self.optimizer = Sgd(model, config)
         on_gpu = next(model.parameters()).is_cuda
         self.sgd = (GraphedStep if on_gpu else Step)(model, self.optimizer, seq_len)
         self.done = 0  # chunks
@@ -129,7 +129,7 @@ class ScoreFirstSgd:
         batches = [Batch(i, t, None, 0) for i, t in zip(inputs.split(step_tokens), targets.split(step_tokens))]
         for _ in range(self.config.epochs):
             for batch in batches:
-                self.sgd.run([batch], _Plan(lr, self.config.fake_quant))
+                self.sgd.run([batch], StepPlan(lr, self.config.fake_quant))
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         tensors = {f"weight.{name}": p.detach() for name, p in self.optimizer.params.items()}

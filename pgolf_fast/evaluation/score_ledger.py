@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pgolf_fast import dist
+from pgolf_fast.bpb import Score
 from pgolf_fast.evaluation.windows import Windows
 
 DRAIN_ENTRIES = 1 << 20  # losses kept on the device at most
@@ -21,10 +22,13 @@ UNSCORED = -1
 class ScoreLedger:
     """Of one rank. Positions are the stream's: position p predicts token p + 1."""
 
-    def __init__(self, num_positions: int):
+    def __init__(self, target_bytes: np.ndarray):
+        """target_bytes  of every position"""
+        num_positions, self.target_bytes = len(target_bytes), target_bytes
         self.losses = np.zeros(num_positions, np.float32)  # nats; 0 where this rank has not scored
         self.versions = np.full(num_positions, UNSCORED, np.int32)  # of the weights that gave them
         self.digest = bytes(32)
+        self.running = Score(0.0, 0, 0)  # of what is drained; sums in the order of the entries
         self._pending: list[tuple[Windows, Tensor, int] | tuple[np.ndarray, None, int]] = []
         self._num_pending = 0
 
@@ -53,6 +57,8 @@ class ScoreLedger:
             own = rows[np.arange(rows.shape[1]) < (what.end - what.first)[:, None]]
             positions = what.positions()
             self.losses[positions], self.versions[positions] = own, version
+            nats, num_bytes = float(own.sum(dtype=np.float64)), int(self.target_bytes[positions].sum(dtype=np.int64))
+            self.running = Score(self.running.nats + nats, self.running.tokens + len(own), self.running.bytes + num_bytes)
             self._chain(b"scores", version, positions, own)
         self._pending, self._num_pending = [], 0
 
@@ -66,12 +72,18 @@ class ScoreLedger:
     def is_scored(self) -> np.ndarray:
         return self.versions != UNSCORED
 
+    def score(self) -> Score:
+        """Of what is drained; sums in the order of positions, so the same however the entries came."""
+        scored = self.is_scored
+        num_bytes = int(self.target_bytes.sum(dtype=np.int64, where=scored))
+        return Score(float(self.losses.sum(dtype=np.float64, where=scored)), int(scored.sum()), num_bytes)
+
     def merged(self, device: torch.device) -> "ScoreLedger":
         """All ranks' entries by position, on every rank; the digest is over the ranks' digests in order."""
         self.drain()
         if dist.world_size() == 1:
             return self
-        whole = ScoreLedger(len(self.losses))
+        whole = ScoreLedger(self.target_bytes)
         count = torch.from_numpy(self.is_scored.astype(np.int32)).to(device)
         losses, versions = (torch.from_numpy(a).to(device, copy=True) for a in (self.losses, self.versions + 1))
         for tensor in (count, losses, versions):
@@ -92,3 +104,4 @@ class ScoreLedger:
     def load_state(self, tensors: dict[str, Tensor], state: dict) -> None:
         self.losses, self.versions = tensors["losses"].numpy().copy(), tensors["versions"].numpy().copy()
         self.digest = bytes.fromhex(state["digest"])
+        self.running = self.score()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from pgolf_fast import checkpoint
 from pgolf_fast.errors import UserError
-from pgolf_fast.evaluation.evaluate import SavedState, evaluate, warm_up
+from pgolf_fast.evaluation.evaluate import EvalConfig, SavedState, evaluate, warm_up
 from pgolf_fast.evaluation.referee import OrderError, Referee
 from pgolf_fast.evaluation.score_first_sgd import ScoreFirstSgd, TttConfig
 from pgolf_fast.evaluation.sliding import SlidingWindow
@@ -176,7 +176,7 @@ def test_the_ways_that_the_referee_closes():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda gpt: SlidingWindow(32, 33, 96), "eval.stride: expected 1 to eval.seq_len 32, got 33"),
+        (lambda gpt: EvalConfig(seq_len=32, stride=33), "eval.stride: expected 1 to eval.seq_len 32, got 33"),
         (lambda gpt: SlidingWindow(32, 7, 96, True), "eval.published_tail: needs a stride that divides"),
         (lambda gpt: ScoreFirstSgd(gpt, 32, 8, 96, dataclasses.replace(TTT, chunk_tokens=48)), "ttt.chunk_tokens: 48 is no multiple"),
         (lambda gpt: ScoreFirstSgd(gpt, 32, 8, 96, dataclasses.replace(TTT, freeze_blocks=5)), "ttt.freeze_blocks: 5 of a model with 4"),
