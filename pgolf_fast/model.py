@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pgolf_fast.adapters import VisitAdapter
 from pgolf_fast.errors import UserError
 from pgolf_fast.ops import fused_mlp, linear_softcap_cross_entropy, xsa_attention
 from pgolf_fast.ops.fused_mlp import activation_ref
@@ -311,10 +312,11 @@ class Context(NamedTuple):
     x0: torch.Tensor  # embedded tokens, mixed in again by each block
     cos: torch.Tensor
     sin: torch.Tensor
-    values: dict[int, torch.Tensor]  # block to value embedding, [B, T, kv_dim]
     cu_seqlens: torch.Tensor | None
     max_seqlen: int | None
     observe: Callable[[int, str, torch.Tensor], None] | None  # see GPT.stream
+    value: torch.Tensor | None  # this block's value embedding, [B, T, kv_dim]
+    adapter: VisitAdapter | None  # this visit's
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -359,7 +361,7 @@ class GPT(nn.Module):
                 raise UserError(f"checkpoint tensor {name}: expected shape {list(view.shape)}, got {list(tensors[name].shape)}")
             view.copy_(tensors[name])
 
-    def forward(self, tokens, targets=None, *, reduction="mean", positions=None, **how):
+    def forward(self, tokens, targets=None, *, reduction="mean", positions=None, adapters=None, **how):
         """Loss of predicting `targets`, or the softcapped logits.
 
         tokens     [B, T] int64
@@ -367,14 +369,15 @@ class GPT(nn.Module):
         reduction  "mean": the training loss, by the fused head; "none": each token's loss [B, S] in plain
                    float32, which is what a score is made of, so that no kernel can move the ruler
         positions  [B, S] int64, the positions of each row whose predictions are wanted; None: all, S = T
+        adapters   low-rank corrections of this batch's products (adapters.py)
         how        see `stream`
         """
-        x = self.stream(tokens, **how)
+        x = self.stream(tokens, adapters=adapters, **how)
         if positions is not None:
             x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
-        return self._head(rms(x), targets, reduction)
+        return self._head(rms(x), targets, reduction, adapters)
 
-    def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None):
+    def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None, adapters=None):
         """The residual stream [B, T, C] after the last block.
 
         cu_seqlens  int32 [documents + 1] for packed documents (then B = 1): they confine attention; what
@@ -383,17 +386,20 @@ class GPT(nn.Module):
         looped      run the loop (always, after training); without loops in the recipe it changes nothing
         fake_quant  late quantisation-aware training
         observe     called as observe(block, "qkv", "o", "up" or "down", input) with what those matrices multiply, at every visit
+        adapters    see `forward`
         """
         blocks = self._blocks(fake_quant)
         x = x0 = self._embed(tokens, fake_quant)
         cos, sin = self._rotary_for(tokens, max_seqlen)
-        context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen, observe)
+        values = self._value_embeddings(tokens, fake_quant)
         skip_weights = self.skip_weights.unbind(0)
         skip_gates = self.skip_gates.unbind(0) if self.config.skip_gates else [None] * len(skip_weights)
 
         kept, lane1 = [], None
-        for visit in self.visits[looped]:
+        for number, visit in enumerate(self.visits[looped]):
             block = blocks[visit.block]
+            adapter = adapters.visits[number] if adapters else None
+            context = Context(x0, cos, sin, cu_seqlens, max_seqlen, observe, values.get(visit.block), adapter)
             if visit.two_lanes and lane1 is None:
                 lane1 = x
             if visit.skip is not None:
@@ -488,11 +494,13 @@ class GPT(nn.Module):
 
     def _attention(self, block, n, context):
         config = self.config
-        q = linear(n, block.w_q).unflatten(-1, (config.num_heads, config.head_dim))  # [B, T, H, D]
-        k = linear(n, block.w_k).unflatten(-1, (config.num_kv_heads, config.head_dim))
-        v = linear(n, block.w_v)
-        if block.index in context.values:
-            v = v + context.values[block.index]
+        q, k, v = (linear(n, w) for w in (block.w_q, block.w_k, block.w_v))
+        if context.adapter:
+            q, k, v, correct_output = context.adapter.correct_attention(q, k, v, n)
+        q = q.unflatten(-1, (config.num_heads, config.head_dim))  # [B, T, H, D]
+        k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))
+        if context.value is not None:
+            v = v + context.value
         v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))
         q = (block.q_gain[:, None] * rotate(rms(q), context.cos, context.sin)).to(q.dtype)
         k = rotate(rms(k), context.cos, context.sin)
@@ -504,12 +512,17 @@ class GPT(nn.Module):
         if context.observe:
             context.observe(block.index, "qkv", n)
             context.observe(block.index, "o", y.flatten(-2))
-        return linear(y.flatten(-2), block.w_o)
+        y = linear(y.flatten(-2), block.w_o)
+        return correct_output(y) if context.adapter else y
 
     def _mlp(self, block, m, context):
         if context.observe:
             context.observe(block.index, "up", m)
             context.observe(block.index, "down", self._hidden(block, m))
+        y = self._plain_mlp(block, m)
+        return context.adapter.correct_mlp(y, m) if context.adapter else y
+
+    def _plain_mlp(self, block, m):
         if self.config.activation != "star_relu2":
             return fused_mlp(m, block.w_up.to(m.dtype), block.w_down.to(m.dtype), self.config.activation)
         # W (a relu^2 + c) = (W diag(a)) relu^2 + W c: the learned scale and shift cost no pass over the hidden units.
@@ -525,10 +538,12 @@ class GPT(nn.Module):
 
     # -- head
 
-    def _head(self, h, targets, reduction):
+    def _head(self, h, targets, reduction, adapters=None):
         cap, table = self.config.logit_softcap, self.tok_emb.to(h.dtype)
-        if targets is None:
-            return capped(linear(h, table), cap)
+        if targets is None or adapters:
+            logits = linear(h, table)
+            logits = capped(adapters.correct_head(logits, h) if adapters else logits, cap)
+            return logits if targets is None else F.cross_entropy(logits.mT, targets, reduction=reduction)
         if reduction == "mean":
             return linear_softcap_cross_entropy(h.flatten(0, 1), table, targets.flatten(), cap)
         if reduction != "none":

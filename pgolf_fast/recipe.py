@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import EvalConfig
+from pgolf_fast.evaluation.phased_lora import PhasedLoraConfig
 from pgolf_fast.evaluation.score_first_sgd import TttConfig
 from pgolf_fast.evaluation.self_distillation import SelfDistillationConfig
 from pgolf_fast.model import ModelConfig
@@ -43,6 +44,7 @@ class Recipe:
     sdttt: SelfDistillationConfig = SelfDistillationConfig()
     eval: EvalConfig = EvalConfig()
     ttt: TttConfig = TttConfig()
+    lora: PhasedLoraConfig = PhasedLoraConfig()
 
 
 class Setting(typing.NamedTuple):
@@ -72,6 +74,12 @@ FIXED_ENVIRONMENT = {
     "MTP_NUM_HEADS": "0",
     "DTG_ENABLED": "0",
     "EODIFF_LAST_N": "0",
+    "TTT_BETA1": "0",
+    "TTT_GRAD_STEPS": "1",
+    "TTT_WARM_START_A": "1",
+    "GLOBAL_TTT_EPOCHS": "1",
+    "GLOBAL_TTT_WARMUP_CHUNKS": "0",
+    "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES": "1",
 }
 # Names of theirs that may have any value: they change nothing in these configurations, or only which kernel runs.
 IDLE_ENVIRONMENT = {"EMBED_LR", "HEAD_LR", "MUON_BETA2", "GPTQ_CALIB_SEQS", "MTP_LOSS_WEIGHT", "FUSED_CE_ENABLED", "MATRIX_CLIP_SIGMAS"}

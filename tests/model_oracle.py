@@ -40,9 +40,17 @@ def attend(q, k, v, segment, exclusive):
     return torch.stack(outputs, dim=1)
 
 
-def loss_of(logits, targets, cap=30.0):
+def losses_of(logits, targets, cap=30.0):
     z = cap * torch.tanh(logits / cap)
-    return (torch.logsumexp(z, -1) - z[torch.arange(len(targets)), targets]).mean()
+    return torch.logsumexp(z, -1) - z[torch.arange(len(targets)), targets]
+
+
+def loss_of(logits, targets):
+    return losses_of(logits, targets).mean()
+
+
+def uncorrected(visit, product, x):
+    return 0.0
 
 
 def project_heads(x, weight, width):
@@ -93,8 +101,11 @@ def sp1024(p, tokens, targets, segment, *, gepa, head_dim, rope_dims, base, xsa_
     return loss_of(norm(h) @ p["tok_emb.weight"].T, targets)
 
 
-def caseops(p, tokens, targets, segment, *, looped, head_dim, rope_dims, gate_scale, order, first_lane):
-    """Sections 1.5 to 1.11 of the CaseOps specification. `order` is the looped execution order. Mean loss of one sequence."""
+def caseops(p, tokens, targets, segment, *, looped, head_dim, rope_dims, gate_scale, order, first_lane, correct=uncorrected):
+    """Sections 1.5 to 1.11 of the CaseOps specification. `order` is the looped execution order. Each loss of one sequence.
+
+    correct(visit, product, input) is added to the products q, k, v, o and mlp of every visit, and to the head's (visit None)
+    """
     layers = len({name.split(".")[1] for name in p if name.startswith("blocks.")})
     e, w, lam = p["tok_emb.weight"][tokens], p["smear_gate.weight"][0], p["smear_lambda"][0]
     smeared = [e[0]]
@@ -104,29 +115,35 @@ def caseops(p, tokens, targets, segment, *, looped, head_dim, rope_dims, gate_sc
     x = x0 = norm(torch.stack(smeared))
     positions = torch.arange(len(tokens))
 
-    def attention(i, n):
+    def attention(visit, i, n):
         b = f"blocks.{i}.attn."
-        q = rotary(norm(project_heads(n, p[b + "c_q.weight"], head_dim)), positions, rope_dims, 10000.0) * p[b + "q_gain"][:, None]
-        k = rotary(norm(project_heads(n, p[b + "c_k.weight"], head_dim)), positions, rope_dims, 10000.0)
-        y = attend(q, k, project_heads(n, p[b + "c_v.weight"], head_dim), segment, exclusive=True)
-        gate = torch.sigmoid(gate_scale * (n[:, : p[b + "attn_gate_w"].shape[1]] @ p[b + "attn_gate_w"].T))
-        return p[f"blocks.{i}.attn_scale"] * ((gate[..., None] * y).flatten(1) @ p[b + "proj.weight"].T)
 
-    def mlp(i, m):
+        def project(name, product):
+            y = n @ p[b + name].T + correct(visit, product, n)
+            return y.reshape(len(n), -1, head_dim)
+
+        q = rotary(norm(project("c_q.weight", "q")), positions, rope_dims, 10000.0) * p[b + "q_gain"][:, None]
+        k = rotary(norm(project("c_k.weight", "k")), positions, rope_dims, 10000.0)
+        y = attend(q, k, project("c_v.weight", "v"), segment, exclusive=True)
+        gate = torch.sigmoid(gate_scale * (n[:, : p[b + "attn_gate_w"].shape[1]] @ p[b + "attn_gate_w"].T))
+        return p[f"blocks.{i}.attn_scale"] * ((gate[..., None] * y).flatten(1) @ p[b + "proj.weight"].T + correct(visit, "o", n))
+
+    def mlp(visit, i, m):
         u = m @ p[f"blocks.{i}.mlp.fc.weight"].T
-        return p[f"blocks.{i}.mlp_scale"] * (torch.where(u > 0, u * u, u * u / 4) @ p[f"blocks.{i}.mlp.proj.weight"].T)
+        return p[f"blocks.{i}.mlp_scale"] * (torch.where(u > 0, u * u, u * u / 4) @ p[f"blocks.{i}.mlp.proj.weight"].T + correct(visit, "mlp", m))
 
     visits = order if looped else list(range(layers))
     half = len(visits) // 2
     stack = []
-    for i in visits[:half]:
+    for visit, i in enumerate(visits[:half]):
         mix, c = p[f"blocks.{i}.resid_mix"], 1 / math.sqrt(i + 1)
         x_in = mix[0] * x + mix[1] * x0
-        x = x_in + attention(i, c * norm(x_in))
-        x = x + mlp(i, c * norm(x))
+        x = x_in + attention(visit, i, c * norm(x_in))
+        x = x + mlp(visit, i, c * norm(x))
         stack.append(x)
     lanes = None
     for s, i in enumerate(visits[half:]):
+        visit = half + s
         if i == first_lane:
             lanes = [x, x]
         if stack:
@@ -138,13 +155,13 @@ def caseops(p, tokens, targets, segment, *, looped, head_dim, rope_dims, gate_sc
                 x = merged
         mix, c = p[f"blocks.{i}.resid_mix"], 1 / math.sqrt(i + 1)
         if lanes:
-            a = attention(i, c * norm(mix[0] * lanes[0] + mix[1] * x0))
-            m = mlp(i, c * norm(lanes[1]))
+            a = attention(visit, i, c * norm(mix[0] * lanes[0] + mix[1] * x0))
+            m = mlp(visit, i, c * norm(lanes[1]))
             rho, pi = p["parallel_resid_lambdas"][i], p["parallel_post_lambdas"][i]
             lanes = [rho[j] * lanes[j] + pi[0, j] * a + pi[1, j] * m for j in (0, 1)]
         else:
             x_in = mix[0] * x + mix[1] * x0
-            x = x_in + attention(i, c * norm(x_in))
-            x = x + mlp(i, c * norm(x))
+            x = x_in + attention(visit, i, c * norm(x_in))
+            x = x + mlp(visit, i, c * norm(x))
     h = norm((lanes[0] + lanes[1]) / 2)
-    return loss_of(h @ p["tok_emb.weight"].T, targets)
+    return losses_of(h @ p["tok_emb.weight"].T + correct(None, "head", h), targets)

@@ -53,7 +53,7 @@ def tokens_of(config, batch, length):
 def oracle_loss(name, config, p, tokens, targets, segment, looped):
     if name == "caseops-1934":
         settings = dict(gate_scale=config.attn_gate_scale, order=LOOPED_ORDER, first_lane=8, looped=looped)
-        return oracle.caseops(p, tokens, targets, segment, head_dim=8, rope_dims=4, **settings)
+        return oracle.caseops(p, tokens, targets, segment, head_dim=8, rope_dims=4, **settings).mean()
     window = int(segment.bincount().max())
     base = 10000.0 * (max(window, 16) / 16) ** (4 / 2)
     settings = dict(gepa=name == "gepa-598", xsa_from=7, ve_layers=[9, 10], base=base)

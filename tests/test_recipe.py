@@ -262,8 +262,7 @@ def test_mistakes_in_the_environment(environ, message):
 def test_strangers_in_the_environment_are_let_be():
     """Ordinary variables, and the challenge's names for stages that are no settings here."""
     ordinary = "PATH HOME USER TERM LANG PWD OMP_NUM_THREADS WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT CUDA_HOME NCCL_NET"
-    other_stages = """LQER_RANK COMPRESSOR TTT_BETA1 TTT_BETA2 TTT_WEIGHT_DECAY TTT_LORA_LR TTT_LORA_RANK GLOBAL_TTT_LR
-        GLOBAL_TTT_MOMENTUM GPTQ_ENABLED MIXED_QUANT QUANT_EMBED DATA_DIR ARTIFACT_DIR"""
+    other_stages = """LQER_RANK COMPRESSOR GPTQ_ENABLED MIXED_QUANT QUANT_EMBED DATA_DIR ARTIFACT_DIR"""
     strangers = dict.fromkeys((ordinary + " " + other_stages).split(), "something")
     strangers |= dict(MODEL_DIR="/opt/model", EMBED_LR="0.6", TIE_EMBEDDINGS="1", matrix_lrs="lower case is no name of the challenge")
     assert resolve("base", **strangers).values() == resolve("base").values()

@@ -42,15 +42,26 @@ float* sum(const Tensor& t, const char* argument, int64_t rows, int64_t columns)
     return static_cast<float*>(t.data_ptr());
 }
 
-void bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx, Tensor dw_up, Tensor dw_down) {
+FusedMlpParams input_gradient(const Tensor& dy, const Tensor& u, const Tensor& w_up, const Tensor& w_down, int64_t activation, const Tensor& du,
+                              const Tensor& dx) {
     FusedMlpParams p = shapes(dy, w_up, w_down, activation);
     p.dy = input(dy, "dy", p.m, p.d_out);
-    p.x = input(x, "x", p.m, p.d);
     p.u = output(u, "u", p.m, p.h);
-    p.dw_up = sum(dw_up, "dw_up", p.h, p.d);
-    p.dw_down = sum(dw_down, "dw_down", p.d_out, p.h);
     p.du = output(du, "du", p.m, p.h);
     p.dx = output(dx, "dx", p.m, p.d);
+    return p;
+}
+
+void bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx) {
+    OnDeviceOf here(dy);
+    check_launch(fused_mlp_bwd_input(input_gradient(dy, u, w_up, w_down, activation, du, dx), here.stream), "fused_mlp_bwd_input");
+}
+
+void bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx, Tensor dw_up, Tensor dw_down) {
+    FusedMlpParams p = input_gradient(dy, u, w_up, w_down, activation, du, dx);
+    p.x = input(x, "x", p.m, p.d);
+    p.dw_up = sum(dw_up, "dw_up", p.h, p.d);
+    p.dw_down = sum(dw_down, "dw_down", p.d_out, p.h);
     OnDeviceOf here(dy);
     check_launch(fused_mlp_bwd(p, here.stream), "fused_mlp_bwd");
 }
@@ -63,8 +74,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def(
         "fused_mlp_bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation, Tensor(a!) du, Tensor(b!) dx,"
         " Tensor(c!) dw_up, Tensor(d!) dw_down) -> ()");
+    m.def("fused_mlp_bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int activation, Tensor(a!) du, Tensor(b!) dx) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("fused_mlp_fwd", TORCH_BOX(&pgolf::fwd));
     m.impl("fused_mlp_bwd", TORCH_BOX(&pgolf::bwd));
+    m.impl("fused_mlp_bwd_input", TORCH_BOX(&pgolf::bwd_input));
 }

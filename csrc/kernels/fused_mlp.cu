@@ -85,9 +85,15 @@ cudaError_t forward(const FusedMlpParams& p, cudaStream_t stream) {
 }
 
 template <Activation kActivation>
-cudaError_t backward(const FusedMlpParams& p, cudaStream_t stream) {
+cudaError_t backward_input(const FusedMlpParams& p, cudaStream_t stream) {
     cudaError_t status = gemm::launch<DownBackward<kActivation>>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream);
     if (status == cudaSuccess) status = gemm::launch<UpBackward>(p.du, p.w_up, p.dx, nullptr, {p.m, p.d, p.h}, stream);
+    return status;
+}
+
+template <Activation kActivation>
+cudaError_t backward(const FusedMlpParams& p, cudaStream_t stream) {
+    cudaError_t status = backward_input<kActivation>(p, stream);
     if (status == cudaSuccess) status = gemm::launch<UpWeight>(p.du, p.x, p.dw_up, nullptr, {p.h, p.d, p.m}, stream);
     if (status == cudaSuccess) status = gemm::launch<DownWeight<kActivation>>(p.u, p.dy, p.dw_down, nullptr, {p.h, p.d_out, p.m}, stream);
     return status;
@@ -97,6 +103,10 @@ cudaError_t backward(const FusedMlpParams& p, cudaStream_t stream) {
 
 cudaError_t fused_mlp_fwd(const FusedMlpParams& p, cudaStream_t stream) {
     return p.activation == Activation::kRelu2 ? forward<Activation::kRelu2>(p, stream) : forward<Activation::kLeakyRelu2>(p, stream);
+}
+
+cudaError_t fused_mlp_bwd_input(const FusedMlpParams& p, cudaStream_t stream) {
+    return p.activation == Activation::kRelu2 ? backward_input<Activation::kRelu2>(p, stream) : backward_input<Activation::kLeakyRelu2>(p, stream);
 }
 
 cudaError_t fused_mlp_bwd(const FusedMlpParams& p, cudaStream_t stream) {

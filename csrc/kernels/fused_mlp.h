@@ -33,5 +33,6 @@ struct FusedMlpParams {
 
 cudaError_t fused_mlp_fwd(const FusedMlpParams& p, cudaStream_t stream);
 cudaError_t fused_mlp_bwd(const FusedMlpParams& p, cudaStream_t stream);
+cudaError_t fused_mlp_bwd_input(const FusedMlpParams& p, cudaStream_t stream);  // du and dx only, for weights that do not learn
 
 }  // namespace pgolf

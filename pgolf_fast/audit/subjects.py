@@ -48,6 +48,17 @@ SMALL = (
     "ttt.chunk_tokens=64",
     "ttt.epochs=2",
     "ttt.lr=0.05",
+    "lora.lanes=2",
+    "lora.window_tokens=32",
+    "lora.chunk_tokens=8",
+    "lora.batch_documents=2",
+    "lora.row_multiple=8",
+    "lora.rank=2",
+    "lora.lr=0.05",
+    "lora.prefix_documents=4",
+    "lora.phases=2",
+    "lora.global_chunk_tokens=64",
+    "lora.global_lr=0.05",
 )
 ISOLATING = ("phased-lora",)  # evaluators whose windows stop at a document's start
 WEIGHT_NOISE = 0.2  # a fresh model's blocks give zero, so that it would not see its context

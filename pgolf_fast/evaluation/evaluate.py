@@ -17,6 +17,7 @@ from pgolf_fast import checkpoint, dist
 from pgolf_fast.bpb import Score
 from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
+from pgolf_fast.evaluation.phased_lora import PhasedLora
 from pgolf_fast.evaluation.referee import Evaluator, Referee, Result
 from pgolf_fast.evaluation.score_first_sgd import ScoreFirstSgd
 from pgolf_fast.evaluation.sliding import SlidingWindow
@@ -25,7 +26,7 @@ from pgolf_fast.settings import requirer, setting
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    evaluator: Literal["plain", "sliding", "score-first-sgd"] = setting("sliding", "how the recipe's reported score is made")
+    evaluator: Literal["plain", "sliding", "score-first-sgd", "phased-lora"] = setting("sliding", "how the recipe's reported score is made")
     seq_len: int = setting(2048, "tokens of context", "EVAL_SEQ_LEN")
     stride: int = setting(64, "positions scored per window", "EVAL_STRIDE")
     batch_tokens: int = setting(262144, "tokens per forward of one rank; the published evaluators take 32 windows, 65,536")
@@ -44,13 +45,23 @@ def make_evaluator(name: str, model, recipe) -> Evaluator:
     config = recipe.eval
     if name == "score-first-sgd":
         return ScoreFirstSgd(model, config.seq_len, config.stride, config.batch_tokens, recipe.ttt, config.published_tail)
+    if name == "phased-lora":
+        return PhasedLora(model, recipe.lora)
     stride = config.seq_len if name == "plain" else config.stride
     return SlidingWindow(config.seq_len, stride, config.batch_tokens, config.published_tail and name == "sliding")
 
 
-def warm_up(evaluator: Evaluator, model, num_positions: int, device: torch.device) -> None:
+def scored_model(evaluator: Evaluator, model):
+    """What the referee asks for logits: the model, or what replays it in the evaluator's shapes."""
+    return evaluator.model if isinstance(evaluator, PhasedLora) else model
+
+
+def warm_up(evaluator: Evaluator, model, num_positions: int, num_documents: int, device: torch.device) -> None:
     """The first chunks of a stream of random ids through the evaluator, so that kernels and graphs are ready; its state is then as before.
     The validation text is not touched."""
+    if isinstance(evaluator, PhasedLora):
+        evaluator.record(num_documents)
+        return
     tokens = np.random.default_rng(0).integers(2, model.config.vocab_size, num_positions + 1).astype(np.uint16)
     synthetic = Validation(tokens, np.ones(num_positions, np.uint16), np.zeros(0, np.int64), False)
     tensors, state = evaluator.state()

@@ -28,6 +28,7 @@ library.define(
     "fused_mlp_bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation)"
     " -> (Tensor dx, Tensor dw_up, Tensor dw_down)"
 )
+library.define("fused_mlp_bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int activation) -> Tensor dx")
 
 
 def _forward_formula(x, w_up, w_down, activation):
@@ -35,14 +36,22 @@ def _forward_formula(x, w_up, w_down, activation):
     return activation_ref(u, ACTIVATIONS[activation]) @ w_down.T, u
 
 
+def _du_formula(dy, u, w_down, activation):
+    return (dy @ w_down) * 2 * torch.where(u > 0, u, 0.0 if ACTIVATIONS[activation] == "relu2" else 0.25 * u)
+
+
 def _backward_formula(dy, x, u, w_up, w_down, activation):
-    slope = 2 * torch.where(u > 0, u, 0.0 if ACTIVATIONS[activation] == "relu2" else 0.25 * u)
-    du = (dy @ w_down) * slope
+    du = _du_formula(dy, u, w_down, activation)
     return du @ w_up, du.T @ x, dy.T @ activation_ref(u, ACTIVATIONS[activation])
+
+
+def _input_gradient_formula(dy, u, w_up, w_down, activation):
+    return _du_formula(dy, u, w_down, activation) @ w_up
 
 
 library.impl("fused_mlp_fwd", _forward_formula, "CPU")
 library.impl("fused_mlp_bwd", _backward_formula, "CPU")
+library.impl("fused_mlp_bwd_input", _input_gradient_formula, "CPU")
 
 
 @torch.library.impl(library, "fused_mlp_fwd", "CUDA")
@@ -67,6 +76,16 @@ def _bwd_cuda(dy, x, u, w_up, w_down, activation):
     return dx, dw_up.to(w_up.dtype), dw_down.to(w_down.dtype)
 
 
+@torch.library.impl(library, "fused_mlp_bwd_input", "CUDA")
+def _bwd_input_cuda(dy, u, w_up, w_down, activation):
+    if not _library.uses_kernel("fused_mlp_bwd_input", dy.device):
+        return _input_gradient_formula(dy, u, w_up, w_down, activation)
+    du, dx = torch.empty_like(u), dy.new_empty(dy.shape[0], w_up.shape[1])
+    tensors = [t.contiguous() for t in (dy, u, w_up, w_down)]
+    torch.ops.pgolf_fast_sm90.fused_mlp_bwd_input(*tensors, activation, du, dx)
+    return dx
+
+
 @torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_fwd")
 def _fwd_fake(x, w_up, w_down, activation):
     return x.new_empty(x.shape[0], w_down.shape[0]), x.new_empty(x.shape[0], w_up.shape[0])
@@ -75,6 +94,11 @@ def _fwd_fake(x, w_up, w_down, activation):
 @torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_bwd")
 def _bwd_fake(dy, x, u, w_up, w_down, activation):
     return x.new_empty(x.shape), w_up.new_empty(w_up.shape), w_down.new_empty(w_down.shape)
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::fused_mlp_bwd_input")
+def _bwd_input_fake(dy, u, w_up, w_down, activation):
+    return dy.new_empty(dy.shape[0], w_up.shape[1])
 
 
 def _save(ctx, inputs, output):
@@ -87,6 +111,9 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy, _):
     if dy is None:
         return (None,) * 4
+    if not any(ctx.needs_input_grad[1:3]):  # weights that do not learn: half of the backward is spared
+        _, u, w_up, w_down = ctx.saved_tensors
+        return torch.ops.pgolf_fast.fused_mlp_bwd_input(dy, u, w_up, w_down, ctx.activation), None, None, None
     return *torch.ops.pgolf_fast.fused_mlp_bwd(dy, *ctx.saved_tensors, ctx.activation), None
 
 

@@ -258,14 +258,16 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
     require(q.dim() == 4, "q", f"expected [B, T, Hq, D], got shape {list(q.shape)}")
     require(q.is_floating_point(), "q", f"expected a float dtype, got {q.dtype}")
     for x, argument in ((k, "k"), (v, "v")):
-        ok = x.dim() == 4 and x.shape[:2] == q.shape[:2] and x.shape[3] == q.shape[3]
-        require(ok, argument, f"expected [{q.shape[0]}, {q.shape[1]}, Hk, {q.shape[3]}], got shape {list(x.shape)}")
+        # NOTE: torch.compile would fix a length for good if it met it in a message, hence the messages inside conditions.
+        if x.dim() != 4 or x.shape[:2] != q.shape[:2] or x.shape[3] != q.shape[3]:
+            require(False, argument, f"expected [{q.shape[0]}, {q.shape[1]}, Hk, {q.shape[3]}], got shape {list(x.shape)}")
         require_dtype(x, argument, (q.dtype,))
         require_device(x, argument, q.device)
     require(k.shape[2] == v.shape[2], "v", f"{v.shape[2]} heads, where k has {k.shape[2]}")
     require(k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0, "q", f"{q.shape[2]} heads are not a multiple of k's {k.shape[2]}")
     if gate is not None:
-        require(gate.shape == q.shape[:3], "gate", f"expected {list(q.shape[:3])}, got shape {list(gate.shape)}")
+        if gate.shape != q.shape[:3]:
+            require(False, "gate", f"expected {list(q.shape[:3])}, got shape {list(gate.shape)}")
         require_device(gate, "gate", q.device)
     if cu_seqlens is not None:
         require(q.shape[0] == 1, "cu_seqlens", f"packed documents need B = 1, got {q.shape[0]}")

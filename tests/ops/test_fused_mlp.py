@@ -84,6 +84,18 @@ def test_leading_dimensions_and_empty_batch(device):
     assert x.grad.shape == (0, 8)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_weights_that_do_not_learn(device, activation):
+    """The input's gradient alone, which spares the products of the weights' gradients, is the same bits."""
+    inputs = draw(257, 64, 256, 72, device)
+    dy = torch.randn(257, 72).to(device, torch.bfloat16)
+    x = inputs[0].detach().requires_grad_()
+    (alone,) = torch.autograd.grad(fused_mlp(x, *inputs[1:], activation), x, dy)
+    assert torch.equal(alone, gradients(fused_mlp, inputs, dy, activation)[1])
+    u = inputs[0] @ inputs[1].T
+    torch.library.opcheck(torch.ops.pgolf_fast.fused_mlp_bwd_input.default, (dy, u, *inputs[1:], ACTIVATIONS.index(activation)))
+
+
 def test_strided_rows(device):
     x, up, down = draw(40, 64, 128, 64, device)
     wide = torch.cat([x, x], dim=1)[:, 64:]

@@ -1,0 +1,150 @@
+"""Seconds of one chunk step of phased LoRA TTT (score 48 predictions of 64 documents, adapt), by row length.
+
+    python -m benchmarks.bench_phased_lora [--eager] [--kernels]         steps on random ids, of replayed graphs
+                                                                         --eager: also of the model launched kernel by kernel
+                                                                         --kernels: where the longest step's time goes
+    python -m benchmarks.bench_phased_lora --artifact FILE --data FOLDER scores of the shorter documents, without and with adaptation
+
+PR #1934's pass: 18,100 steps, 1.02 G tokens read, 518 s on 8 H100, which is 0.246 M tokens/s a GPU; at its steady rate, without waiting for the
+longest documents, 0.52 M.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+
+import numpy as np
+import torch
+
+from pgolf_fast import recipe
+from pgolf_fast.data import Validation, load_validation
+from pgolf_fast.evaluation.phased_lora import PhasedLora, PhasedLoraConfig
+from pgolf_fast.evaluation.referee import Referee
+from pgolf_fast.export import load_model
+from pgolf_fast.model import GPT
+
+
+def random_model(device) -> GPT:
+    """Full size; no product is zero."""
+    model = GPT(recipe.resolve("caseops-1934", environ={}).recipe.model, seed=1, device=device)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    return model
+
+
+def documents(count, length, vocab_size) -> Validation:
+    tokens = np.random.default_rng(0).integers(2, vocab_size, count * length + 1).astype(np.uint16)
+    starts = np.arange(count) * length
+    tokens[starts] = 1
+    return Validation(tokens, np.ones(count * length, np.uint16), starts, False)
+
+
+def step_times(evaluator, model_called, length) -> dict[int, float]:
+    """Milliseconds from one forward to the next, median by row length, over a batch of documents of `length`."""
+    marks = []
+    original = model_called.forward
+
+    def forward(inputs, **how):
+        marks.append((inputs.shape[1], torch.cuda.Event(enable_timing=True)))
+        marks[-1][1].record()
+        return original(inputs, **how)
+
+    model_called.forward = forward
+    config = evaluator.config
+    validation = documents(config.batch_documents, length, evaluator.weights.config.vocab_size)
+    for _ in evaluator.chunks(Referee(evaluator.model, validation, "cuda")):
+        pass
+    torch.cuda.synchronize()
+    model_called.forward = original
+    found = {}
+    for (row, begin), (_, end) in zip(marks, marks[1:]):
+        found.setdefault(row, []).append(begin.elapsed_time(end))
+    return {row: statistics.median(times) for row, times in found.items()}
+
+
+def show(name, times, rows):
+    for row, ms in times.items():
+        print(f"{name:10} rows {rows:3} x {row:5}: {ms:8.2f} ms, {rows * row / ms / 1e3:.3f} M tokens/s")
+
+
+def documents_up_to(length, validation) -> Validation:
+    """The validation documents of at most `length` predictions, one after the other."""
+    starts = validation.document_starts
+    ends = np.append(starts[1:], len(validation))
+    chosen = [(start, end) for start, end in zip(starts, ends) if end - start <= length]
+    tokens = np.concatenate([validation.tokens[start:end] for start, end in chosen] + [validation.tokens[:1]])  # ends with a BOS
+    target_bytes = np.concatenate([validation.target_bytes[start:end] for start, end in chosen])
+    lengths = np.array([end - start for start, end in chosen])
+    return Validation(tokens, target_bytes, np.cumsum(lengths) - lengths, validation.has_sidecar)
+
+
+def score_text(artifact, data, config, length, prefix_documents):
+    """Bits per byte as quantized (adapters that do not learn), with adapters, and with adapters and pauses; the same windows each time."""
+    validation = documents_up_to(length, load_validation(data, 1))
+    print(f"{len(validation.document_starts)} documents of up to {length} predictions, {len(validation):,} in all")
+    still = dataclasses.replace(config, lr=0.0, prefix_documents=0)
+    variants = {
+        "as quantized": still,
+        "adapters": dataclasses.replace(config, prefix_documents=0),
+        "adapters and pauses": dataclasses.replace(config, prefix_documents=prefix_documents),
+    }
+    for name, variant in variants.items():
+        evaluator = PhasedLora(load_model(artifact, "cuda")[1], variant)
+        evaluator.record(len(validation.document_starts))
+        referee = Referee(evaluator.model, validation, "cuda")
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in evaluator.chunks(referee):
+            pass
+        result = referee.result()
+        seconds, score = time.perf_counter() - begin, result.score
+        print(f"{name:20} {score.nats_per_token:.6f} nats/token, {score.bits_per_byte:.6f} bpb, {seconds:.1f} s, {result.versions} versions of the weights", flush=True)
+        del evaluator, referee
+        torch.cuda.empty_cache()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--documents", type=int, default=64)
+    parser.add_argument("--length", type=int, default=2400, help="predictions of each document")
+    parser.add_argument("--row-multiple", type=int, default=512)
+    parser.add_argument("--eager", action="store_true", help="also the model without graphs and compilation")
+    parser.add_argument("--artifact")
+    parser.add_argument("--data")
+    parser.add_argument("--prefix-documents", type=int, default=64, help="with --artifact: documents of the pauses")
+    parser.add_argument("--no-compile", action="store_true")
+    options = parser.parse_args()
+    config = PhasedLoraConfig(batch_documents=options.documents, row_multiple=options.row_multiple, compile=not options.no_compile)
+    if options.artifact:
+        return score_text(options.artifact, options.data, config, options.length, options.prefix_documents)
+    model = random_model("cuda")
+    if options.eager:
+        evaluator = PhasedLora(model, dataclasses.replace(config))
+        evaluator.model = model
+        show("eager", step_times(evaluator, model, options.length), options.documents)
+        del evaluator
+    evaluator = PhasedLora(model, config)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    evaluator.record(options.documents)
+    end.record()
+    torch.cuda.synchronize()
+    print(f"recorded {len(evaluator.model.recordings)} shapes in {begin.elapsed_time(end) / 1e3:.1f} s")
+    show("replayed", step_times(evaluator, evaluator.model, options.length), options.documents)
+    print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, reserved {torch.cuda.max_memory_reserved() / 2**30:.1f}")
+    if options.kernels:
+        evaluator.phase = evaluator.round = 0
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            # Short documents in a window of their own length: the last three steps are at the longest row.
+            evaluator.config = dataclasses.replace(config, row_multiple=config.window_tokens)
+            for _ in evaluator.chunks(Referee(evaluator.model, documents(options.documents, 4 * 48, model.config.vocab_size), "cuda")):
+                pass
+            torch.cuda.synchronize()
+        print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=70))
+
+
+if __name__ == "__main__":
+    main()
