@@ -69,20 +69,20 @@ def show(name, times, rows):
         print(f"{name:10} rows {rows:3} x {row:5}: {ms:8.2f} ms, {rows * row / ms / 1e3:.3f} M tokens/s")
 
 
-def documents_up_to(length, validation) -> Validation:
-    """The validation documents of at most `length` predictions, one after the other."""
+def documents_up_to(length, validation, at_most) -> Validation:
+    """The first `at_most` validation documents of up to `length` predictions, one after the other."""
     starts = validation.document_starts
     ends = np.append(starts[1:], len(validation))
-    chosen = [(start, end) for start, end in zip(starts, ends) if end - start <= length]
+    chosen = [(start, end) for start, end in zip(starts, ends) if end - start <= length][:at_most]
     tokens = np.concatenate([validation.tokens[start:end] for start, end in chosen] + [validation.tokens[:1]])  # ends with a BOS
     target_bytes = np.concatenate([validation.target_bytes[start:end] for start, end in chosen])
     lengths = np.array([end - start for start, end in chosen])
     return Validation(tokens, target_bytes, np.cumsum(lengths) - lengths, validation.has_sidecar)
 
 
-def score_text(artifact, data, config, length, prefix_documents):
+def score_text(artifact, data, config, length, at_most, prefix_documents, device):
     """Bits per byte as quantized (adapters that do not learn), with adapters, and with adapters and pauses; the same windows each time."""
-    validation = documents_up_to(length, load_validation(data, 1))
+    validation = documents_up_to(length, load_validation(data, 1), at_most)
     print(f"{len(validation.document_starts)} documents of up to {length} predictions, {len(validation):,} in all")
     still = dataclasses.replace(config, lr=0.0, prefix_documents=0)
     variants = {
@@ -91,18 +91,17 @@ def score_text(artifact, data, config, length, prefix_documents):
         "adapters and pauses": dataclasses.replace(config, prefix_documents=prefix_documents),
     }
     for name, variant in variants.items():
-        evaluator = PhasedLora(load_model(artifact, "cuda")[1], variant)
+        evaluator = PhasedLora(load_model(artifact, device)[1], variant)
         evaluator.record(len(validation.document_starts))
-        referee = Referee(evaluator.model, validation, "cuda")
-        torch.cuda.synchronize()
+        referee = Referee(evaluator.model, validation, device)
+        referee.running()  # waits for the device
         begin = time.perf_counter()
         for _ in evaluator.chunks(referee):
             pass
         result = referee.result()
         seconds, score = time.perf_counter() - begin, result.score
         print(f"{name:20} {score.nats_per_token:.6f} nats/token, {score.bits_per_byte:.6f} bpb, {seconds:.1f} s, {result.versions} versions of the weights", flush=True)
-        del evaluator, referee
-        torch.cuda.empty_cache()
+        del evaluator, referee  # before the next one takes as much memory
 
 
 def main():
@@ -114,12 +113,14 @@ def main():
     parser.add_argument("--eager", action="store_true", help="also the model without graphs and compilation")
     parser.add_argument("--artifact")
     parser.add_argument("--data")
+    parser.add_argument("--device", default="cuda", help="with --artifact: cpu or cuda")
+    parser.add_argument("--first", type=int, default=10**9, help="with --artifact: so many documents")
     parser.add_argument("--prefix-documents", type=int, default=64, help="with --artifact: documents of the pauses")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
     config = PhasedLoraConfig(batch_documents=options.documents, row_multiple=options.row_multiple, compile=not options.no_compile)
     if options.artifact:
-        return score_text(options.artifact, options.data, config, options.length, options.prefix_documents)
+        return score_text(options.artifact, options.data, config, options.length, options.first, options.prefix_documents, options.device)
     model = random_model("cuda")
     if options.eager:
         evaluator = PhasedLora(model, dataclasses.replace(config))

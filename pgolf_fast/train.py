@@ -9,6 +9,7 @@ which the ranks agree on every few steps.
 
 import contextlib
 import math
+import os
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class TrainConfig:
     stop_reserve_seconds: float = setting(0.5, "kept free before the time limit, for a step slower than the last fifty")
     cuda_graphs: bool = setting(True, "on a GPU: the step is captured once per mode and replayed")
     deterministic: bool = setting(
-        False, "torch's deterministic algorithms: bit-identical runs on the CPU; on sm_90 the MLP kernel's weight gradients still vary in their last bits"
+        False, "the same bits on every run: torch's deterministic algorithms, and the MLP's weight gradients without the kernel's unordered sums"
     )
 
     def __post_init__(self):
@@ -100,6 +101,7 @@ class Trainer:
         if not self.config.data:
             raise UserError("train.data: no data folder; `pgolf data demo FOLDER` makes a small one, then say train.data=FOLDER")
         if self.config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; read at the first product
             torch.use_deterministic_algorithms(True)
         self.clock = TrainingClock(self.recipe.schedule.max_wallclock_seconds - self.recipe.schedule.reserve_seconds, self.config.stop_reserve_seconds)
         self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)

@@ -302,6 +302,29 @@ def test_bf16_stream_stays_near_float32(name):
 # --- pieces --------------------------------------------------------------------------------------------------------------
 
 
+GAINS = ("skip_weights", "skip_gates", "resid_mix", "q_gain", "attn_scale", "mlp_scale")
+
+
+@pytest.mark.parametrize(
+    "recipe_name, name",
+    [("caseops-1934", name) for name in (*GAINS, "smear_lambda", "lane_resid", "lane_post")]
+    + [("legal-ttt-691", name) for name in ("smear_gate", "bigram_scale", "ve_scale", "ve_layer_scales")],
+)
+def test_gains_are_not_rounded_to_the_stream(recipe_name, name):
+    """A change of a gain by a quarter of a bfloat16 step reaches a bfloat16 stream."""
+    config = small(recipe_name)
+    model = random_model(config)
+    model.stream_dtype = torch.bfloat16
+    gain = getattr(model, name).data
+    gain.copy_(gain.bfloat16())
+    tokens, _ = tokens_of(config, 2, 40)
+    before = model.stream(tokens)
+    nearly = gain * (1 + 2**-10)
+    assert torch.equal(nearly.bfloat16(), gain.bfloat16())
+    gain.copy_(nearly)
+    assert not torch.equal(model.stream(tokens), before)
+
+
 def test_bigram_buckets():
     """Figures of the specification: pairs as (previous, current); the first position has a row of its own."""
     pairs = {(0, 0): 0, (1, 1): 11, (1023, 1023): 977, (7, 5): 704}

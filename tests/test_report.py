@@ -22,10 +22,14 @@ def test_losing_rows_stay():
     assert "| 0.50x |" in report.kernel_table([run(100.0, 50.0)])
 
 
-def test_parity_is_judged_against_the_nearest_seed(tmp_path):
-    run = {"recipe": "r", "train_loss": {"25": 4.84}, "published_script": {"a": {"25": 4.862}, "b": {"25": 4.822}}}
-    (tmp_path / "parity_r.json").write_text(json.dumps(run))
-    assert "| r | 25 | 4.840 | 4.862, 4.822 | +0.018 |" in report.parity_table(tmp_path)
+def test_parity_is_of_the_mean_to_the_nearest_seed(tmp_path):
+    published = {"a": {"25": 4.862, "50": 4.0}, "b": {"25": 4.822, "50": 4.1}}
+    for seed, losses in ((2, {"25": 4.85, "50": 4.01}), (1, {"25": 4.83})):
+        run = {"recipe": "r", "seed": seed, "train_loss": losses, "published_script": published}
+        (tmp_path / f"parity_r_seed{seed}.json").write_text(json.dumps(run))
+    table = report.parity_table(tmp_path)
+    assert "| r | 25 | 4.830, 4.850 | 4.862, 4.822 | +0.018 |" in table
+    assert "| r | 50 | 4.010 | 4.000, 4.100 | +0.010 |" in table
 
 
 def test_steps_stand_beside_the_published_script_on_as_many_gpus(tmp_path):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.shapes import HEAD_DIM, HEADS, KV_HEADS, SEQUENCE, cu_seqlens, document_lengths, tokens
+from benchmarks.shapes import HEAD_DIM, HEADS, KV_HEADS, SEQUENCE, cu_seqlens, document_lengths, target_document_lengths, tokens
 from benchmarks.timing import Case
 from pgolf_fast import xsa_attention
 from pgolf_fast.ops.xsa_attention import _composite
@@ -31,14 +31,18 @@ def torch_attention(backend):
 
 def cases(device):
     n = tokens(device)
-    documents = document_lengths(n)
-    starts = cu_seqlens(documents, device, pad_to=256 if device.type == "cuda" else None)
+    mixes = [document_lengths(n)]
+    if device.type == "cuda":
+        mixes.append(target_document_lengths())
 
-    def packed(q, k, v):
-        return xsa_attention(q, k, v, cu_seqlens=starts, max_seqlen=SEQUENCE)
-
-    def padded(q, k, v):
-        return _composite(q, k, v, True, None, HEAD_DIM**-0.5, starts[: len(documents) + 1], SEQUENCE)
+    def packed(documents):
+        starts = cu_seqlens(documents, device, pad_to=256 if device.type == "cuda" else None)
+        return {
+            "ours": lambda q, k, v: xsa_attention(q, k, v, cu_seqlens=starts, max_seqlen=SEQUENCE),
+            "torch padded": lambda q, k, v: _composite(
+                q, k, v, True, None, HEAD_DIM**-0.5, starts[: len(documents) + 1], SEQUENCE
+            ),
+        }
 
     dense_peers = {"torch math": torch_attention(SDPBackend.MATH)}
     if device.type == "cuda":
@@ -46,7 +50,7 @@ def cases(device):
     rows = n // SEQUENCE
     for name, batch, lengths, contestants in (
         (f"dense {rows}x{SEQUENCE}", rows, [SEQUENCE] * rows, {"ours": xsa_attention, **dense_peers}),
-        (f"packed {len(documents)} documents, {n}", 1, documents, {"ours": packed, "torch padded": padded}),
+        *((f"packed {len(documents)} documents, {n}", 1, documents, packed(documents)) for documents in mixes),
     ):
         qkv = torch.randn(batch, n // batch, HEADS + 2 * KV_HEADS, HEAD_DIM, device=device).bfloat16()
         inputs = [x.requires_grad_() for x in qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=2)]

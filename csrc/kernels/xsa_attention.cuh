@@ -107,6 +107,15 @@ __device__ inline void pack(uint32_t (&a)[16], const float (&d)[32]) {
     for (int i = 0; i < 16; ++i) a[i] = ptx::pack_bf16(d[2 * i], d[2 * i + 1]);
 }
 
+// Scores of the tile on the diagonal: row `row` (of this thread's first; the other is 8 below) sees columns up to its own.
+__device__ __forceinline__ void mask_diagonal(float (&s)[32], int row, int lane) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+        const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+        if (column > row + 8 * (i / 2 % 2)) s[i] = -INFINITY;
+    }
+}
+
 // Writes this warp's 16 rows of a fragment as bf16 into its rows of a tile, then hands each lane whole 16-byte chunks:
 // store(row, chunk, value, i) with row = 16 warp + 4 i + lane / 8, chunk = lane % 8.
 template <class Store>
@@ -152,13 +161,18 @@ inline dim3 query_grid(const XsaAttentionParams& p) {
     return dim3((p.tokens + per_block - 1) / per_block, p.q_heads / heads_per_block, p.batch);
 }
 
+// The key and value tiles of a query block.
+struct KeyRange {
+    int batch, kv_head, start, count;
+};
+
 // Key and value tiles of a query block, in order, through kStages stages. NOTE: without a warp of its own for the loads, thread 0
 // refills a stage at the start of step j; the stage is that of tile j - 2, which both warpgroups should have left by then.
 struct KeyStream {
     uint64_t *full, *empty;  // [kStages], in shared memory
     uint8_t* stages;         // [kStages] of a key and a value tile
     const CUtensorMap *map_k, *map_v;
-    int batch, kv_head, start, count;
+    const KeyRange* range;   // in shared memory
 
     // One thread.
     __device__ void init() const {
@@ -171,15 +185,15 @@ struct KeyStream {
         uint64_t* bar = &full[j % kStages];
         uint8_t* keys = stages + j % kStages * 2 * kTileBytes;
         ptx::mbarrier_arrive_expect(bar, 2 * kTileBytes);
-        ptx::tma_load_4d(keys, map_k, bar, 0, kv_head, start + j * kTile, batch);
-        ptx::tma_load_4d(keys + kTileBytes, map_v, bar, 0, kv_head, start + j * kTile, batch);
+        ptx::tma_load_4d(keys, map_k, bar, 0, range->kv_head, range->start + j * kTile, range->batch);
+        ptx::tma_load_4d(keys + kTileBytes, map_v, bar, 0, range->kv_head, range->start + j * kTile, range->batch);
     }
     __device__ void load_first() const {
-        for (int j = 0; j < min(kStages, count); ++j) load(j);
+        for (int j = 0; j < min(kStages, range->count); ++j) load(j);
     }
     // Every thread.
     __device__ void refill(int j) const {
-        if (threadIdx.x == 0 && j >= 2 && j - 2 + kStages < count) {
+        if (threadIdx.x == 0 && j >= 2 && j - 2 + kStages < range->count) {
             ptx::mbarrier_wait(&empty[(j - 2) % kStages], (j - 2) / kStages & 1);
             load(j - 2 + kStages);
         }

@@ -324,6 +324,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
                                                                             const __grid_constant__ XsaAttentionBwdParams p) {
     extern __shared__ uint8_t dynamic_shared[];
     __shared__ uint64_t s_full[kStages], s_empty[kStages], s_rows_full;
+    __shared__ KeyRange s_range;
     uint8_t* s_rows = align_tiles(dynamic_shared);             // [kConsumers] of a q and a dy tile
     uint8_t* s_keys = s_rows + 2 * kConsumers * kTileBytes;    // [kStages] of a k and a v tile
 
@@ -333,8 +334,9 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     const int key_tiles = min(find_query_tile(f.q_heads, f.kv_heads, seq.block, kConsumers - 1).tile + 1, seq.tiles());
     const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const QueryTile mine = find_query_tile(f.q_heads, f.kv_heads, seq.block, warpgroup);
-    const KeyStream stream{s_full, s_empty, s_keys, &map_k, &map_v, seq.batch, mine.kv_head, seq.start, key_tiles};
+    const KeyStream stream{s_full, s_empty, s_keys, &map_k, &map_v, &s_range};
     if (threadIdx.x == 0) {
+        s_range = {seq.batch, mine.kv_head, seq.start, key_tiles};
         ptx::mbarrier_init(&s_rows_full, 1);
         stream.init();
         ptx::fence_mbarrier_init();
@@ -386,13 +388,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
         product_abt(dp, dy, wgmma::advance(keys, offset + kTileBytes));
         wgmma::commit();
         if (j > 0) stream.release(j - 1);
-        if (diagonal) {
-#pragma unroll
-            for (int e = 0; e < 32; ++e) {
-                const int column = 8 * (e / 4) + 2 * (lane % 4) + e % 2;
-                if (column > row + 8 * (e / 2 % 2)) s[e] = -INFINITY;
-            }
-        }
+        if (diagonal) mask_diagonal(s, row, lane);
 #pragma unroll
         for (int e = 0; e < 32; ++e) s[e] = ptx::exp2_approx(fmaf(s[e], scale_log2, -lse[e / 2 % 2]));
         wgmma::wait<0>();

@@ -3,53 +3,51 @@
 namespace pgolf {
 namespace xsa {
 
-// The running maximum may lag by 2^kSlack before sums and output are rescaled: fp32 sums have the room, and most tiles skip the rescale.
-constexpr float kSlack = 8.0f;
+// Base 2, of the unnormalised probabilities. The largest score of a row's first tile stands in for the row's maximum: its
+// probability becomes 2^-kHeadroom, so no sum is too small, and later scores may exceed it by kHeadroom + kSumLimit.
+constexpr float kHeadroom = 60.0f;
+constexpr float kSumLimit = 0x1p80f;
 
-struct OnlineSoftmax {
-    float maximum[2] = {-INFINITY, -INFINITY};  // of this thread's rows (lane / 4, + 8), in score units
-    float sum[2] = {0.0f, 0.0f};                // this thread's columns only
+struct Softmax {
+    float shift[2] = {-INFINITY, -INFINITY};  // of this thread's rows (lane / 4, + 8): what scores lose, in powers of 2
+    float sum[2] = {0.0f, 0.0f};              // this thread's columns only
 };
 
-// Scores of one tile to unnormalised probabilities as the A operand.
-template <bool kDiagonal>
-__device__ __forceinline__ void softmax_tile(uint32_t (&p)[16], float (&s)[32], float (&o)[32], OnlineSoftmax& state, float scale_log2,
-                                             int row, int lane) {
-    if (kDiagonal) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-            if (column > row + 8 * (i / 2 % 2)) s[i] = -INFINITY;
-        }
-    }
+// Largest score of each of this thread's rows.
+__device__ __forceinline__ void row_maxima(float (&top)[2], const float (&s)[32]) {
     // Eight short chains instead of two long ones: the latency of a maximum is what a warp would wait for.
     float partial[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) partial[i] = s[i];
 #pragma unroll
     for (int i = 8; i < 32; ++i) partial[i % 8] = fmaxf(partial[i % 8], s[i]);
-    const float top[2] = {quad_max(fmaxf(fmaxf(partial[0], partial[1]), fmaxf(partial[4], partial[5]))),
-                          quad_max(fmaxf(fmaxf(partial[2], partial[3]), fmaxf(partial[6], partial[7])))};
-    const bool outgrown = (top[0] - state.maximum[0]) * scale_log2 > kSlack || (top[1] - state.maximum[1]) * scale_log2 > kSlack;
-    if (__any_sync(0xffffffffu, outgrown)) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float maximum = fmaxf(top[r], state.maximum[r]);
-            const float factor = ptx::exp2_approx((state.maximum[r] - maximum) * scale_log2);
-            state.maximum[r] = maximum;
-            state.sum[r] *= factor;
-#pragma unroll
-            for (int i = 0; i < 16; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
-        }
-    }
-    const float shift[2] = {state.maximum[0] * scale_log2, state.maximum[1] * scale_log2};
+    top[0] = quad_max(fmaxf(fmaxf(partial[0], partial[1]), fmaxf(partial[4], partial[5])));
+    top[1] = quad_max(fmaxf(fmaxf(partial[2], partial[3]), fmaxf(partial[6], partial[7])));
+}
+
+// Scores to unnormalised probabilities, in place.
+__device__ __forceinline__ void exponentials(float (&s)[32], Softmax& state, float scale_log2) {
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
-        s[i] = ptx::exp2_approx(fmaf(s[i], scale_log2, -shift[i / 2 % 2]));
-        s[i + 1] = ptx::exp2_approx(fmaf(s[i + 1], scale_log2, -shift[i / 2 % 2]));
-        state.sum[i / 2 % 2] += s[i] + s[i + 1];
+        const int r = i / 2 % 2;
+        s[i] = ptx::exp2_approx(fmaf(s[i], scale_log2, -state.shift[r]));
+        s[i + 1] = ptx::exp2_approx(fmaf(s[i + 1], scale_log2, -state.shift[r]));
+        state.sum[r] += s[i] + s[i + 1];
     }
-    pack(p, s);
+}
+
+// The shift grows to the maximum of what has been seen, and what was summed with a smaller one is scaled down.
+__device__ __forceinline__ void raise_shift(Softmax& state, float (&o)[32], const float (&s)[32], float scale_log2) {
+    float top[2];
+    row_maxima(top, s);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float shift = fmaxf(top[r] * scale_log2, state.shift[r]), factor = ptx::exp2_approx(state.shift[r] - shift);
+        state.shift[r] = shift;
+        state.sum[r] *= factor;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
+    }
 }
 
 __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(const __grid_constant__ CUtensorMap map_q,
@@ -57,7 +55,9 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
                                                                              const __grid_constant__ CUtensorMap map_v,
                                                                              const __grid_constant__ XsaAttentionParams p) {
     extern __shared__ uint8_t dynamic_shared[];
-    __shared__ uint64_t s_full[kStages], s_empty[kStages], s_rows_full;
+    __shared__ uint64_t s_full[2 * kStages], s_empty[2 * kStages], s_rows_full;  // a second set for a second walk
+    __shared__ Sequence s_seq;
+    __shared__ KeyRange s_range;
     uint8_t* s_q = align_tiles(dynamic_shared);             // [kConsumers] tiles
     uint8_t* s_keys = s_q + kConsumers * kTileBytes;        // [kStages] of a key and a value tile
 
@@ -73,12 +73,15 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
         }
         return;
     }
+    // NOTE: what the loop does not need goes to shared memory: the loop takes every register.
     // The later of the two warpgroups' tiles decides how many key tiles the block needs.
     const int key_tiles = min(find_query_tile(p.q_heads, p.kv_heads, seq.block, kConsumers - 1).tile + 1, seq.tiles());
 
-    const QueryTile mine = find_query_tile(p.q_heads, p.kv_heads, seq.block, warpgroup);
-    const KeyStream stream{s_full, s_empty, s_keys, &map_k, &map_v, seq.batch, mine.kv_head, seq.start, key_tiles};
+    const QueryTile tile = find_query_tile(p.q_heads, p.kv_heads, seq.block, warpgroup);
+    KeyStream stream{s_full, s_empty, s_keys, &map_k, &map_v, &s_range};
     if (threadIdx.x == 0) {
+        s_seq = seq;
+        s_range = {seq.batch, tile.kv_head, seq.start, key_tiles};
         ptx::mbarrier_init(&s_rows_full, 1);
         stream.init();
         ptx::fence_mbarrier_init();
@@ -96,63 +99,97 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     const int warp = threadIdx.x / 32 % 4, row = 16 * warp + lane / 4;
     const float scale_log2 = p.scale * kLog2e;
     // NOTE: a tile wholly past the sequence's end runs along, so that every stage is released, and stores nothing.
-    const int last = uniform(min(mine.tile, key_tiles - 1));
+    const int last = uniform(min(tile.tile, key_tiles - 1));
 
-    uint32_t probabilities[16];
-    float even[32], odd[32], o[32];  // scores of even and odd key tiles
-    OnlineSoftmax state;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) o[i] = 0.0f;
+    float o[32];
+    Softmax state;
     const uint64_t q = wgmma::descriptor(s_q + warpgroup * kTileBytes);
     const uint64_t keys = wgmma::descriptor(s_keys), values = wgmma::descriptor_mn_major(s_keys + kTileBytes, 0);
-
-    ptx::mbarrier_wait(&s_rows_full, 0);
-    stream.wait(0);
-    begin_products();
-    product_abt(even, q, keys);
-    wgmma::commit();
-    wgmma::wait<0>();
-    wgmma::pin(even);
-    // The scores of tile j + 1 are on the tensor cores while those of tile j become probabilities.
-    auto step = [&](float (&now)[32], float (&next)[32], int j) {
-        stream.refill(j);
-        stream.wait(j + 1);
+    auto start_scores = [&](float (&s)[32], int j) {
+        stream.wait(j);
         begin_products();
-        product_abt(next, q, wgmma::advance(keys, (j + 1) % kStages * 2 * kTileBytes));
+        product_abt(s, q, wgmma::advance(keys, j % kStages * 2 * kTileBytes));
         wgmma::commit();
-        softmax_tile<false>(probabilities, now, o, state, scale_log2, row, lane);
+    };
+    auto start_output = [&](const float (&p)[32], int j) {
+        uint32_t probabilities[16];
+        pack(probabilities, p);
         begin_products();
         product_ab(o, probabilities, wgmma::advance(values, j % kStages * 2 * kTileBytes), j > 0);
         wgmma::commit();
-        wgmma::wait<0>();
-        wgmma::pin(next);
-        wgmma::pin(o);
-        stream.release(j);
     };
-    int j = 0;
-    for (; j + 1 < last; j += 2) {
-        step(even, odd, j);
-        step(odd, even, j + 1);
-    }
-    if (j < last) {
-        step(even, odd, j);
+
+    ptx::mbarrier_wait(&s_rows_full, 0);
+    float s[32];
+    start_scores(s, 0);
+    wgmma::wait<0>();
+    wgmma::pin(s);
+    if (last == 0) mask_diagonal(s, row, lane);
+    row_maxima(state.shift, s);
 #pragma unroll
-        for (int i = 0; i < 32; ++i) even[i] = odd[i];
+    for (int r = 0; r < 2; ++r) state.shift[r] = fmaf(state.shift[r], scale_log2, kHeadroom);
+    for (int j = 0; j < last; ++j) {
+        stream.refill(j);
+        exponentials(s, state, scale_log2);
+        uint32_t probabilities[16];
+        wgmma::wait<0>();
+        wgmma::pin(o);
+        if (j > 0) stream.release(j - 1);
+        pack(probabilities, s);
+        stream.wait(j + 1);
+        begin_products();
+        product_abt(s, q, wgmma::advance(keys, (j + 1) % kStages * 2 * kTileBytes));
+        wgmma::commit();
+        product_ab(o, probabilities, wgmma::advance(values, j % kStages * 2 * kTileBytes), j > 0);
+        wgmma::commit();
+        wgmma::wait<1>();
+        wgmma::pin(s);
     }
-    softmax_tile<true>(probabilities, even, o, state, scale_log2, row, lane);
-    begin_products();
-    product_ab(o, probabilities, wgmma::advance(values, last % kStages * 2 * kTileBytes), last > 0);
-    wgmma::commit();
+    mask_diagonal(s, row, lane);
+    exponentials(s, state, scale_log2);
     wgmma::wait<0>();
     wgmma::pin(o);
+    start_output(s, last);
+    wgmma::wait<0>();
+    wgmma::pin(o);
+    // Scores that outgrew the first tile's: once more from the start, with a running maximum.
+    if (__syncthreads_or(!(fmaxf(state.sum[0], state.sum[1]) < kSumLimit))) {
+        stream.full += kStages;
+        stream.empty += kStages;
+        if (threadIdx.x == 0) {
+            stream.init();
+            ptx::fence_mbarrier_init();
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) stream.load_first();
+        state = Softmax{};
+#pragma unroll
+        for (int i = 0; i < 32; ++i) o[i] = 0.0f;
+#pragma unroll 1
+        for (int j = 0; j <= last; ++j) {
+            float s[32];
+            stream.refill(j);
+            start_scores(s, j);
+            wgmma::wait<0>();
+            wgmma::pin(s);
+            if (j == last) mask_diagonal(s, row, lane);
+            raise_shift(state, o, s, scale_log2);
+            exponentials(s, state, scale_log2);
+            start_output(s, j);
+            wgmma::wait<0>();
+            wgmma::pin(o);
+            stream.release(j);
+        }
+    }
 
+    const QueryTile mine = find_query_tile(p.q_heads, p.kv_heads, s_seq.block, warpgroup);
     // The last tile of keys is the diagonal one: its values are this tile's own.
     const uint8_t* own_values = s_keys + (last % kStages * 2 + 1) * kTileBytes;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float sum = quad_sum(state.sum[r]), normalise = __fdividef(1.0f, sum);
         const int at = row + 8 * r, token = mine.tile * kTile + at;
-        const bool inside = token < seq.length;
+        const bool inside = token < s_seq.length;
         float own = 0.0f, v[16] = {};  // v in the columns of o
         if (p.xsa) {
             float dot = 0.0f, square = 0.0f;
@@ -166,7 +203,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
             }
             own = __fdividef(quad_sum(dot) * normalise, fmaxf(quad_sum(square), 1e-24f));
         }
-        const float gate = p.gate.data != nullptr && inside ? load_gate(p.gate, seq.batch, seq.start + token, mine.head) : 1.0f;
+        const float gate = p.gate.data != nullptr && inside ? load_gate(p.gate, s_seq.batch, s_seq.start + token, mine.head) : 1.0f;
         const float factor = gate * normalise, share = gate * own;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -174,8 +211,8 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
             o[4 * j + 2 * r + 1] = o[4 * j + 2 * r + 1] * factor - share * v[2 * j + 1];
         }
         if (inside && lane % 4 == 0) {
-            const int64_t at_row = (int64_t(seq.batch) * p.q_heads + mine.head) * p.tokens + seq.start + token;
-            p.lse[at_row] = state.maximum[r] * p.scale + __logf(sum);
+            const int64_t at_row = (int64_t(s_seq.batch) * p.q_heads + mine.head) * p.tokens + s_seq.start + token;
+            p.lse[at_row] = state.shift[r] * kLn2 + __logf(sum);
             p.own[at_row] = own;
         }
     }
@@ -183,7 +220,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     ptx::named_sync(1 + warpgroup, 128);
     store_rows(s_q + warpgroup * kTileBytes, o, warp, lane, [&](int at, int chunk, uint4 value, int) {
         const int token = mine.tile * kTile + at;
-        if (token < seq.length) *row_chunk(p.out, seq.batch, seq.start + token, mine.head, chunk) = value;
+        if (token < s_seq.length) *row_chunk(p.out, s_seq.batch, s_seq.start + token, mine.head, chunk) = value;
     });
 }
 

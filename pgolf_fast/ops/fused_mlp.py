@@ -69,10 +69,12 @@ def _bwd_cuda(dy, x, u, w_up, w_down, activation):
     if not _library.uses_kernel("fused_mlp_bwd", x.device):
         return _backward_formula(dy, x, u, w_up, w_down, activation)
     du, dx = torch.empty_like(u), x.new_empty(x.shape)
-    # The kernel adds to them, in an order that varies.
+    # The kernel adds to them, in an order that varies: deterministic algorithms make these two products again.
     dw_up, dw_down = (torch.zeros_like(w, dtype=torch.float32) for w in (w_up, w_down))
     tensors = [t.contiguous() for t in (dy, x, u, w_up, w_down)]
     torch.ops.pgolf_fast_sm90.fused_mlp_bwd(*tensors, activation, du, dx, dw_up, dw_down)
+    if torch.are_deterministic_algorithms_enabled():
+        return dx, du.T @ x, dy.T @ activation_ref(u, ACTIVATIONS[activation])
     return dx, dw_up.to(w_up.dtype), dw_down.to(w_down.dtype)
 
 

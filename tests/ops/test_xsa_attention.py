@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,6 +156,43 @@ def test_huge_scores_stay_finite():
     for name in ("out", "dv"):
         assert_within(ours[name], peer[name], truth[name], name, floor=3e-4)
     assert all(torch.isfinite(value).all() for value in ours.values())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("heads", [(8, 4), (4, 4)], ids=lambda h: f"{h[0]}to{h[1]}")
+@pytest.mark.parametrize("lengths", [[300], [70, 0, 257, 130]], ids=["dense", "packed"])
+def test_scores_that_outgrow_the_first_tile(lengths, heads):
+    """The forward takes its shift from a row's first tile and walks again where later scores are 2^140 times as likely."""
+    q, k, v, gate, cu_seqlens, grad = inputs(lengths, heads)
+    k = k.clone()
+    k[:, :64] *= 2**-6
+    k[:, 150::40] *= 40
+    q = 4 * q
+    group = heads[0] // heads[1]
+    scores = 0.125 * (q[0].float().transpose(0, 1) @ k[0].float().repeat_interleave(group, 1).permute(1, 2, 0))
+    assert (scores.max() - scores[..., :64].max()) / math.log(2) > 160, "the case does not reach the second walk"
+    ours, peer = outcome(xsa_attention, q, k, v, gate, cu_seqlens, grad), outcome(plain_torch, q, k, v, gate, cu_seqlens, grad)
+    truth = outcome(xsa_attention_ref, q, k, v, gate, cu_seqlens, grad, dtype=torch.float64)
+    for name in ("out", "dv"):  # probabilities are nearly 0 or 1: what is left of dq and dk is rounding, in torch as here
+        assert_within(ours[name], peer[name], truth[name], name, floor=3e-4)
+    assert all(torch.isfinite(value).all() for value in ours.values())
+
+
+@pytest.mark.cuda
+def test_gradients_into_slices_of_a_packed_buffer():
+    """The launching op writes dq, dk and dv where it is told, strides and all."""
+    q, k, v, _, cu_seqlens, grad = inputs([100, 65])
+    expected = outcome(xsa_attention, q, k, v, None, cu_seqlens, grad)
+    out, lse, own = torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, None, cu_seqlens, 100, True, 0.125)
+    packed = torch.full((1, 165, 16, 64), math.nan, dtype=torch.bfloat16, device="cuda")
+    dq, dk, dv = packed.split([8, 4, 4], dim=2)
+    stats = torch.empty(8, 2, 168 + 4 * 2, device="cuda")
+    plan, plan_keys = (torch.empty(165 // tokens + 2 + 2, 4, dtype=torch.int32, device="cuda") for tokens in (64, 192))
+    torch.ops.pgolf_fast_sm90.xsa_attention_bwd(
+        grad, q, k, v, None, out, lse, own, cu_seqlens, dq, dk, dv, None, torch.empty_like(out), stats, plan, plan_keys, True, 0.125
+    )
+    for name, value in (("dq", dq), ("dk", dk), ("dv", dv)):
+        assert torch.equal(value, expected[name]), name
 
 
 # ---- every switch -------------------------------------------------------------------------------------
