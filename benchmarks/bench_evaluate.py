@@ -4,8 +4,8 @@
     python -m benchmarks.bench_evaluate --recipe gepa-598 --evaluator score-first-sgd --profile
     python -m benchmarks.bench_evaluate --artifact model.pglf --data FOLDER
 
-The evaluators are those of `pgolf eval`, after their warm-up; loading is not in it. Without an artifact the model has random weights, and the
-tokens follow Zipf's law.
+The evaluators are those of `pgolf eval`, after their warm-up; loading is not in it. Without an artifact the model has random weights;
+without data the tokens follow Zipf's law.
 A published time is that of the whole split of 62,023,616 scores; its rate per GPU is the scores over seconds times GPUs.
 """
 
@@ -116,13 +116,15 @@ def main() -> None:
     device = torch.device("cuda", 0)
     rows = [measure(config, name, tokens, device) for name in config.evaluator for tokens in config.batch_tokens]
     table = Table(title=f"{config.recipe}, one {torch.cuda.get_device_name()}", title_justify="left", box=box.SIMPLE)
-    for heading in ("evaluator", "tokens a batch", "positions", "seconds", "positions/s", "published, a GPU", "ratio", "bits/byte", "GiB", "warm-up s"):
+    headings = "evaluator", "tokens a batch", "positions", "seconds", "positions/s", "published, a GPU"
+    headings += "ratio", "bits/byte", "GiB", "warm-up s"
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "evaluator" else "right")
     for r in rows:
         theirs = r.get("published_positions_per_s")
         beside = (f"{theirs:,.0f} ({r['published_gpu']})", f"{r['positions_per_s'] / theirs:.2f}") if theirs else ("-", "-")
-        cells = f"{r['batch_tokens']:,}", f"{r['positions']:,}", f"{r['seconds']:.2f}", f"{r['positions_per_s']:,.0f}", *beside, f"{r['bits_per_byte']:.5f}"
-        table.add_row(r["evaluator"], *cells, f"{r['memory_gib']:.1f}", f"{r['warm_up_s']:.1f}")
+        cells = f"{r['batch_tokens']:,}", f"{r['positions']:,}", f"{r['seconds']:.2f}", f"{r['positions_per_s']:,.0f}", *beside
+        table.add_row(r["evaluator"], *cells, f"{r['bits_per_byte']:.5f}", f"{r['memory_gib']:.1f}", f"{r['warm_up_s']:.1f}")
     console.print(table)
     if config.profile:
         for name in config.evaluator:

@@ -24,8 +24,9 @@ from pgolf_fast.quantize import PUBLISHED, quantize
 from pgolf_fast.shards import shard_name, write_shard
 from tests import corpus
 
-SMALL = ("model.model_dim=32", "model.num_heads=2", "model.num_kv_heads=1", "model.num_layers=2", f"model.vocab_size={corpus.VOCAB_SIZE}", "model.mlp_mult=2")
-SMALL += ("model.ve_layers=1", "model.bigram_buckets=64", "model.rope_dims=8", "model.xsa_last_n=1", "train.seq_len=64")
+SMALL = ("model.model_dim=32", "model.num_heads=2", "model.num_kv_heads=1", "model.num_layers=2", "model.mlp_mult=2")
+SMALL += (f"model.vocab_size={corpus.VOCAB_SIZE}", "model.ve_layers=1", "model.bigram_buckets=64", "model.rope_dims=8")
+SMALL += ("model.xsa_last_n=1", "train.seq_len=64")
 SMALL += ("eval.seq_len=64", "eval.stride=16", "eval.batch_tokens=1024", "ttt.chunk_tokens=256", "ttt.epochs=2", "ttt.lr=0.02")
 
 
@@ -148,7 +149,8 @@ def test_stopped_in_the_middle(pgolf, artifact, data, tmp_path, number):
     """No result is left; the same command ends with the score of an undisturbed one."""
     slow = ("ttt.epochs=8", "ttt.lr=0.001", "eval.save_seconds=0")
     command = [sys.executable, "-m", "pgolf_fast", "eval", artifact, *slow, "--data", data, "--out", tmp_path / "out", "--device", "cpu"]
-    child = subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(list(map(str, command)), env=environment, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while not list(tmp_path.rglob("step_*.safetensors")) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

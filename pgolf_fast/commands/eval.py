@@ -90,7 +90,9 @@ def run(config: Eval, console: Console) -> tuple[dict, int]:
         raise UserError("data: give the folder of the validation shards, --data FOLDER")
     artifact = config.source / ARTIFACT if config.source.is_dir() else config.source
     if not artifact.is_file():
-        remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one" if config.source.is_dir() else "give an artifact or a run's folder"
+        remedy = "give an artifact or a run's folder"
+        if config.source.is_dir():
+            remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one"
         raise UserError(f"source: no file {artifact}; {remedy}")
     device = dist.start(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
     try:
@@ -171,7 +173,8 @@ def _require_same_tokenizer(settings, config):
     model = dataset.find_tokenizer(config.data, config.tokenizer)
     pieces = Tokenizer(model).vocab_size if model else None  # without one, load_validation says what is missing
     if pieces is not None and pieces != settings.model.vocab_size:
-        raise UserError(f"{config.data}: its tokenizer has {pieces:,} pieces, the artifact's model {settings.model.vocab_size:,}; give the data set of its recipe")
+        sizes = f"its tokenizer has {pieces:,} pieces, the artifact's model {settings.model.vocab_size:,}"
+        raise UserError(f"{config.data}: {sizes}; give the data set of its recipe")
 
 
 def _write(path: Path, content: dict) -> None:
@@ -229,7 +232,8 @@ def score_table(rows: list[Row]) -> Table:
     for heading in ("weights", "evaluator"):
         table.add_column(heading, no_wrap=True)
     has_published = any(row.published_bits_per_byte is not None for row in rows)
-    for heading in ("nats/token", "bits/byte", *(["published count"] if has_published else []), "tokens", "strict s", "practice s", "scoring s"):
+    extra = ["published count"] if has_published else []
+    for heading in ("nats/token", "bits/byte", *extra, "tokens", "strict s", "practice s", "scoring s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for r in rows:
         published = [f"{r.published_bits_per_byte:.6f}" if r.published_bits_per_byte is not None else "-"] if has_published else []

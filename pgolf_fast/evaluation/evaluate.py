@@ -30,7 +30,7 @@ class EvalConfig:
     seq_len: int = setting(2048, "tokens of context", "EVAL_SEQ_LEN")
     stride: int = setting(64, "positions scored per window", "EVAL_STRIDE")
     batch_tokens: int = setting(262144, "tokens per forward of one rank; the published evaluators take 32 windows, 65,536")
-    published_tail: bool = setting(False, "also give the published count, which scores the end of the stream several times (it reports both)")
+    published_tail: bool = setting(False, "give the published count too, which scores the end of the stream several times")
     save_seconds: float = setting(60.0, "between two savings of an evaluation's state")
 
     def __post_init__(self):
@@ -160,8 +160,9 @@ class SavedState:
         tensors, state = checkpoint.load(path)
         for part, value in self.identity.items():
             if state["identity"].get(part) != value:
+                change = f"({state['identity'].get(part)}, now {value})"
                 raise UserError(
-                    f"{path.parent.parent}: holds an unfinished evaluation with another {part} ({state['identity'].get(part)}, now {value}); "
+                    f"{path.parent.parent}: holds an unfinished evaluation with another {part} {change}; "
                     "give it back what it began with, or choose another folder"
                 )
 

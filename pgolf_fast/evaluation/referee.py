@@ -88,7 +88,9 @@ class Result:
 class Referee:
     """One rank's. `model` is called as a GPT is: model(inputs [B, T], positions=columns [B, S] or None, **how) -> logits [B, S, V]."""
 
-    def __init__(self, model: Callable[..., Tensor], validation: Validation, device: torch.device | str = "cpu", allow_published_tail=False):
+    def __init__(
+        self, model: Callable[..., Tensor], validation: Validation, device: torch.device | str = "cpu", allow_published_tail: bool = False
+    ):
         if len(validation) == 0:
             raise UserError("validation: no position to score; use a larger validation split")
         self.device = torch.device(device)
@@ -172,7 +174,8 @@ class Referee:
             raise OrderError(f"reveal: expected 0 <= start < stop <= {self.num_positions}, got {start} and {stop}")
         if not self._claimed[start:stop].all():
             position = start + int(np.flatnonzero(~self._claimed[start:stop])[0])
-            raise OrderError(f"reveal: position {position} has not been scored" + (" (or not before `meet`)" if dist.world_size() > 1 else ""))
+            other_ranks = " (or by another rank, since the last `meet`)" if dist.world_size() > 1 else ""
+            raise OrderError(f"reveal: position {position} has not been scored{other_ranks}")
         begins = np.searchsorted(self.document_starts, start)
         is_document = begins < len(self.document_starts) and self.document_starts[begins] == start
         if start and not self._claimed[start - 1] and not is_document:

@@ -1,7 +1,7 @@
 """Self-distillation on the validation text (SDTTT, PR #379): a negative control, never a score.
 
-It trains on targets before they are scored, so what is scored afterwards is not legal; it was switched off in the published run, which it made
-worse (1.1428 to 1.1431). The referee cannot express it: this function takes the tokens themselves, and what follows it is marked.
+It trains on targets before they are scored, so what is scored afterwards is not legal; the published run switched it off, as it made the
+score worse (1.1428 to 1.1431). The referee cannot express it: this function takes the tokens themselves, and what follows it is marked.
 """
 
 import copy

@@ -50,7 +50,7 @@ def validation(num_positions: int, seed: int = 5) -> Validation:
 
 @torch.no_grad()
 def window_losses(gpt, tokens: np.ndarray, start: int, end: int, row: int) -> np.ndarray:
-    """float64 nats of positions start..end-1, the window alone in a batch, padded to `row` tokens: the rotary base follows the row's length."""
+    """float64 nats of positions start..end-1, the window alone, padded to `row` tokens: the rotary base follows the row's length."""
     stream = torch.from_numpy(tokens[start : end + 1].astype(np.int64))
     padded = torch.cat([stream[:-1], torch.zeros(row - (end - start), dtype=torch.int64)])
     logits = gpt(padded[None])[0, : end - start].double()
