@@ -172,7 +172,7 @@ def normalisation(case: Case) -> Finding:
             said = f"what the {len(case.stream.pieces)} possible tokens after position {p} are given, one run each, adds up to {total:.6g}"
             return finding("normalisation", FAIL, said)
         summed, worst = summed + 1, max(worst, abs(total - 1))
-    said.append(f"at {summed} positions, one run per possible token: within {worst:.1g}")
+    said.append(f"at {summed} position{'s' * (summed > 1)}, one run per possible token: within {worst:.1g}")
     return finding("normalisation", PASS, "; ".join(said))
 
 
