@@ -20,7 +20,7 @@ VERBS = {
     "bench": ("bench", "Bench", "benchmark ops against their peers, in one process, after their tests"),
     "compare": ("compare", "Compare", "test whether one set of seeds scores better than another"),
     "data": ("data", "Data", "make, fetch and check data sets: build, get, verify, demo, train-tokenizer"),
-    "demo": ("demo", "Demo", "the main job on an embedded default: doctor, ops, corpus, training"),
+    "demo": ("demo", "Demo", "the main job on an embedded default: doctor, ops, corpus, training, packing, scores, figures"),
     "doctor": ("doctor", "Doctor", "check this machine: versions, devices, the path each op takes"),
     "eval": ("eval", "Eval", "score an artifact on a validation split: plain, sliding window, score-first test-time training"),
     "pack": ("pack", "Pack", "compress quantized tensors into one file, with the ledger of bytes against the cap"),

@@ -17,6 +17,7 @@ class RunRecord:
     validations: list[dict]  # step, val_loss, val_bpb, train_s
     end: dict | None  # the last event of a finished run
     sizes: dict[str, int]  # bytes by part, from the ledger of `pgolf pack`; empty without one
+    evaluations: dict[str, dict]  # name of each result of `pgolf eval`, such as "artifact-sliding": what it says
 
     @property
     def name(self) -> str:
@@ -34,7 +35,7 @@ def _document(folder: Path, name: str) -> dict:
     try:
         return json.loads((folder / name).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / name}: cannot be read ({error}); `pgolf train` and `pgolf pack` write such files") from None
+        raise UserError(f"{folder / name}: cannot be read ({error}); `pgolf train`, `pack` and `eval` write such files") from None
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -56,7 +57,7 @@ def read_record(folder: Path) -> RunRecord:
     if not steps:
         raise UserError(f"{folder}: its events.jsonl holds no training step; the run stopped before its first")
     recipe, machine = _document(folder, "recipe.json"), _document(folder, "machine.json")
-    return RunRecord(folder, recipe, machine, list(steps.values()), list(validations.values()), end, _sizes(folder))
+    return RunRecord(folder, recipe, machine, list(steps.values()), list(validations.values()), end, _sizes(folder), _evaluations(folder))
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -65,3 +66,8 @@ def _sizes(folder: Path) -> dict[str, int]:
         return {}
     ledger = _document(folder, name)
     return ledger["weights"] | {"metadata": ledger["metadata"], f"code, {ledger['count']}": ledger["code"][ledger["count"]]}
+
+
+def _evaluations(folder: Path) -> dict[str, dict]:
+    paths = sorted(folder.glob("*.eval/*.json"), key=lambda path: path.stat().st_mtime)  # in the order in which they were made
+    return {path.stem: _document(path.parent, path.name) for path in paths}

@@ -222,7 +222,7 @@ def page(runs: list[RunRecord], figures: dict[str, tuple[str, bytes]]) -> str:
     for name, (svg, _) in figures.items():
         image = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
         parts.append(f"<figure>{image}<figcaption>{CAPTIONS[name]}</figcaption></figure>")
-    parts.append("</div><h2>Where the time went</h2>" + _time_ledger(runs))
+    parts.append("</div>" + _scores(runs) + "<h2>Where the time went</h2>" + _time_ledger(runs))
     parts.append("<h2>What ran</h2>" + _table(["run", "device", "ranks", "torch", "commit", "command"], _machines(runs)))
     parts.append("<h2>Settings that a recipe, the environment or the command line changed</h2>" + _settings(runs))
     return (
@@ -261,6 +261,22 @@ def _summary(runs):
         steps = f"{last['step']:,}" + ("" if run.end else ", unfinished")
         clock = [f"{last['train_s']:.1f} s", f"{1e3 * last['train_s'] / last['step']:.1f}"]
         yield [_key(runs, run), str(run.seed), steps, f"{last['train_loss']:.4f}", *score, *clock, size]
+
+
+def _scores(runs) -> str:
+    rows = [
+        [
+            _key(runs, run),
+            row["weights"],
+            row["evaluator"],
+            *(f"{row[key]:.4f}" for key in ("nats_per_token", "bits_per_byte")),
+            *(f"{row[key]:.1f} s" for key in ("strict_s", "practice_s", "scoring_s")),
+        ]
+        for run in runs
+        for row in run.evaluations.values()
+    ]
+    headings = ["run", "weights", "evaluator", "nats per token", "bits per byte", "from process start", "without set-up", "scoring alone"]
+    return "<h2>Scores</h2>" + _table(headings, rows) if rows else ""
 
 
 def _time_ledger(runs) -> str:

@@ -10,6 +10,7 @@ from pgolf_fast.run_record import read_record
 
 # Of machine.json: what changes loss or size by itself (torch 2.9 to 2.11 cost one team 0.0042 bits per byte).
 ENVIRONMENT = ("device", "world_size", "torch", "cuda", "library", "python")
+TRAINED = "trained"  # the validation of the weights that training ended with
 NAMES_OF_RUNS = ("train.seed", "train.run_id")  # settings in which two runs of one experiment differ
 
 
@@ -27,14 +28,14 @@ class SeedScore:
         return self.nats / (math.log(2) * self.bpb) if self.bpb and self.nats else None
 
 
-def read_scores(text: str, metric: str) -> list[SeedScore]:
-    """`metric` says what a plain number is: "bpb" or "nats"."""
+def read_scores(text: str, metric: str, which: str) -> list[SeedScore]:
+    """`metric` says what a plain number is, "bpb" or "nats"; `which` what counts of a run: TRAINED, or one of its evaluations by name."""
     try:
         value = float(text)
     except ValueError:
         path = Path(text)
         if path.is_dir():
-            return [_of_run(path)]
+            return [_of_run(path, which)]
         if path.is_file():
             return _of_file(path)
         raise UserError(f"scores: {text!r} is no number, no run folder and no result file") from None
@@ -43,16 +44,22 @@ def read_scores(text: str, metric: str) -> list[SeedScore]:
     return [SeedScore(text, **{metric: value})]
 
 
-def _of_run(folder: Path) -> SeedScore:
+def _of_run(folder: Path, which: str) -> SeedScore:
     run = read_record(folder)
-    if run.end is None:
-        raise UserError(f"{folder}: the run has not finished, so it has no score; go on with `pgolf train --resume`")
     settings = {key: row["value"] for key, row in run.recipe["settings"].items()}
-    return SeedScore(str(folder), run.end["val_bpb"], run.end["val_loss"], run.seed, run.machine, settings)
+    if which == TRAINED:
+        if run.end is None:
+            raise UserError(f"{folder}: the run has not finished, so it has no score; go on with `pgolf train --resume`")
+        return SeedScore(str(folder), run.end["val_bpb"], run.end["val_loss"], run.seed, run.machine, settings)
+    if which not in run.evaluations:
+        there = ", ".join(run.evaluations) or "none; `pgolf eval RUN` makes some"
+        raise UserError(f"{folder}: no evaluation {which!r}; there is {there}")
+    row = run.evaluations[which]
+    return SeedScore(f"{folder}: {which}", row["bits_per_byte"], row["nats_per_token"], run.seed, run.machine, settings)
 
 
 def _of_file(path: Path) -> list[SeedScore]:
-    """A result of `pgolf ... --json`, or a submission.json, whose `seed_results` are as many scores."""
+    """A result of `pgolf train --json` or `pgolf eval`, or a submission.json, whose `seed_results` are as many scores."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -61,16 +68,16 @@ def _of_file(path: Path) -> list[SeedScore]:
     rows = seeds.items() if isinstance(seeds, dict) else [(None, content)]
     found = [_of_row(path, seed, row) for seed, row in rows]
     if not all(found):
-        raise UserError(f"{path}: holds neither val_bpb nor val_loss as a number")
+        raise UserError(f"{path}: holds no score: neither val_bpb or val_loss, nor bits_per_byte or nats_per_token")
     return found
 
 
 def _of_row(path, seed, row) -> SeedScore | None:
-    def number(key):
-        value = row.get(key) if isinstance(row, dict) else None
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+    def number(*keys):
+        values = [row.get(key) for key in keys] if isinstance(row, dict) else []
+        return next((float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0), None)
 
-    bpb, nats = number("val_bpb"), number("val_loss")
+    bpb, nats = number("val_bpb", "bits_per_byte"), number("val_loss", "nats_per_token")
     return SeedScore(f"{path}" + (f" seed {seed}" if seed else ""), bpb, nats, seed) if bpb or nats else None
 
 

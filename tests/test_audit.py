@@ -26,8 +26,10 @@ from pgolf_fast.model import BOS
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One thread, and one enumerated sum: what the rest of the sums adds is certainty, not kind."""
+    """One thread and fewer runs of each kind: what the rest of them adds is certainty."""
     monkeypatch.setattr(invariants, "MAX_ENUMERATION_S", 0.0)
+    monkeypatch.setattr(invariants, "SWAPS", 4)
+    monkeypatch.setattr(invariants, "CUTS", (0.23, 0.71))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,6 +61,13 @@ def test_our_evaluators_pass(name):
     found = verdicts(subjects.of_recipe("small", settings))
     assert not broken(found) and UNTESTED not in {f.verdict for f in found.values()}, found
     assert "of 260 losses traced" in found["score-before-update"].evidence
+
+
+def test_the_published_self_distillation_is_caught_by_name():
+    """PR #379 carried it switched off: it learns from the whole text before a legal evaluator scores it."""
+    settings = subjects.recipe.overridden(subjects.default_settings(), ("sdttt.enabled=true", "sdttt.lr=0.05", "eval.evaluator=plain"))
+    caught = broken(verdicts(subjects.of_recipe("small", settings)))
+    assert {"future-flip", "score-before-update"} <= caught <= {*fixtures.READS_TARGETS, "score-before-update"}
 
 
 def test_a_published_recipe_passes_with_its_own_parts():

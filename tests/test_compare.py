@@ -156,3 +156,17 @@ def test_a_run_that_has_not_finished_has_no_score(compare, tmp_path):
     step = {"event": "step", "step": 1, "train_loss": 2.0, "lr_factor": 1.0, "train_s": 1.0}
     folder = write_run(tmp_path / "run", [step])
     assert "has not finished" in compare(1.1, 1.2, "--", 1.0, folder)
+
+
+def test_an_evaluation_of_a_run_counts_where_it_is_asked_for(compare, run):
+    folders = [run(f"r{i}", 1.12 + i / 1000, 2.0, i) for i in range(4)]
+    for i, folder in enumerate(folders):
+        (folder / "artifact.eval").mkdir()
+        row = {"bits_per_byte": round(1.05 - i / 1000, 3), "nats_per_token": 1.9}
+        (folder / "artifact.eval" / "artifact-sliding.json").write_text(json.dumps(row))
+    result = compare(*folders[:2], "--", *folders[2:], "--score", "artifact-sliding")
+    assert result["old"]["scores"] == [1.05, 1.049] and result["gain"] == pytest.approx(0.002)
+    assert compare(*folders[:2], "--", *folders[2:])["old"]["scores"] == [1.12, 1.121]
+    assert "no evaluation 'sliding'; there is artifact-sliding" in compare(*folders[:2], "--", *folders[2:], "--score", "sliding")
+    files = [folder / "artifact.eval" / "artifact-sliding.json" for folder in folders]
+    assert compare(*files[:2], "--", *files[2:])["new"]["scores"] == [1.048, 1.047]

@@ -82,6 +82,18 @@ def test_running_mean():
     assert run_report.running_mean([1.0, 3.0], 1) == [1.0, 3.0]
 
 
+def test_evaluations_are_in_the_page_with_their_three_clocks(tmp_path):
+    folder = write_run(tmp_path / "run", finished())
+    (folder / "artifact.eval").mkdir()
+    row = {"weights": "artifact", "evaluator": "sliding", "nats_per_token": 2.125, "bits_per_byte": 1.0625}
+    row |= {"strict_s": 31.0, "practice_s": 22.5, "scoring_s": 20.25}
+    (folder / "artifact.eval" / "artifact-sliding.json").write_text(json.dumps(row))
+    run = read_record(folder)
+    page = run_report.page([run], run_report.draw([run]))
+    for said in ("<h2>Scores</h2>", "sliding", "2.1250", "1.0625", "31.0 s", "22.5 s", "20.2 s"):
+        assert said in page, said
+
+
 @pytest.fixture
 def two_runs(tmp_path):
     ledger = {"weights": {"tok_emb": 5000, "rest": 300}, "metadata": 40, "code": {"wrapped": 2000, "strict": 9000}, "count": "wrapped"}
@@ -97,6 +109,7 @@ def test_the_page_needs_nothing_else_and_says_what_the_runs_were(two_runs, tmp_p
     page = (tmp_path / "report" / "report.html").read_text()
     assert [p.name for p in paths if p.suffix == ".svg"] == [f"{name}.svg" for name in run_report.CAPTIONS]
     assert page.count("<svg") == page.count("</svg>") == len(run_report.CAPTIONS)
+    assert "<h2>Scores</h2>" not in page, "nothing was evaluated"
     assert "<script" not in page and "<link" not in page and "@import" not in page
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page), "something is loaded from elsewhere"
     for said in (

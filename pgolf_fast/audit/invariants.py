@@ -21,6 +21,7 @@ PASS, FAIL, UNTESTED, DECLARED = "pass", "FAIL", "not tested", "declared"
 SUM_TOLERANCE = 1e-4  # of probabilities that must add up to one
 SAME_LOSS = 1e-4  # nats between a reported loss and the model's own, if they are to be the same
 CUTS = (0.23, 0.48, 0.71, 0.9)  # shares of the stream after which everything is replaced
+SWAPS = 8  # targets replaced, one run each
 MAX_ENUMERATION_S = 10.0  # for the sums that need a run per word of the vocabulary
 
 
@@ -129,7 +130,7 @@ def target_swap(case: Case) -> Finding:
     """One token replaced: the distribution that it is scored with must not move."""
     if case.answer.log_probs is None:
         return finding("target-swap", UNTESTED, "no distributions are returned; normalisation sums over every target instead")
-    positions = _probes(case.stream, 8)
+    positions = _probes(case.stream, SWAPS)
     for seed, p in enumerate(positions):
         other = case.subject.run(case.stream.swapped(np.array([p + 1]), seed)).answer
         found = _first_difference(case.answer.log_probs, other.log_probs, np.array([p]))
@@ -171,7 +172,7 @@ def normalisation(case: Case) -> Finding:
             said = f"what the {len(case.stream.pieces)} possible tokens after position {p} are given, one run each, adds up to {total:.6g}"
             return finding("normalisation", FAIL, said)
         summed, worst = summed + 1, max(worst, abs(total - 1))
-    said.append(f"at {summed} positions, one run per possible token: within {worst:.1g}")
+    said.append(f"at {summed} position{'s' * (summed > 1)}, one run per possible token: within {worst:.1g}")
     return finding("normalisation", PASS, "; ".join(said))
 
 

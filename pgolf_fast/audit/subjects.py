@@ -29,6 +29,7 @@ from pgolf_fast.audit.watch import Forward, Watch, no_network
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import make_evaluator
 from pgolf_fast.evaluation.referee import Referee
+from pgolf_fast.evaluation.self_distillation import self_distill
 from pgolf_fast.evaluation.windows import Windows
 from pgolf_fast.model import GPT
 
@@ -121,10 +122,12 @@ class _RecordingReferee(Referee):
         return scored
 
 
-def _through_referee(make_evaluator: Callable) -> Callable[[nn.Module, Stream], Answer]:
+def _through_referee(make_evaluator: Callable, before: Callable) -> Callable[[nn.Module, Stream], Answer]:
     def evaluate(model, stream):
+        validation = stream.validation()
+        before(model, validation)
         evaluator = make_evaluator(model)
-        referee = _RecordingReferee(model, stream.validation())
+        referee = _RecordingReferee(model, validation)
         for _ in evaluator.chunks(referee):
             pass
         result = referee.result()
@@ -143,15 +146,23 @@ def small_model(settings: recipe.Recipe, seed: int = 0) -> GPT:
 
 
 def of_recipe(name: str, settings: recipe.Recipe) -> Subject:
-    """The recipe's own evaluator, on its model made small."""
+    """What `pgolf eval` does with the recipe, on its model made small."""
     small = recipe.overridden(settings, SMALL)
     evaluator = small.eval.evaluator
-    return of_strategy(f"{name}: {evaluator}", lambda model: make_evaluator(evaluator, model, small), small, evaluator in ISOLATING)
+
+    def before(model, validation):
+        if small.sdttt.enabled:
+            self_distill(model, validation, small.eval.seq_len, small.sdttt)
+
+    title = f"{name}: {evaluator}" + (" after self-distillation" if small.sdttt.enabled else "")
+    return of_strategy(title, lambda model: make_evaluator(evaluator, model, small), small, evaluator in ISOLATING, before)
 
 
-def of_strategy(name: str, make_evaluator: Callable, settings: recipe.Recipe, isolates_documents: bool = False) -> Subject:
-    """make_evaluator(model) gives a strategy against the referee."""
-    return Subject(name, lambda: small_model(settings), _through_referee(make_evaluator), isolates_documents)
+def of_strategy(
+    name: str, make_evaluator: Callable, settings: recipe.Recipe, isolates=False, before=lambda model, validation: None
+) -> Subject:
+    """make_evaluator(model) gives a strategy against the referee; before(model, validation) is what is done without one."""
+    return Subject(name, lambda: small_model(settings), _through_referee(make_evaluator, before), isolates)
 
 
 # --- anybody's -------------------------------------------------------------------------------------------------------

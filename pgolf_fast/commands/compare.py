@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pgolf_fast.errors import UserError
-from pgolf_fast.scores import SeedScore, changed_settings, flags, read_scores
+from pgolf_fast.scores import TRAINED, SeedScore, changed_settings, flags, read_scores
 from pgolf_fast.significance import CHAIN_P, MAX_SEEDS, RECORD_NATS, RECORD_P, Sample, Welch, more_seeds
 
 BETWEEN = "vs"  # how __main__ passes on the "--" of the command line
@@ -24,6 +24,8 @@ class Compare:
 
     scores: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="OLD... -- NEW...")] = ()
     """Run folders, result files (a submission.json counts as all its seeds) or plain numbers; lower is better."""
+    score: str = TRAINED
+    """What counts of a run's folder: `trained`, its final weights, or one of its evaluations, such as artifact-sliding."""
     metric: Literal[tuple(UNITS)] = "bpb"
     """What plain numbers are: bits per byte, or nats per token."""
     bytes_per_token: float = 0.0
@@ -39,12 +41,12 @@ class Claim:
     needs_p: float
 
 
-def _sides(scores: tuple[str, ...], metric: str) -> dict[str, list[SeedScore]]:
+def _sides(scores: tuple[str, ...], metric: str, which: str) -> dict[str, list[SeedScore]]:
     if scores.count(BETWEEN) != 1:
         raise UserError("scores: give OLD... -- NEW..., with one -- between the two sides")
     middle = scores.index(BETWEEN)
     sides = {"old": scores[:middle], "new": scores[middle + 1 :]}
-    read = {name: [score for text in side for score in read_scores(text, metric)] for name, side in sides.items()}
+    read = {name: [score for text in side for score in read_scores(text, metric, which)] for name, side in sides.items()}
     for name, side in read.items():
         if len(side) < 2:
             raise UserError(f"scores: {len(side)} on the {name} side; a spread needs at least 2 seeds on each")
@@ -125,7 +127,7 @@ def show(result: dict, console: Console) -> None:
 def run(config: Compare, console: Console) -> tuple[dict, int]:
     if config.bytes_per_token < 0:
         raise UserError(f"bytes_per_token: expected a positive number, got {config.bytes_per_token}")
-    sides = _sides(config.scores, config.metric)
+    sides = _sides(config.scores, config.metric, config.score)
     everything = sides["old"] + sides["new"]
     unit = _unit(everything)
     values = {name: [getattr(score, unit) for score in side] for name, side in sides.items()}

@@ -1,6 +1,7 @@
 """`pgolf demo`: the main job on an embedded default, on whatever device there is."""
 
 import dataclasses
+import importlib.util
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +11,8 @@ import tyro
 from rich.console import Console
 
 from pgolf_fast import runlog
-from pgolf_fast.commands import bench, data, doctor, train
+from pgolf_fast.commands import bench, data, doctor, pack, quantize, report, train
+from pgolf_fast.commands import eval as evaluate
 from pgolf_fast.errors import UserError
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -18,7 +20,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Run the main job on an embedded default: doctor, a small benchmark of each op, a corpus, training of `tiny`."""
+    """The main job on an embedded default: doctor, a small benchmark of each op, a corpus, `tiny` trained, packed, scored and drawn."""
 
     folder: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("build/demo")
     """Where corpus and run go; an earlier demo there is replaced."""
@@ -59,5 +61,19 @@ def run(config: Demo, console: Console) -> tuple[dict, int]:
     losses = [event["train_loss"] for event in runlog.events(Path(trained["folder"])) if event["event"] == "step"]
     console.print(f"\ntraining loss, nats per token: {losses[0]:.2f} {curve(losses)} {losses[-1]:.2f}")
     console.print(f"validation of the averaged weights: {trained['val_bpb']:.4f} bits per byte")
-    console.print(f"the run is in {trained['folder']}; everything took {time.perf_counter() - begin:.0f} s")
-    return {"doctor": health, "bench": figures, "data": corpus, "verify": certificate, "train": trained}, code
+
+    made = Path(trained["folder"])
+    console.rule("quantized and packed")
+    quantized, _ = quantize.run(quantize.Quantize(made), console)
+    packed, over = pack.run(pack.Pack(made), console)
+    console.rule("scores, each of a model that has not seen the text")
+    scored, _ = evaluate.run(evaluate.Eval(made, data=config.folder / "data", evaluator="all"), console)
+    console.rule("the run in pictures")
+    drawn = None
+    if importlib.util.find_spec("matplotlib"):
+        drawn, _ = report.run(report.Report((made,), config.folder / "report"), console)
+    else:
+        console.print("left out: needs matplotlib, pip install 'pgolf-fast[report]'")
+    console.print(f"the run is in {made}; everything took {time.perf_counter() - begin:.0f} s")
+    stages = {"doctor": health, "bench": figures, "data": corpus, "verify": certificate, "train": trained}
+    return stages | {"quantize": quantized, "pack": packed, "eval": scored, "report": drawn}, code or over
