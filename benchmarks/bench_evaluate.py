@@ -91,7 +91,7 @@ def measure(config: Evaluate, name: str, batch_tokens: int, device) -> dict:
     text = first(text, config.positions)
     evaluator = make_evaluator(name, model, settings)
     begin = time.perf_counter()
-    warm_up(evaluator, model, 3 * max(settings.ttt.chunk_tokens, batch_tokens), device)
+    warm_up(evaluator, model, 3 * max(settings.ttt.chunk_tokens, batch_tokens), 0, device)
     torch.cuda.synchronize()
     warm_up_s = time.perf_counter() - begin
     torch.cuda.reset_peak_memory_stats()

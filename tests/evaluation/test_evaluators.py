@@ -264,7 +264,7 @@ def test_warm_up_leaves_no_trace(kind):
     expected = evaluate(evaluator, referee).result
     gpt, evaluator, _ = make(kind)
     before = copy.deepcopy(gpt.state_dict())
-    warm_up(evaluator, gpt, 300, torch.device("cpu"))
+    warm_up(evaluator, gpt, 300, 0, torch.device("cpu"))
     assert all(torch.equal(before[name], p) for name, p in gpt.state_dict().items())
     assert evaluate(evaluator, Referee(gpt, stream.validation(320))).result == expected
 
@@ -282,7 +282,7 @@ def test_on_a_gpu(kind):
     gpt = stream.model().to(device)
     ttt = dataclasses.replace(TTT, chunk_tokens=4 * WINDOW)
     evaluator = ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, ttt) if kind == "sgd" else SlidingWindow(WINDOW, STRIDE, 96)
-    warm_up(evaluator, gpt, 300, device)
+    warm_up(evaluator, gpt, 300, 0, device)
     found = Referee(gpt, stream.validation(320), device)
     evaluate(evaluator, found)
     np.testing.assert_allclose(found.ledger.losses, referee.ledger.losses, atol=5e-3)
