@@ -83,7 +83,29 @@ def step_table(folder: Path = RESULTS) -> str:
     return "\n".join(lines) if len(lines) > 2 else "No step is stored yet."
 
 
-TABLES = {"steps": step_table, "parity": parity_table, "kernels": lambda: kernel_table(kernel_results())}
+def score_table(folder: Path = RESULTS) -> str:
+    """Quantization's cost and the evaluators' gain, of briefly trained models."""
+    lines = [
+        "| recipe | weights, evaluator | nats per token | bits per byte | tokens | scoring, s | artifact, bytes |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for path in sorted(folder.glob("quantize_*.json")):
+        run = json.loads(path.read_text())
+        for weights, size in (("trained", "-"), ("quantized", f"{run['bytes']['artifact']:,}")):
+            lines.append(f"| {run['recipe']} | {weights}, plain | {run['loss'][weights]:.4f} | {run['bpb'][weights]:.4f} | all | - | {size} |")
+        scores = folder / path.name.replace("quantize_", "scores_")
+        for row in json.loads(scores.read_text())["scores"] if scores.exists() else ():
+            if row["evaluator"] == "plain":
+                continue
+            tokens = row.get("tokens", json.loads(scores.read_text())["tokens"])
+            lines.append(
+                f"| {run['recipe']} | quantized, {row['evaluator']} | {row['nats_per_token']:.4f} | {row['bits_per_byte']:.4f} "
+                f"| {tokens:,} | {row['scoring_s']:.1f} | |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else "No score is stored yet."
+
+
+TABLES = {"scores": score_table, "steps": step_table, "parity": parity_table, "kernels": lambda: kernel_table(kernel_results())}
 
 
 def rewrite(text: str) -> str:

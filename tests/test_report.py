@@ -41,6 +41,16 @@ def test_steps_stand_beside_the_published_script_on_as_many_gpus(tmp_path):
     assert "| caseops-1934 | 11 | 2 | 42.6 | - | - |" in table and "99.9" not in table
 
 
+def test_scores_stand_under_what_quantization_cost(tmp_path):
+    both = {"trained": 2.5, "quantized": 2.6}
+    (tmp_path / "quantize_r.json").write_text(json.dumps({"recipe": "r", "loss": both, "bpb": both, "bytes": {"artifact": 1234567}}))
+    scores = [{"evaluator": name, "nats_per_token": 2.4, "bits_per_byte": 1.4, "scoring_s": 3.0} for name in ("plain", "sliding")]
+    (tmp_path / "scores_r.json").write_text(json.dumps({"tokens": 1000, "scores": scores}))
+    table = report.score_table(tmp_path)
+    assert "| r | quantized, plain | 2.6000 | 2.6000 | all | - | 1,234,567 |" in table
+    assert "| r | quantized, sliding | 2.4000 | 1.4000 | 1,000 | 3.0 | |" in table and table.count("plain") == 2
+
+
 def test_only_the_text_between_the_markers_changes(monkeypatch):
     monkeypatch.setattr(report, "TABLES", {"kernels": lambda: "new"})
     assert report.rewrite("a <!-- table:kernels -->\nold\n<!-- /table:kernels --> b") == "a <!-- table:kernels -->\nnew\n<!-- /table:kernels --> b"

@@ -282,9 +282,9 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
     cu_seqlens  int32 [documents + 1], ascending from 0 to at most T, for packed documents (then B = 1)
     max_seqlen  upper bound of the document lengths; T if not given. Only the composite path reads it.
 
-    On an sm_90 GPU: bf16, D = 64, gate bf16 or float32, every element finite; nothing synchronises with the host, and out and all
-    gradients are the same bits on every run. Tensors that the copy engine cannot read in place (last dimension
-    not contiguous, strides not multiples of 16 bytes) are copied first.
+    By the kernel (sm_90, D = 64; other widths take the composite): bf16, gate bf16 or float32, every element finite; nothing
+    synchronises with the host, and out and all gradients are the same bits on every run. Tensors that the copy engine cannot
+    read in place (last dimension not contiguous, strides not multiples of 16 bytes) are copied first.
     """
     require(q.dim() == 4, "q", f"expected [B, T, Hq, D], got shape {list(q.shape)}")
     require(q.is_floating_point(), "q", f"expected a float dtype, got {q.dtype}")
@@ -310,6 +310,7 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     require(scale > 0, "scale", f"expected > 0, got {scale}")
     max_seqlen = q.shape[1] if max_seqlen is None else int(max_seqlen)
-    if q.device.type == "cuda" and not _library.uses_kernel("xsa_attention_fwd", q.device):
+    # NOTE: other head widths are those of small models; for them the composite is fast enough.
+    if q.device.type == "cuda" and (q.shape[-1] != HEAD_DIM or not _library.uses_kernel("xsa_attention_fwd", q.device)):
         return _composite(q, k, v, xsa, gate, scale, cu_seqlens, max_seqlen)
     return torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale)[0]
