@@ -6,6 +6,7 @@ Exit codes: 0 done and fine, 1 the thing checked is wrong, 2 wrong usage or inpu
 
 import importlib
 import json
+import re
 import os
 import sys
 
@@ -44,6 +45,12 @@ def _print_json(result) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at exit
 
 
+def _settings_last(arguments: list[str]) -> list[str]:
+    """stage.setting=value may stand anywhere; the parser takes positional arguments in one run only."""
+    is_setting = [re.match(r"[a-z_]+\.[a-z0-9_]+=", argument) is not None for argument in arguments]
+    return [a for a, last in zip(arguments, is_setting) if not last] + [a for a, last in zip(arguments, is_setting) if last]
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -56,7 +63,7 @@ def main() -> None:
     name, arguments_class, _ = VERBS[verb]
     module = importlib.import_module(f"pgolf_fast.commands.{name}")
     # Parsers of arguments swallow the "--" that stands between the two sides of a comparison.
-    words = [module.BETWEEN if verb == "compare" and word == "--" else word for word in arguments[1:]]
+    words = [module.BETWEEN if verb == "compare" and word == "--" else word for word in _settings_last(arguments[1:])]
     config = tyro.cli(getattr(module, arguments_class), prog=f"pgolf {verb}", args=words, config=(tyro.conf.FlagCreatePairsOff,))
     # With --json, standard output holds the JSON and nothing else. Off a terminal, tables get room.
     console = Console(stderr=config.json, width=None if sys.stdout.isatty() else 140)

@@ -33,6 +33,11 @@ def test_help_lists_every_verb():
         assert verb in done.stdout
 
 
+def test_settings_may_stand_on_either_side_of_an_option(tmp_path):
+    done = pgolf("train", "schedule.iterations=2", "--recipe", "tiny", "train.data=/nowhere", "--device", "cpu", "--runs", str(tmp_path), "train.seed=3")
+    assert done.returncode == 2 and "/nowhere" in done.stderr and "Unrecognized" not in done.stdout + done.stderr
+
+
 def test_a_reader_that_stops_early_is_no_error():
     command = [sys.executable, "-m", "pgolf_fast", "recipes", "caseops-1934", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
