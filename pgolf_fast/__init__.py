@@ -7,8 +7,12 @@ __version__ = "0.1.0"
 
 from pgolf_fast import caseops
 from pgolf_fast.ops import (
+    embed_norm,
+    embedding,
+    embedding_plan,
     fused_mlp,
     linear_softcap_cross_entropy,
+    mix_norm,
     orthogonalize,
     pack_int6,
     softcap_cross_entropy,
@@ -18,8 +22,12 @@ from pgolf_fast.ops import (
 
 __all__ = [
     "caseops",
+    "embed_norm",
+    "embedding",
+    "embedding_plan",
     "fused_mlp",
     "linear_softcap_cross_entropy",
+    "mix_norm",
     "orthogonalize",
     "pack_int6",
     "softcap_cross_entropy",

@@ -14,10 +14,13 @@ from rich.table import Table
 
 import pgolf_fast
 from pgolf_fast.ops import _library
+from pgolf_fast.ops.embedding import embedding_ref
 from pgolf_fast.ops.fused_mlp import fused_mlp_ref
 from pgolf_fast.ops.int6_pack import pack_int6_ref, unpack_int6_ref
 from pgolf_fast.ops.linear_softcap_ce import linear_softcap_cross_entropy_ref
+from pgolf_fast.ops.mix_norm import mix_norm_ref
 from pgolf_fast.ops.orthogonalize import COEFFICIENTS, orthogonalize_ref
+from pgolf_fast.ops.products import project
 from pgolf_fast.ops.softcap_ce import softcap_cross_entropy_ref
 from pgolf_fast.ops.xsa_attention import xsa_attention_ref
 
@@ -67,6 +70,7 @@ def _probes() -> list[Probe]:
     targets = torch.randint(v, (n,), generator=generator)
     q, k, w = draw(1, t, 8, 64), draw(1, t, 4, 64), draw(1, t, 4, 64)
     matrix, up, down = draw(64, 128), draw(256, d), draw(d, 256)
+    streams, table_of_tokens = [draw(n, 512), draw(n, 512)], draw(v, 512)
     wide = lambda *tensors: [m.double() for m in tensors]  # noqa: E731
     on = lambda device, *tensors: [m.to(device) for m in tensors]  # noqa: E731
     table = [*COEFFICIENTS["polar_express"]]
@@ -108,6 +112,24 @@ def _probes() -> list[Probe]:
             "fused_mlp_fwd",
             lambda device: pgolf_fast.fused_mlp(*on(device, x, up, down)),
             lambda: fused_mlp_ref(*wide(x, up, down)),
+        ),
+        Probe(
+            "mix_norm",
+            "mix_norm_fwd",
+            lambda device: pgolf_fast.mix_norm(on(device, *streams), norm_scale=0.5)[1],
+            lambda: mix_norm_ref(wide(*streams), norm_scale=0.5)[1],
+        ),
+        Probe(
+            "embedding",
+            "embedding_fwd",
+            lambda device: pgolf_fast.embedding(*on(device, targets, table_of_tokens)),
+            lambda: embedding_ref(targets, table_of_tokens.double(), torch.float64),
+        ),
+        Probe(
+            "project (a block's products)",
+            "product_forward",
+            lambda device: project(*on(device, x, head)),
+            lambda: x.double() @ head.double().T,
         ),
     ]
 
