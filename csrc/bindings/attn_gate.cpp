@@ -5,13 +5,6 @@
 namespace pgolf {
 namespace {
 
-__nv_bfloat16* matrix(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {
-    check(t, argument, ScalarType::BFloat16, {rows, columns});
-    check_contiguous(t, argument);
-    check_aligned(t, argument);
-    return static_cast<__nv_bfloat16*>(t.data_ptr());
-}
-
 AttnGateParams params(const Tensor& n, const Tensor& weight, double scale, const Tensor& gate) {
     AttnGateParams p{};
     const int64_t m = n.size(0), channels = n.size(1), window = weight.size(1);
@@ -19,11 +12,9 @@ AttnGateParams params(const Tensor& n, const Tensor& weight, double scale, const
     STD_TORCH_CHECK(window <= kGateMaxWindow && channels >= kGateMaxWindow && channels % 8 == 0, "n, weight: the kernel takes a window of up to ",
                     kGateMaxWindow, " of at least as many channels, a multiple of 8");
     p.m = int(m), p.channels = int(channels), p.window = int(window), p.scale = float(scale);
-    p.n = matrix(n, "n", m, channels);
-    p.gate = matrix(gate, "gate", m, kGateHeads);
-    check(weight, "weight", ScalarType::Float, {kGateHeads, window});
-    check_contiguous(weight, "weight");
-    p.weight = static_cast<const float*>(weight.data_ptr());
+    p.n = bf16s(n, "n", {m, channels});
+    p.gate = bf16s(gate, "gate", {m, kGateHeads});
+    p.weight = floats(weight, "weight", {kGateHeads, window});
     return p;
 }
 
@@ -35,8 +26,8 @@ void fwd(Tensor n, Tensor weight, double scale, Tensor gate) {
 
 void bwd(Tensor dgate, Tensor gate, Tensor n, Tensor weight, double scale, Tensor dn, Tensor dweight) {
     AttnGateParams p = params(n, weight, scale, gate);
-    p.dgate = matrix(dgate, "dgate", p.m, kGateHeads);
-    p.dn = matrix(dn, "dn", p.m, p.channels);
+    p.dgate = bf16s(dgate, "dgate", {p.m, kGateHeads});
+    p.dn = bf16s(dn, "dn", {p.m, p.channels});
     check(dweight, "dweight", ScalarType::Float, {kGateHeads, p.window});
     check_contiguous(dweight, "dweight");
     p.dweight = static_cast<float*>(dweight.data_ptr());

@@ -1,6 +1,7 @@
 // What every binding needs: argument checks whose message names the argument, the device guard, and
 // torch's current stream. Bindings allocate nothing: the Python op owns every output and workspace.
 #pragma once
+#include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -51,6 +52,21 @@ inline void check_contiguous(const Tensor& t, const char* argument) {
 // 16-byte vector accesses and TMA need it.
 inline void check_aligned(const Tensor& t, const char* argument) {
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, argument, ": expected 16-byte aligned data; clone() gives it");
+}
+
+// The data of a contiguous bfloat16 tensor that is read 16 bytes at a time.
+inline __nv_bfloat16* bf16s(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
+    check(t, argument, ScalarType::BFloat16, shape);
+    check_contiguous(t, argument);
+    check_aligned(t, argument);
+    return static_cast<__nv_bfloat16*>(t.data_ptr());
+}
+
+// The data of a contiguous float32 tensor.
+inline float* floats(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
+    check(t, argument, ScalarType::Float, shape);
+    check_contiguous(t, argument);
+    return static_cast<float*>(t.data_ptr());
 }
 
 // Device of `t` made current for the guard's life, and that device's current torch stream.

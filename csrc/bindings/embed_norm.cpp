@@ -10,18 +10,7 @@ namespace {
 
 using std::optional;
 
-__nv_bfloat16* matrix(const Tensor& t, const char* argument, int64_t m) {
-    check(t, argument, ScalarType::BFloat16, {m, kEmbedNormWidth});
-    check_contiguous(t, argument);
-    check_aligned(t, argument);
-    return static_cast<__nv_bfloat16*>(t.data_ptr());
-}
-
-float* floats(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
-    check(t, argument, ScalarType::Float, shape);
-    check_contiguous(t, argument);
-    return static_cast<float*>(t.data_ptr());
-}
+__nv_bfloat16* matrix(const Tensor& t, const char* argument, int64_t m) { return bf16s(t, argument, {m, kEmbedNormWidth}); }
 
 // What both directions share. `bos` absent: nothing is masked but the sequences' first rows.
 EmbedNormParams params(const Tensor& tokens, int64_t sequence, const Tensor& table, const optional<Tensor>& addend,

@@ -7,32 +7,16 @@ namespace {
 
 using std::optional;
 
-const __nv_bfloat16* input(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {
-    check(t, argument, ScalarType::BFloat16, {rows, columns});
-    check_contiguous(t, argument);
-    check_aligned(t, argument);
-    return static_cast<const __nv_bfloat16*>(t.data_ptr());
-}
-__nv_bfloat16* output(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {
-    return const_cast<__nv_bfloat16*>(input(t, argument, rows, columns));
-}
-
 FusedMlpParams shapes(const Tensor& first, const Tensor& w_up, const Tensor& w_down, int64_t activation) {
     FusedMlpParams p{};
     const int64_t m = first.size(0), d = w_up.size(1), h = w_up.size(0), d_out = w_down.size(0);
     STD_TORCH_CHECK(m <= INT32_MAX, "x: more than 2^31 rows");
     STD_TORCH_CHECK(d % 8 == 0 && h % 8 == 0 && d_out % 8 == 0, "w_up, w_down: the kernel takes widths that are multiples of 8, got ", d, ", ", h, ", ", d_out);
     p.m = int(m), p.d = int(d), p.h = int(h), p.d_out = int(d_out);
-    p.w_up = input(w_up, "w_up", h, d);
-    p.w_down = input(w_down, "w_down", d_out, h);
+    p.w_up = bf16s(w_up, "w_up", {h, d});
+    p.w_down = bf16s(w_down, "w_down", {d_out, h});
     p.activation = Activation(activation);
     return p;
-}
-
-float* floats(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
-    check(t, argument, ScalarType::Float, shape);
-    check_contiguous(t, argument);
-    return static_cast<float*>(t.data_ptr());
 }
 
 void row_factors(FusedMlpParams& p, const optional<Tensor>& rstd, double scale) {
@@ -44,10 +28,10 @@ void fwd(Tensor x, optional<Tensor> rstd, double scale, optional<Tensor> residua
          Tensor y) {
     FusedMlpParams p = shapes(x, w_up, w_down, activation);
     row_factors(p, rstd, scale);
-    p.x = input(x, "x", p.m, p.d);
-    p.residual = residual ? input(*residual, "residual", p.m, p.d_out) : nullptr;
-    p.u = output(u, "u", p.m, p.h);
-    p.y = output(y, "y", p.m, p.d_out);
+    p.x = bf16s(x, "x", {p.m, p.d});
+    p.residual = residual ? bf16s(*residual, "residual", {p.m, p.d_out}) : nullptr;
+    p.u = bf16s(u, "u", {p.m, p.h});
+    p.y = bf16s(y, "y", {p.m, p.d_out});
     OnDeviceOf here(x);
     check_launch(fused_mlp_fwd(p, here.stream), "fused_mlp_fwd");
 }
@@ -55,10 +39,10 @@ void fwd(Tensor x, optional<Tensor> rstd, double scale, optional<Tensor> residua
 void bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx) {
     FusedMlpParams p = shapes(dy, w_up, w_down, activation);
     row_factors(p, std::nullopt, 1.0);
-    p.dy = input(dy, "dy", p.m, p.d_out);
-    p.u = output(u, "u", p.m, p.h);
-    p.du = output(du, "du", p.m, p.h);
-    p.dx = output(dx, "dx", p.m, p.d);
+    p.dy = bf16s(dy, "dy", {p.m, p.d_out});
+    p.u = bf16s(u, "u", {p.m, p.h});
+    p.du = bf16s(du, "du", {p.m, p.h});
+    p.dx = bf16s(dx, "dx", {p.m, p.d});
     OnDeviceOf here(dy);
     check_launch(fused_mlp_bwd_input(p, here.stream), "fused_mlp_bwd_input");
 }
@@ -67,13 +51,13 @@ void bwd(Tensor dy, Tensor x, optional<Tensor> rstd, double scale, Tensor u, Ten
          Tensor dw_up, Tensor dw_down) {
     FusedMlpParams p = shapes(dy, w_up, w_down, activation);
     row_factors(p, rstd, scale);
-    p.dy = input(dy, "dy", p.m, p.d_out);
-    p.x = input(x, "x", p.m, p.d);
-    p.u = output(u, "u", p.m, p.h);
+    p.dy = bf16s(dy, "dy", {p.m, p.d_out});
+    p.x = bf16s(x, "x", {p.m, p.d});
+    p.u = bf16s(u, "u", {p.m, p.h});
     p.dw_up = floats(dw_up, "dw_up", {p.h, p.d});
     p.dw_down = floats(dw_down, "dw_down", {p.d_out, p.h});
-    p.du = output(du, "du", p.m, p.h);
-    p.dx = output(dx, "dx", p.m, p.d);
+    p.du = bf16s(du, "du", {p.m, p.h});
+    p.dx = bf16s(dx, "dx", {p.m, p.d});
     OnDeviceOf here(dy);
     check_launch(fused_mlp_bwd(p, here.stream), "fused_mlp_bwd");
 }

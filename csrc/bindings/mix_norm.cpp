@@ -11,19 +11,9 @@ namespace {
 
 using std::optional;
 
-__nv_bfloat16* matrix(const Tensor& t, const char* argument, int64_t m) {
-    check(t, argument, ScalarType::BFloat16, {m, kMixNormWidth});
-    check_contiguous(t, argument);
-    check_aligned(t, argument);
-    return static_cast<__nv_bfloat16*>(t.data_ptr());
-}
+__nv_bfloat16* matrix(const Tensor& t, const char* argument, int64_t m) { return bf16s(t, argument, {m, kMixNormWidth}); }
 __nv_bfloat16* matrix(const optional<Tensor>& t, const char* argument, int64_t m) { return t ? matrix(*t, argument, m) : nullptr; }
 
-float* floats(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
-    check(t, argument, ScalarType::Float, shape);
-    check_contiguous(t, argument);
-    return static_cast<float*>(t.data_ptr());
-}
 float* floats(const optional<Tensor>& t, const char* argument, std::initializer_list<int64_t> shape) {
     return t ? floats(*t, argument, shape) : nullptr;
 }

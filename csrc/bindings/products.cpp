@@ -7,19 +7,6 @@ namespace {
 
 using std::optional;
 
-void* operand(const Tensor& t, const char* argument, ScalarType dtype, int64_t rows, int64_t columns) {
-    check(t, argument, dtype, {rows, columns});
-    check_contiguous(t, argument);
-    check_aligned(t, argument);
-    return t.data_ptr();
-}
-
-float* floats(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
-    check(t, argument, ScalarType::Float, shape);
-    check_contiguous(t, argument);
-    return static_cast<float*>(t.data_ptr());
-}
-
 ProductParams sizes(int64_t m, int64_t n, int64_t k) {
     STD_TORCH_CHECK(m <= INT32_MAX && k <= INT32_MAX, "x: more than 2^31 rows");
     return {.m = int(m), .n = int(n), .k = int(k)};
@@ -27,7 +14,7 @@ ProductParams sizes(int64_t m, int64_t n, int64_t k) {
 
 const __nv_bfloat16* bf16(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {
     STD_TORCH_CHECK(columns % 8 == 0, argument, ": the kernel takes widths that are multiples of 8, got ", columns);
-    return static_cast<const __nv_bfloat16*>(operand(t, argument, ScalarType::BFloat16, rows, columns));
+    return bf16s(t, argument, {rows, columns});
 }
 
 void forward(Tensor x, Tensor weight, optional<Tensor> residual, Tensor y, optional<Tensor> rstd, optional<Tensor> row_squares) {
@@ -58,7 +45,8 @@ void weight(Tensor dy, Tensor x, Tensor dweight) {
     ProductParams p = sizes(dy.size(1), x.size(1), dy.size(0));
     p.a = bf16(dy, "dy", p.k, p.m);
     p.b = bf16(x, "x", p.k, p.n);
-    p.c = operand(dweight, "dweight", ScalarType::Float, p.m, p.n);
+    p.c = floats(dweight, "dweight", {p.m, p.n});
+    check_aligned(dweight, "dweight");
     OnDeviceOf here(x);
     check_launch(product_weight(p, here.stream), "product_weight");
 }

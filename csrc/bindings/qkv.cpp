@@ -5,29 +5,17 @@
 namespace pgolf {
 namespace {
 
-__nv_bfloat16* matrix(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {
-    check(t, argument, ScalarType::BFloat16, {rows, columns});
-    check_contiguous(t, argument);
-    check_aligned(t, argument);
-    return static_cast<__nv_bfloat16*>(t.data_ptr());
-}
-float* floats(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
-    check(t, argument, ScalarType::Float, shape);
-    check_contiguous(t, argument);
-    return static_cast<float*>(t.data_ptr());
-}
-
 template <class Params>
 void fill(Params& p, const Tensor& qkv, const Tensor& gain, const Tensor& cos, const Tensor& sin, const Tensor& rstd, int64_t kv_heads) {
     const int64_t m = qkv.size(0), q_heads = gain.size(0), width = (q_heads + 2 * kv_heads) * kQkvHeadDim;
     STD_TORCH_CHECK(m <= INT32_MAX, "qkv: more than 2^31 rows");
     p.m = int(m), p.q_heads = int(q_heads), p.kv_heads = int(kv_heads);
-    p.qkv = matrix(qkv, "qkv", m, width);
+    p.qkv = bf16s(qkv, "qkv", {m, width});
     p.gain = floats(gain, "gain", {q_heads});
     STD_TORCH_CHECK(cos.size(0) > 0, "cos: no positions");
     p.positions = int(cos.size(0));
-    p.cos = matrix(cos, "cos", p.positions, kQkvRotated / 2);
-    p.sin = matrix(sin, "sin", p.positions, kQkvRotated / 2);
+    p.cos = bf16s(cos, "cos", {p.positions, kQkvRotated / 2});
+    p.sin = bf16s(sin, "sin", {p.positions, kQkvRotated / 2});
     p.rstd = floats(rstd, "rstd", {m, q_heads + kv_heads});
 }
 
@@ -36,8 +24,8 @@ void forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int64
     fill(p, qkv, gain, cos, sin, rstd, kv_heads);
     p.width = int(n.size(1));
     STD_TORCH_CHECK(p.width % 8 == 0, "n: the kernel takes widths that are multiples of 8, got ", p.width);
-    p.n = matrix(n, "n", p.m, p.width);
-    p.weight = matrix(weight, "weight", qkv.size(1), p.width);
+    p.n = bf16s(n, "n", {p.m, p.width});
+    p.weight = bf16s(weight, "weight", {qkv.size(1), p.width});
     OnDeviceOf here(n);
     check_launch(qkv_forward(p, here.stream), "qkv_forward");
 }
@@ -46,7 +34,7 @@ void backward(Tensor dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Ten
     QkvBackwardParams p{};
     fill(p, qkv, gain, cos, sin, rstd, rstd.size(1) - gain.size(0));
     STD_TORCH_CHECK(rstd.size(1) <= 32, "rstd: the kernel takes at most 32 heads, got ", rstd.size(1));
-    p.dqkv = matrix(dqkv, "dqkv", p.m, qkv.size(1));
+    p.dqkv = bf16s(dqkv, "dqkv", {p.m, qkv.size(1)});
     p.dgain = floats(dgain, "dgain", {p.q_heads});
     OnDeviceOf here(qkv);
     check_launch(qkv_backward(p, here.stream), "qkv_backward");
