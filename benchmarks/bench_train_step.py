@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from rich import box
@@ -24,6 +23,7 @@ from rich.table import Table
 from benchmarks import run as bench
 from benchmarks import shapes
 from pgolf_fast import dist, recipe
+from pgolf_fast.clock import process_age_s
 from pgolf_fast.commands.train import under_torchrun
 from pgolf_fast.data import Batch
 from pgolf_fast.errors import UserError
@@ -47,20 +47,12 @@ class TrainStep:
     """Run on this many GPUs of this machine; 0: as launched."""
     steps: int = 30
     """Timed steps of each phase."""
-    launched: bool = False
-    """Also time the step launched kernel by kernel."""
     peer: bool = False
     """Also time the composite model under torch.compile."""
     profile: bool = False
     """Add the table of kernels."""
     save: bool = False
     """Keep the results in benchmarks/results."""
-
-
-def since_launch_s() -> float:
-    """Seconds since this process was started."""
-    started = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def synthetic_batches(settings, device) -> list[Batch]:
@@ -115,8 +107,6 @@ def contestants(config, settings, device):
         return kind(model, optimizer, settings.train.seq_len)
 
     found = {"ours": lambda: build(GraphedStep)}
-    if config.launched:
-        found["ours, launched"] = lambda: build(Step)
     if config.peer:
         found["torch.compile"] = lambda: build(Step, compiled=True)
     return found
@@ -192,7 +182,7 @@ def run(config: TrainStep, console: Console) -> list[dict]:
     if not torch.cuda.is_available():
         raise UserError("bench step: no CUDA GPU is visible here")
     device = dist.start("cuda")
-    launched_s = since_launch_s()
+    launched_s = process_age_s()
     rows = [row for name in config.recipe for row in measure(name, config, device)]
     for row in rows:
         row["launch_to_device_s"] = launched_s

@@ -94,13 +94,13 @@ def score_table(folder: Path = RESULTS) -> str:
         for weights, size in (("trained", "-"), ("quantized", f"{run['bytes']['artifact']:,}")):
             lines.append(f"| {run['recipe']} | {weights}, plain | {run['loss'][weights]:.4f} | {run['bpb'][weights]:.4f} | all | - | {size} |")
         scores = folder / path.name.replace("quantize_", "scores_")
-        for row in json.loads(scores.read_text())["scores"] if scores.exists() else ():
+        evaluated = json.loads(scores.read_text()) if scores.exists() else {"scores": ()}
+        for row in evaluated["scores"]:
             if row["evaluator"] == "plain":
                 continue
-            tokens = row.get("tokens", json.loads(scores.read_text())["tokens"])
             lines.append(
                 f"| {run['recipe']} | quantized, {row['evaluator']} | {row['nats_per_token']:.4f} | {row['bits_per_byte']:.4f} "
-                f"| {tokens:,} | {row['scoring_s']:.1f} | |"
+                f"| {evaluated['tokens']:,} | {row['scoring_s']:.1f} | |"
             )
     return "\n".join(lines) if len(lines) > 2 else "No score is stored yet."
 

@@ -20,12 +20,11 @@ from pgolf_fast import fused_blocks
 from pgolf_fast.adapters import VisitAdapter
 from pgolf_fast.errors import UserError
 from pgolf_fast.ops import embed_norm, embedding, fused_mlp, linear_softcap_cross_entropy, mix_norm, xsa_attention
+from pgolf_fast.ops._library import RMS_EPSILON
 from pgolf_fast.ops.fused_mlp import activation_ref
 from pgolf_fast.settings import requirer, setting
 from pgolf_fast.tensor_names import published_views
 
-# NOTE: torch's own default for bfloat16 was 2**-7 in some versions, which flattens the first norm at init (its mean square is 2.5e-5).
-RMS_EPSILON = 2.0**-23
 BOS = 1
 BIGRAM_FACTORS = (36313, 27191)  # of the hash, for the current and the previous token
 INT6_LIMIT = 31
@@ -326,7 +325,7 @@ class GPT(nn.Module):
         self.config = config
         self.stream_dtype = stream_dtype
         self.visits = {looped: visits(config, looped) for looped in (False, True)}
-        self.fused_blocks: bool | None = None  # None: where the kernels serve the stream
+        self.use_fused_blocks: bool | None = None  # None: where the kernels serve the stream
         self._rotary = {}
         for name, (shape, _) in parameter_table(config).items():
             dtype = torch.bfloat16 if name in config.bf16_tensors else torch.float32
@@ -390,7 +389,7 @@ class GPT(nn.Module):
         x0 = self._embed(tokens, fake_quant)
         cos, sin = self._rotary_for(tokens, max_seqlen)
         context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen, observe)
-        fused = fused_blocks.serve(self.config, x0) if self.fused_blocks is None else self.fused_blocks
+        fused = fused_blocks.serve(self.config, x0) if self.use_fused_blocks is None else self.use_fused_blocks
         # What the matrices multiply is not to be seen in the fused blocks, and nothing can be added to their products.
         if fused and observe is None and adapters is None:
             return self._fused_visits(context, looped, fake_quant)
@@ -538,6 +537,7 @@ class GPT(nn.Module):
         if self.config.activation != "star_relu2":
             return activation_ref(linear(m, block.w_up), self.config.activation)
         return block.star_scale * activation_ref(linear(m, block.w_up), "relu2") + block.star_shift
+
     # -- the same by fused_blocks.py
 
     def _fused_visits(self, context, looped, fake_quant):
@@ -556,7 +556,7 @@ class GPT(nn.Module):
         qo, kv, up, down = (_matrix(w, fake_quant) for w in (self.qo, self.kv, self.mlp_up, self.mlp_down))
         shift = None
         if config.activation == "star_relu2":
-            # As in _mlp.
+            # As in _plain_mlp.
             shift = self.mlp_scale * (down @ self.star_shift[..., None])[..., 0]
             down = down * self.star_scale[:, None]
         return {

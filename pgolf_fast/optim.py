@@ -17,7 +17,7 @@ import torch
 from pgolf_fast import dist
 from pgolf_fast.errors import UserError
 from pgolf_fast.ops import orthogonalize
-from pgolf_fast.ops.optimizer_step import adam_apply_, gradient_norm, muon_apply_, muon_direction_
+from pgolf_fast.ops.optimizer_step import adam_apply_, gradient_norm, muon_apply_, muon_direction_, wide
 from pgolf_fast.settings import setting
 from pgolf_fast.tensor_names import PUBLISHED_NAMES, is_per_block
 
@@ -97,15 +97,10 @@ def _rates(name, param, group, config, num_layers):
     return torch.where(block >= num_layers // 2, group.lr * config.decoder_lr_mult, group.lr).float()
 
 
-def _wide(tensor):
-    """In the dtype of the arithmetic: at least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _scale_each(tensors, factor):
     for tensor in tensors:
         # NOTE: torch would round a 0-dim `factor` to bfloat16 before multiplying a bfloat16 tensor by it.
-        tensor.copy_(_wide(tensor) * factor) if tensor.dtype == torch.bfloat16 else tensor.mul_(factor)
+        tensor.copy_(wide(tensor) * factor) if tensor.dtype == torch.bfloat16 else tensor.mul_(factor)
 
 
 def _wait(arrivals):
@@ -204,7 +199,7 @@ class Optimizer:
         # Sums of clipped pieces, where several are clipped one by one on this rank.
         apart = self._clips("piece") and num_micro_batches > 1
         self.sums = [torch.zeros_like(buffer) for buffer in self.buffers] if apart else None
-        self.ema = {name: _wide(torch.empty_like(p)) for name, p in self.params.items()} if config.ema else {}
+        self.ema = {name: wide(torch.empty_like(p)) for name, p in self.params.items()} if config.ema else {}
         self.reset()
 
     @torch.no_grad()
@@ -325,7 +320,7 @@ class Optimizer:
         if not self.config.swa:
             return
         if not self.snapshots:
-            self.snapshots = {name: torch.zeros_like(_wide(p)) for name, p in self.params.items()}
+            self.snapshots = {name: torch.zeros_like(wide(p)) for name, p in self.params.items()}
         for name, p in self.params.items():
             self.snapshots[name] += p
         self.num_snapshots += 1
@@ -368,7 +363,7 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, torch.Tensor]):
         self.num_snapshots = int(state["swa.count"])
         if self.num_snapshots:
-            self.snapshots = {name: torch.zeros_like(_wide(p)) for name, p in self.params.items()}
+            self.snapshots = {name: torch.zeros_like(wide(p)) for name, p in self.params.items()}
         mine = self._state() | {f"ema.{name}": average for name, average in self.ema.items()}
         mine |= {f"swa.{name}": total for name, total in self.snapshots.items()}
         different = mine.keys() ^ (state.keys() - {"swa.count"})

@@ -26,7 +26,7 @@ def loss_and_gradients(model, batches, **how):
 
 def both_ways(model, batches, **how):
     for fused in (False, True):
-        model.fused_blocks = fused
+        model.use_fused_blocks = fused
         yield loss_and_gradients(model, batches, **how)
 
 
@@ -89,7 +89,7 @@ def test_scoring_keeps_nothing_and_gives_the_same():
     tokens, targets = tokens_of(config, 2, 16)
     scores = []
     for fused in (False, True):
-        model.fused_blocks = fused
+        model.use_fused_blocks = fused
         with torch.inference_mode():
             scores.append(model(tokens, targets, reduction="none"))
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-12, atol=1e-12)
@@ -98,7 +98,7 @@ def test_scoring_keeps_nothing_and_gives_the_same():
 def test_a_second_backward_says_why_it_cannot():
     config = small("legal-ttt-691")
     model = random_model(config)
-    model.fused_blocks = True
+    model.use_fused_blocks = True
     loss = model(*tokens_of(config, 1, 8))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="run the forward again"):
@@ -109,7 +109,7 @@ def test_plain_blocks_where_no_kernel_serves():
     model = random_model(small("legal-ttt-691"))
     tokens, _ = tokens_of(model.config, 1, 8)
     automatic = model.stream(tokens)
-    model.fused_blocks = False
+    model.use_fused_blocks = False
     assert torch.equal(automatic, model.stream(tokens))
 
 
@@ -152,7 +152,7 @@ def test_a_captured_step_repeats():
     """Forward and backward replay from a CUDA graph on other tokens, and add to the gradients they find."""
     config = published("caseops-1934")
     model = trained_like(config, "cuda", torch.bfloat16)
-    model.fused_blocks = True  # deterministic algorithms, which fill memory here, would choose the plain ones
+    model.use_fused_blocks = True  # deterministic algorithms, which fill memory here, would choose the plain ones
     tokens, targets = (t.cuda() for t in tokens_of(config, 2, 128))
     other = torch.randint_like(tokens, config.vocab_size)
     for p in model.parameters():

@@ -22,6 +22,9 @@ import torch
 log = logging.getLogger("pgolf_fast")
 
 NAMESPACE = "pgolf_fast"
+# Of every RMSNorm, in the kernels too.
+# NOTE: torch's own default for bfloat16 was 2**-7 in some versions, which flattens the first norm at init (its mean square is 2.5e-5).
+RMS_EPSILON = 2.0**-23
 HOW_TO_BUILD = "install with nvcc 13 on PATH (`pip install --no-build-isolation .`) or set PGOLF_LIBRARY to a built _C.abi3.so"
 
 library = torch.library.Library(NAMESPACE, "DEF")

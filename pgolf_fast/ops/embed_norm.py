@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from pgolf_fast.ops import _library
-from pgolf_fast.ops._library import accumulation_dtype, library, require, require_device, require_dtype
+from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, library, require, require_device, require_dtype
 from pgolf_fast.ops.embedding import check_indices, embedding_plan
 
-EPSILON = 2.0**-23
 SMEARS = ("none", "token", "channel")
 KERNEL_WIDTH = 512
 MAX_CTAS = 528  # kEmbedNormMaxCtas
@@ -37,7 +36,7 @@ def embed_norm_ref(tokens, table, addend=None, smear="none", gate=None, smear_la
     e = table[tokens].to(dtype)
     e = e if addend is None else e + addend
     carries = 1.0 if bos is None else (tokens != bos)[..., None].to(dtype)
-    norm = lambda x: F.rms_norm(x, x.shape[-1:], eps=EPSILON)  # noqa: E731
+    norm = lambda x: F.rms_norm(x, x.shape[-1:], eps=RMS_EPSILON)  # noqa: E731
     if smear == "token":
         g = smear_lambda.to(dtype) * torch.sigmoid(e[..., : gate.shape[0]] @ gate.to(dtype)[:, None])
         return norm(e + carries * g * _previous(e))
@@ -72,7 +71,7 @@ def _embedded(tokens, table, addend, bos, dtype):
 
 
 def _normed(x):
-    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPSILON)
     return x * rstd, rstd
 
 

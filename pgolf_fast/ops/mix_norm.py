@@ -12,9 +12,8 @@ Residual, x0 and skip mixes are all this, with rows of coefficients; tensors tha
 import torch
 
 from pgolf_fast.ops import _library
-from pgolf_fast.ops._library import accumulation_dtype, library, require, require_device, require_dtype
+from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, library, require, require_device, require_dtype
 
-EPSILON = 2.0**-23
 MAX_TENSORS = 5
 KERNEL_WIDTH = 512  # channels the kernels are built for; other widths take the formula
 MAX_CTAS = 528  # kMixNormMaxCtas
@@ -25,7 +24,7 @@ def mix_norm_ref(tensors, coefficients=None, rows=None, norm_scale=1.0):
     dtype = tensors[0].dtype
     mixed = sum(tensors) if coefficients is None else sum(coefficients[r].to(dtype) * t for r, t in zip(rows, tensors))
     wide = mixed.to(accumulation_dtype(dtype))
-    return mixed, (norm_scale * wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + EPSILON)).to(dtype)
+    return mixed, (norm_scale * wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + RMS_EPSILON)).to(dtype)
 
 
 # tensors       1 to 5, [.., C] of one shape and dtype
@@ -96,7 +95,7 @@ def _backward_formula(d_mixed, d_normed, mixed, rstd, tensors, coefficients, row
 
 
 def _rstd_formula(x):
-    return torch.rsqrt(x.to(accumulation_dtype(x.dtype)).square().mean(-1) + EPSILON)
+    return torch.rsqrt(x.to(accumulation_dtype(x.dtype)).square().mean(-1) + RMS_EPSILON)
 
 
 library.impl("row_rstd", _rstd_formula, "CPU")

@@ -13,7 +13,8 @@ MAX_TENSORS = 48  # kOptimizerMaxTensors
 ROW_EPSILON = 1e-7  # least norm of a row that is brought to length 1
 
 
-def _wide(tensor):
+def wide(tensor):
+    """In the dtype of the arithmetic: at least float32."""
     return tensor.to(accumulation_dtype(tensor.dtype))
 
 
@@ -33,7 +34,7 @@ def gradient_norm(grads):
         norm = torch.empty((), device=grads[0].device)
         torch.ops.pgolf_fast_sm90.gradient_norm(grads, torch.empty(chunks, dtype=torch.float64, device=norm.device), norm)
         return norm
-    return torch.stack([torch.linalg.vector_norm(_wide(g)) for g in grads]).square().sum().sqrt()
+    return torch.stack([torch.linalg.vector_norm(wide(g)) for g in grads]).square().sum().sqrt()
 
 
 def muon_direction_(grads, momenta, scale, momentum, normalize_rows=False):
@@ -49,11 +50,11 @@ def muon_direction_(grads, momenta, scale, momentum, normalize_rows=False):
         return directions
     directions = []
     for grad, state in zip(grads, momenta):
-        g = (scale * _wide(grad)).to(state.dtype)
-        state.copy_((momentum * _wide(state)).to(state.dtype) + g)
-        direction = (g + momentum * _wide(state)).to(state.dtype)
+        g = (scale * wide(grad)).to(state.dtype)
+        state.copy_((momentum * wide(state)).to(state.dtype) + g)
+        direction = (g + momentum * wide(state)).to(state.dtype)
         if normalize_rows:
-            length = torch.linalg.vector_norm(_wide(direction), dim=-1, keepdim=True).clamp_min(ROW_EPSILON)
+            length = torch.linalg.vector_norm(wide(direction), dim=-1, keepdim=True).clamp_min(ROW_EPSILON)
             direction = direction / length.to(state.dtype)
         directions.append(direction)
     return directions
@@ -96,17 +97,17 @@ def adam_apply_(
         )
         return
     for param, grad, mean, square, rate, decay in zip(params, grads, means, squares, rates, weight_decays):
-        g = _wide((scale * _wide(grad)).to(grad.dtype))
-        new_mean = beta1 * _wide(mean) + (1 - beta1) * g
-        new_square = beta2 * _wide(square) + (1 - beta2) * g.square()
+        g = wide((scale * wide(grad)).to(grad.dtype))
+        new_mean = beta1 * wide(mean) + (1 - beta1) * g
+        new_square = beta2 * wide(square) + (1 - beta2) * g.square()
         mean.copy_(new_mean)
         square.copy_(new_square)
         lr = _step_sizes(param, rate, lr_factor)
         update = new_mean / (1 - beta1**step) / ((new_square / (1 - beta2**step)).sqrt() + epsilon)
-        param.copy_(_wide(param) * (1 - lr * decay) - lr * update)
+        param.copy_(wide(param) * (1 - lr * decay) - lr * update)
     _follow(averages, params, average_decay)
 
 
 def _follow(averages, params, decay):
     for average, param in zip(averages, params):
-        average.lerp_(_wide(param), 1 - decay)
+        average.lerp_(wide(param), 1 - decay)

@@ -8,9 +8,8 @@ dweight is in the accumulation dtype, float32 for bf16: gradients of several vis
 import torch
 
 from pgolf_fast.ops import _library
-from pgolf_fast.ops._library import accumulation_dtype, library, require, require_dtype
+from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, library, require, require_dtype
 
-EPSILON = 2.0**-23
 COLUMN_TILE = 192  # of product_column_tiles
 
 # x [M, K], weight [N, K], residual and y [M, N]
@@ -28,7 +27,7 @@ def _forward_formula(x, weight, residual):
 
 def _residual_rstd_formula(x, weight, residual):
     y = _forward_formula(x, weight, residual)
-    return y, torch.rsqrt(y.to(accumulation_dtype(y.dtype)).square().mean(-1) + EPSILON)
+    return y, torch.rsqrt(y.to(accumulation_dtype(y.dtype)).square().mean(-1) + RMS_EPSILON)
 
 
 def _backward_formula(dy, weight):

@@ -12,9 +12,8 @@ the gradient of q (or k, whose gain is 1),
 import torch
 
 from pgolf_fast.ops import _library
-from pgolf_fast.ops._library import accumulation_dtype, library
+from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, library
 
-EPSILON = 2.0**-23
 HEAD_DIM, ROTATED = 64, 16  # of the kernel
 
 # n [M, C], weight [(Hq + 2 Hk) D, C], gain [Hq] in the accumulation dtype, cos and sin [positions, half]; row r is at position r % positions.
@@ -32,7 +31,7 @@ def qkv_ref(n, weight, gain, cos, sin, kv_heads):
     q, k, v = heads.split([gain.shape[0], kv_heads, kv_heads], dim=1)
     positions = torch.arange(n.shape[0], device=n.device) % cos.shape[0]
     cos, sin = cos[positions][:, None], sin[positions][:, None]
-    q, k = (_rotated(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON), cos, sin) for x in (q, k))
+    q, k = (_rotated(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPSILON), cos, sin) for x in (q, k))
     return torch.cat([gain[:, None] * q, k, v], dim=1).flatten(1)
 
 
@@ -56,7 +55,7 @@ def _forward_formula(n, weight, gain, cos, sin, kv_heads):
     wide, normed = accumulation_dtype(n.dtype), gain.shape[0] + kv_heads
     heads = (n @ weight.T).to(wide).unflatten(-1, (normed + kv_heads, -1))
     qk, v = heads.split([normed, kv_heads], dim=1)
-    rstd = torch.rsqrt(qk.square().mean(-1) + EPSILON)
+    rstd = torch.rsqrt(qk.square().mean(-1) + RMS_EPSILON)
     qk = _all_gains(gain, kv_heads) * _rotated(rstd[..., None] * qk, *_tables(cos, sin, n.shape[0], wide))
     return torch.cat([qk, v], dim=1).flatten(1).to(n.dtype), rstd
 
