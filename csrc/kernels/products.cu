@@ -28,9 +28,6 @@ struct ForwardResidualSquares : ForwardResidual {
     struct Arguments {
         float* row_sums;
     };
-    static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int) { return {}; }
-    template <int kCount>
-    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[kCount], int, int, int) {}
     static __device__ __forceinline__ float row_term(uint32_t sum, uint32_t) {
         const float low = __uint_as_float(sum << 16), high = __uint_as_float(sum & 0xffff0000u);
         return fmaf(low, low, high * high);

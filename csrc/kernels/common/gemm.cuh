@@ -9,21 +9,23 @@
 //              [ warpgroup 1: 64 rows ]     B: kBlockN columns, half from each CTA
 //     CTA 1    [ the next 128 rows    ]     staging for C (and the auxiliary tile)
 //
-// Four stages, the most that fit: a stage is consumed in 768 clocks (192 columns) or 1024 (256), and one is still being read
-// when the next is.
-// 192 columns leave registers for two accumulators: the result of one tile is computed, staged and stored under the
+// Four stages (five of 128 columns), the most that fit: a stage is consumed in 512 clocks (128 columns), 768 (192) or 1024 (256),
+// and one is still being read when the next is.
+// 128 or 192 columns leave registers for two accumulators: the result of one tile is computed, staged and stored under the
 // products of the next, and the auxiliary tile comes into the same staging area before. 256 columns,
 // for a long K, are staged in two passes between two tiles.
 // Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
 //
 // What varies is the Op:
-//     kBlockN                     192 or 256
+//     kBlockN                     128, 192 or 256
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
 //     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value. With 192 columns
 //                                 the auxiliary tile comes through the staging area; with 256 the threads load it themselves
 //     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with all its
 //                                 accumulators before they are staged
+//     kSideBlocks, stage()        column blocks of a second pair of matrices, read and written with each tile (Side); stage() then
+//                                 turns accumulators, auxiliary tile and side blocks into what is stored, in kStageSteps steps
 //     kRowSums, row_term()        what a stored pair and its auxiliary pair add to a sum per row and column tile, in Arguments::row_sums
 //                                 [column tiles, m]
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
@@ -37,7 +39,6 @@ namespace pgolf::gemm {
 
 constexpr int kBlockM = 128, kBlockK = 64;
 constexpr int kCluster = 2;
-constexpr int kStages = 4;
 constexpr int kConsumers = 2;                       // warpgroups
 constexpr int kThreads = 128 * (kConsumers + 1);    // the last warpgroup produces
 constexpr int kLeastKBlocks = 8;                    // of an overlapped tile; a shorter K is padded with the copy engine's zeros
@@ -48,25 +49,28 @@ enum Output { kStoreBf16, kAddFp32, kAddFp32Transposed };
 
 template <class Op>
 struct Layout {
-    static_assert(Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
-    static_assert(!Op::kRowSums || Op::kBlockN == 192, "summed over one pass");
+    static_assert(Op::kBlockN == 128 || Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
+    static_assert(!Op::kRowSums || Op::kBlockN < 256, "summed over one pass");
+    static constexpr int kStages = Op::kBlockN == 128 ? 5 : 4;
     static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
     static constexpr int kStageABytes = kBlockM * kBlockK * 2;
     static constexpr int kStageBytes = kStageABytes + Op::kBlockN * kBlockK * 2;
     static constexpr bool kStaged = Op::kOutput == kStoreBf16;
-    static constexpr bool kOverlapped = kStaged && Op::kBlockN == 192;  // results of a tile under the products of the next
+    static constexpr bool kOverlapped = kStaged && Op::kBlockN < 256;  // results of a tile under the products of the next
     static_assert(!kOverlapped || !Op::kTransformA, "no registers left for it");
     static constexpr bool kAuxStaged = Op::kHasAux && kOverlapped, kAuxLoaded = Op::kHasAux && !kOverlapped;
     static constexpr int kPasses = Op::kBlockN == 256 ? 2 : 1;
     static constexpr int kPassBlocks = kStaged ? kColumnBlocks / kPasses : 0;  // column blocks staged at a time, per warpgroup
+    static_assert(Op::kSideBlocks == 0 || kAuxStaged, "side blocks come with the auxiliary tile");
+    static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
     // Both together are what 384 threads start with, 168 each.
     static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-    static constexpr int kStagingBytes = kConsumers * kPassBlocks * kStagingBlockBytes;
+    static constexpr int kStagingBytes = kConsumers * kStagedBlocks * kStagingBlockBytes;
     static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + 256;
 };
 
 struct Maps {
-    CUtensorMap a, b, c, aux;
+    CUtensorMap a, b, c, aux, side_in, side_out;
     float* c_fp32;  // where the output is added to, contiguous rows
     const __nv_bfloat16* aux_rows;  // for threads that load it
 };
@@ -78,10 +82,14 @@ struct Shape {
 // What an Op inherits and replaces where it does more.
 struct PlainOp {
     static constexpr bool kTransformA = false, kHasAux = false, kRowSums = false;
+    static constexpr int kSideBlocks = 0;
     struct Arguments {};
     struct Fetched {};
-    static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int) { return {}; }
-    template <int kCount>
+    template <class Arguments>
+    static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int, int) {
+        return {};
+    }
+    template <class Arguments, class Fetched, int kCount>
     static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[kCount], int, int, int) {}
     static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t) { return ptx::pack_bf16(low, high); }
 };
@@ -145,6 +153,7 @@ struct Schedule {
     }
 };
 
+template <int kStages>
 struct Barriers {
     uint64_t full[kStages], empty[kStages];
     uint64_t aux_full, aux_empty;
@@ -154,6 +163,7 @@ struct Barriers {
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk16) { return row * 128 + ((chunk16 ^ (row & 7)) << 4); }
 
 // Position in a ring of stages.
+template <int kStages>
 struct Ring {
     int stage = 0;
     uint32_t phase = 0;
@@ -165,14 +175,22 @@ struct Ring {
     }
 };
 
+// First column of a staged block of a tile: of the tile itself, or of the side blocks after it.
 template <class Op>
-__device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging, Barriers& bars) {
+__device__ __forceinline__ int staged_column(const Work& tile, int block) {
+    constexpr int kOwn = Layout<Op>::kColumnBlocks;
+    return block < kOwn ? tile.n0 + block * kColumnBlock : tile.n0 / Op::kBlockN * Op::kSideBlocks * kColumnBlock + (block - kOwn) * kColumnBlock;
+}
+
+template <class Op>
+__device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging,
+                                        Barriers<Layout<Op>::kStages>& bars) {
     using L = Layout<Op>;
     constexpr int kBlockN = Op::kBlockN;
     const uint32_t rank = ptx::cluster_rank();
     Schedule<Op> schedule(shape);
     Work work;
-    Ring ring;
+    Ring<L::kStages> ring;
     Work before;
     bool has_before = false;
     uint32_t aux_parity = 0;
@@ -182,9 +200,12 @@ __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, ui
         aux_parity ^= 1;
         ptx::mbarrier_arrive_expect(&bars.aux_full, L::kStagingBytes);
 #pragma unroll
-        for (int i = 0; i < kConsumers * L::kColumnBlocks; ++i)
-            ptx::tma_load_2d(staging + i * kStagingBlockBytes, &maps.aux, &bars.aux_full, tile.n0 + i % L::kColumnBlocks * kColumnBlock,
-                             tile.m0 + i / L::kColumnBlocks * 64);
+        for (int group = 0; group < kConsumers; ++group)
+#pragma unroll
+            for (int block = 0; block < L::kStagedBlocks; ++block)
+                ptx::tma_load_2d(staging + (group * L::kStagedBlocks + block) * kStagingBlockBytes,
+                                 block < L::kPassBlocks ? &maps.aux : &maps.side_in, &bars.aux_full, staged_column<Op>(tile, block),
+                                 tile.m0 + group * 64);
     };
 
     while (schedule.next(work)) {
@@ -213,7 +234,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, ui
                                                n0 + block * kColumnBlock, kb * kBlockK + rank * half, 3);
             }
             // The auxiliary tile of the tile before, whose result is due under this one; the ring is fed first.
-            if (L::kAuxStaged && kb == min(kStages, work.k_end) - 1 && has_before) load_aux(before);
+            if (L::kAuxStaged && kb == min(L::kStages, work.k_end) - 1 && has_before) load_aux(before);
         }
         before = work;
         has_before = true;
@@ -249,20 +270,20 @@ struct Consumer {
     const typename Op::Arguments& arguments;
     uint8_t* stages;
     uint8_t* staging;  // this warpgroup's
-    Barriers& bars;
+    Barriers<L::kStages>& bars;
     const int group, warp, lane;
     const uint32_t lane_row, lane_chunk;  // row and 16-byte column chunk that this lane addresses in a 16 x 16 block
-    Ring ring;
+    Ring<L::kStages> ring;
     int unreleased = -1;  // the stage that the newest product but one reads
     float row_sums[2];
     uint32_t aux_parity = 0;
 
     // `group` is broadcast, so that the compiler keeps descriptors in uniform registers.
     __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, const typename Op::Arguments& arguments, uint8_t* stages,
-                                        uint8_t* staging, Barriers& bars)
+                                        uint8_t* staging, Barriers<L::kStages>& bars)
         : maps(maps), shape(shape), arguments(arguments), stages(stages), bars(bars), group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
           warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), lane_row(warp * 16 + (lane / 8 % 2) * 8 + lane % 8), lane_chunk(lane / 16) {
-        this->staging = staging + group * L::kPassBlocks * kStagingBlockBytes;
+        this->staging = staging + group * L::kStagedBlocks * kStagingBlockBytes;
     }
 
     __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
@@ -333,7 +354,7 @@ struct Consumer {
         }
     }
     __device__ __forceinline__ int row_of(const Work& work) const { return work.m0 + group * 64 + warp * 16 + lane / 4; }
-    __device__ __forceinline__ typename Op::Fetched fetch(const Work& work) const { return Op::fetch(arguments, row_of(work), shape.m); }
+    __device__ __forceinline__ typename Op::Fetched fetch(const Work& work) const { return Op::fetch(arguments, row_of(work), work.n0, shape.m); }
     // All accumulators of a tile are final.
     __device__ __forceinline__ void finish(float (&acc)[kAccumulators], const Work& work, const typename Op::Fetched& fetched) {
         Op::finish(arguments, fetched, acc, row_of(work), work.n0, shape.m);
@@ -350,6 +371,17 @@ struct Consumer {
         }
     }
 
+    // Result of a tile, into the staging area: step `step` of kStageSteps.
+    static constexpr int kStageSteps = 4;
+    __device__ __forceinline__ void stage_step(const float (&acc)[kAccumulators], int step, const Work& work, typename Op::Fetched& fetched) {
+        if constexpr (Op::kSideBlocks > 0) {
+            Op::stage(arguments, fetched, acc, step, row_of(work), work.n0, shape.m, [&](int block, int i) { return chunk_address(4 * block + i); });
+        } else {
+            constexpr int kPerStep = kChunks / kStageSteps;
+#pragma unroll
+            for (int c = 0; c < kPerStep; ++c) stage_chunk(acc, 0, step * kPerStep + c);
+        }
+    }
     // Result of 16 columns, into the staging area.
     __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i) {
         AuxPairs aux = {};
@@ -385,9 +417,9 @@ struct Consumer {
         ptx::named_sync(1 + group, 128);
         if (leads()) {
 #pragma unroll
-            for (int block = 0; block < L::kPassBlocks; ++block)
-                ptx::tma_store_2d(&maps.c, staging + block * kStagingBlockBytes, work.n0 + (pass * L::kPassBlocks + block) * kColumnBlock,
-                                  work.m0 + group * 64);
+            for (int block = 0; block < L::kStagedBlocks; ++block)
+                ptx::tma_store_2d(block < L::kPassBlocks ? &maps.c : &maps.side_out, staging + block * kStagingBlockBytes,
+                                  staged_column<Op>(work, pass * L::kPassBlocks + block), work.m0 + group * 64);
             ptx::bulk_commit();
         }
     }
@@ -438,9 +470,9 @@ struct Consumer {
     // The staging area is offered at the first k block and taken at the fifth, in time for an auxiliary tile to arrive.
     __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, float (&finished)[kAccumulators],
                                                     const Work& before) {
-        constexpr int kTaken = 4, kStored = kLeastKBlocks, kChunksPerStep = kChunks / (kStored - kTaken);
+        constexpr int kTaken = kLeastKBlocks - kStageSteps;
         uint32_t unused[4][4];
-        const typename Op::Fetched fetched = fetch(before);
+        typename Op::Fetched fetched = fetch(before);
         multiply(acc, unused, false);
         wgmma::pin(finished);  // its last product is done: the wait was for all but the newest
         offer_staging();
@@ -449,23 +481,23 @@ struct Consumer {
         finish(finished, before, fetched);
         await_staging();
 #pragma unroll
-        for (int i = kTaken; i < kStored; ++i) {
+        for (int step = 0; step < kStageSteps; ++step) {
             multiply(acc, unused, true);
-#pragma unroll
-            for (int c = 0; c < kChunksPerStep; ++c) stage_chunk(finished, 0, (i - kTaken) * kChunksPerStep + c);
+            stage_step(finished, step, before, fetched);
         }
         store(before, 0);
-        for (int i = kStored; i < work.k_end; ++i) multiply(acc, unused, true);
+        for (int i = kLeastKBlocks; i < work.k_end; ++i) multiply(acc, unused, true);
     }
     __device__ __forceinline__ void last_result(float (&acc)[kAccumulators], const Work& work) {
         wgmma::wait<0>();
         wgmma::pin(acc);
         release();
         offer_staging();
-        finish(acc, work, fetch(work));
+        typename Op::Fetched fetched = fetch(work);
+        finish(acc, work, fetched);
         await_staging();
 #pragma unroll
-        for (int i = 0; i < kChunks; ++i) stage_chunk(acc, 0, i);
+        for (int step = 0; step < kStageSteps; ++step) stage_step(acc, step, work, fetched);
         store(work, 0);
     }
     __device__ __forceinline__ void run_overlapped() {
@@ -499,8 +531,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     extern __shared__ uint8_t raw[];
     // NOTE: 1024-aligned in the shared window, which is the same in both CTAs of the cluster.
     uint8_t* stages = raw + (1024 - ptx::smem_u32(raw) % 1024) % 1024;
+    constexpr int kStages = Layout<Op>::kStages;
     uint8_t* staging = stages + kStages * Layout<Op>::kStageBytes;
-    Barriers& bars = *reinterpret_cast<Barriers*>(staging + Layout<Op>::kStagingBytes);
+    auto& bars = *reinterpret_cast<Barriers<kStages>*>(staging + Layout<Op>::kStagingBytes);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
             ptx::mbarrier_init(&bars.full[s], 1);
@@ -527,10 +560,18 @@ inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int6
     return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
 }
 
+// A second pair of matrices that travels with the tiles: kSideBlocks column blocks of each for every tile of columns.
+struct Side {
+    const void* in;
+    void* out;
+    int columns;
+    int64_t in_stride, out_stride;  // elements from row to row
+};
+
 // A, B as their majors say; C [m, n] bf16, or float32 [m, n] or [n, m] that is added to; aux [m, n]; all with contiguous rows.
 template <class Op>
 cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream,
-                   const typename Op::Arguments& arguments = {}) {
+                   const typename Op::Arguments& arguments = {}, const Side& side = {}) {
     if (shape.m == 0 || shape.k == 0) return cudaSuccess;
     constexpr int kSharedBytes = Layout<Op>::kSharedBytes;
     Maps maps{};
@@ -543,6 +584,10 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
     if (status == cudaSuccess && Layout<Op>::kStaged) status = map_2d(&maps.c, c, shape.m, shape.n, shape.n, 64);
     maps.aux_rows = static_cast<const __nv_bfloat16*>(aux);
     if (status == cudaSuccess && Layout<Op>::kAuxStaged) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
+    if (Op::kSideBlocks > 0) {
+        if (status == cudaSuccess) status = map_2d(&maps.side_in, side.in, shape.m, side.columns, side.in_stride, 64);
+        if (status == cudaSuccess) status = map_2d(&maps.side_out, side.out, shape.m, side.columns, side.out_stride, 64);
+    }
     int device = 0, sms = 0;
     if (status == cudaSuccess) status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
