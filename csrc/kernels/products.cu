@@ -46,6 +46,12 @@ struct Backward : Forward {
     static constexpr int kBMajor = kMajorMN;
 };
 
+// Wider tiles, which waste less at a layer's width, where K is long enough to store a tile in two passes under the next.
+struct BackwardLong : Backward {
+    static constexpr int kBlockN = 256;
+};
+constexpr int kLongK = gemm::Layout<BackwardLong>::kLeastKBlocks * gemm::kBlockK;
+
 struct Weight : Forward {
     static constexpr int kBlockN = 256, kAMajor = kMajorMN, kBMajor = kMajorMN;
     static constexpr gemm::Output kOutput = gemm::kAddFp32;
@@ -68,7 +74,9 @@ cudaError_t product_forward(const ProductParams& p, cudaStream_t stream) {
     row_rstd_kernel<<<(p.m + 255) / 256, 256, 0, stream>>>(p, product_column_tiles(p.n));
     return cudaGetLastError();
 }
-cudaError_t product_backward(const ProductParams& p, cudaStream_t stream) { return launch<Backward>(p, stream); }
+cudaError_t product_backward(const ProductParams& p, cudaStream_t stream) {
+    return p.k >= kLongK ? launch<BackwardLong>(p, stream) : launch<Backward>(p, stream);
+}
 cudaError_t product_weight(const ProductParams& p, cudaStream_t stream) { return launch<Weight>(p, stream); }
 
 }  // namespace pgolf
