@@ -17,7 +17,6 @@ CASES = {
     "documents around the tiles": (AWKWARD, 0, 1),
     "a tail without a document": ([130, 0, 5], 200, 1),
     "documents of one token": ([1] * 150, 0, 1),
-    "nothing but a tail": ([0, 0], 140, 1),
 }
 
 
