@@ -205,8 +205,8 @@ __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, ui
 #pragma unroll
             for (int block = 0; block < L::kStagedBlocks; ++block)
                 ptx::tma_load_2d(staging + (group * L::kStagedBlocks + block) * kStagingBlockBytes,
-                                 block < L::kPassBlocks ? &maps.aux : &maps.side_in, &bars.aux_full, staged_column<Op>(tile, pass * L::kPassBlocks + block),
-                                 tile.m0 + group * 64);
+                                 block < L::kPassBlocks ? &maps.aux : &maps.side_in, &bars.aux_full,
+                                 staged_column<Op>(tile, pass * L::kPassBlocks + block), tile.m0 + group * 64);
     };
 
     while (schedule.next(work)) {
