@@ -136,7 +136,7 @@ class Trainer:
     # -- one step
 
     def take_step(self, batches, plan):
-        """The mean loss of this rank's micro-batches stays on the device."""
+        """The mean loss stays on the device."""
         return self.steps.run(batches, plan)
 
     def warm_up(self):
@@ -331,6 +331,7 @@ class Trainer:
             allocated, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
             self.log.line(f"peak memory allocated: {allocated:.0f} MiB reserved: {reserved:.0f} MiB")
         self.log.event("end", steps=self.step, weights=weights, val_loss=score.nats_per_token, val_bpb=score.bits_per_byte, ledger_s=dict(self.clock.ledger_s))
+        self.steps.close()
         self.loader.close()
         self.log.close()
         return Result(self.step, self.losses.last, score, weights, self.folder)
@@ -394,7 +395,7 @@ class Trainer:
 
 
 class _Losses:
-    """Losses on their way from the device, oldest first; each is the mean over all ranks."""
+    """Losses on their way from the device, oldest first."""
 
     def __init__(self, device):
         self.device, self.queue, self.last = device, deque(), math.nan
@@ -404,8 +405,6 @@ class _Losses:
         return len(self.queue)
 
     def put(self, step, loss):
-        arrival = dist.mean_(loss)
-        arrival.wait()
         if self.device.type != "cuda":
             self.queue.append((step, loss, None))
             return

@@ -60,20 +60,18 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
     bar = Progress(
         TextColumn(resolved.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console
     )
-    try:
-        trainer = Trainer(resolved, folder, device, echo=console.print if first else lambda text: None, resume=config.resume)
-        task = bar.add_task("steps", total=resolved.recipe.schedule.iterations, text="")
+    trainer = Trainer(resolved, folder, device, echo=console.print if first else lambda text: None, resume=config.resume)
+    task = bar.add_task("steps", total=resolved.recipe.schedule.iterations, text="")
 
-        def progress(step, loss, ms_per_step):
-            bar.update(task, completed=step, text=f"loss {loss:.4f}  {ms_per_step:.1f} ms/step")
+    def progress(step, loss, ms_per_step):
+        bar.update(task, completed=step, text=f"loss {loss:.4f}  {ms_per_step:.1f} ms/step")
 
-        if first and console.is_terminal:
-            with bar:
-                result = trainer.run(progress)
-        else:
-            result = trainer.run()
-    finally:
-        dist.stop()
+    if first and console.is_terminal:
+        with bar:
+            result = trainer.run(progress)
+    else:
+        result = trainer.run()
+    dist.stop()
     return {
         "folder": str(result.folder),
         "steps": result.steps,
