@@ -25,9 +25,9 @@ def start(device_type="cuda") -> torch.device:
 
 
 def stop():
-    """Leave the other processes, at the end of a run that went well. NCCL waits until no CUDA graph holds a collective (GraphedStep.close).
+    """Leave the other processes, at the end of a run that went well; after an error just exit, and torchrun ends the others.
 
-    After an error just exit: the others may stand in a collective, so that nobody answers here, and torchrun ends them.
+    NOTE: NCCL waits, without end, for every CUDA graph that holds a collective; also where a process exits without this call.
     """
     if dist.is_initialized():
         dist.destroy_process_group()

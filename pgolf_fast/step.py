@@ -41,7 +41,7 @@ class Step:
         return self.loss_sum / len(batches)
 
     def close(self):
-        """Before the ranks part; no step follows."""
+        """No step follows: what dist.stop would wait for goes."""
 
     def micro_batch(self, batch: Batch, mode: Mode):
         if batch.cu_seqlens is None:

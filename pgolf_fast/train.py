@@ -191,10 +191,15 @@ class Trainer:
 
     def run(self, progress=None) -> Result:
         """`progress(step, loss, ms_per_step)` is called as losses come in."""
-        with self.clock.phase("warm-up"):
-            self.warm_up()
-        if self.resume:
-            self.restore()
+        with contextlib.closing(self.steps):  # after an error too: a rank that cannot exit keeps the others waiting
+            with self.clock.phase("warm-up"):
+                self.warm_up()
+            if self.resume:
+                self.restore()
+            self.train(progress)
+            return self.finish()
+
+    def train(self, progress):
         iterations, every = self.recipe.schedule.iterations, self.config
         self.log.line(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
         self.log.line(f"world_size:{dist.world_size()} grad_accum_steps:{self.parts}")
@@ -235,7 +240,6 @@ class Trainer:
             self.drain(window, progress)
         if self.step < iterations:
             self.log.line(f"stopping_early: wallclock_cap train_time:{1e3 * self.clock.elapsed_s:.0f}ms step:{self.step}/{iterations}")
-        return self.finish()
 
     def receive(self, window, progress):
         """The oldest loss still on its way; stops the run if it is not finite."""
@@ -331,7 +335,6 @@ class Trainer:
             allocated, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
             self.log.line(f"peak memory allocated: {allocated:.0f} MiB reserved: {reserved:.0f} MiB")
         self.log.event("end", steps=self.step, weights=weights, val_loss=score.nats_per_token, val_bpb=score.bits_per_byte, ledger_s=dict(self.clock.ledger_s))
-        self.steps.close()
         self.loader.close()
         self.log.close()
         return Result(self.step, self.losses.last, score, weights, self.folder)
