@@ -39,6 +39,7 @@ from pgolf_fast.step import GraphedStep, Step
 from pgolf_fast.train import PEAK_FLOPS, flops_per_token
 
 BATCHES = 4
+PROFILED_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +97,24 @@ def time_steps(step: Step, batches, plan, count) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in zip(marks, marks[1:])]
 
 
-def kernel_table(step: Step, batches, plan, steps=3) -> list[dict]:
-    """Milliseconds and launches of each kernel in a step, the largest first."""
+def profiled_steps(step: Step, batches, plan):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for i in range(steps):
+        for i in range(PROFILED_STEPS):
             step.run([batches[i % BATCHES]], plan)
         torch.cuda.synchronize()
-    rows = [{"kernel": e.key, "ms": e.self_device_time_total / 1e3 / steps, "launches": e.count / steps} for e in profile.key_averages()]
-    return sorted((row for row in rows if row["ms"] > 0), key=lambda row: -row["ms"])
+    return profile
+
+
+def kernel_table(profile) -> list[dict]:
+    """Milliseconds and launches of each kernel in a step, the largest first."""
+    found = [(e.key, e.self_device_time_total / 1e3 / PROFILED_STEPS, e.count / PROFILED_STEPS) for e in profile.key_averages()]
+    return [{"kernel": key, "ms": ms, "launches": count} for key, ms, count in sorted(found, key=lambda row: -row[1]) if ms > 0]
+
+
+def collectives(profile) -> list[tuple[str, float]]:
+    """Name and milliseconds of every launch of NCCL, in the order of the launches."""
+    launches = sorted((e for e in profile.events() if e.name.startswith("nccl")), key=lambda e: e.time_range.start)
+    return [(e.name, e.self_device_time_total / 1e3) for e in launches]
 
 
 def contestants(config, settings, device):
@@ -161,8 +172,8 @@ def measure(name, config, device) -> list[dict]:
                 if peak:
                     row["mfu"] = flops_per_token(settings.model, context, looped) * shapes.TOKENS / ms * 1e3 / peak
                 if contestant == "ours" and (config.profile or dist.world_size() > 1):
-                    row["kernels"] = kernel_table(step, batches, plan)
-                    row["nccl_ms"] = sum(kernel["ms"] for kernel in row["kernels"] if kernel["kernel"].startswith("nccl"))
+                    profile = profiled_steps(step, batches, plan)
+                    row |= {"kernels": kernel_table(profile), "collectives": collectives(profile)}
                 rows.append(row)
             step.close()
             del step
@@ -170,10 +181,11 @@ def measure(name, config, device) -> list[dict]:
 
 
 def across_ranks(same) -> dict:
-    """One row of every rank's: the slowest one's, with the times of all, and the least of the NCCL kernels': elsewhere they wait for it."""
+    """One row of every rank's: the slowest one's, with the times of all. Of each collective the rank counts that came last and had nobody
+    to wait for."""
     row = max(same, key=lambda row: row["ms"]) | {"ms_by_rank": [row["ms"] for row in same]}
-    if "nccl_ms" in row:
-        row["nccl_ms"] = min(row["nccl_ms"] for row in same)
+    launches = list(zip(*(r["collectives"] for r in same), strict=True)) if row.pop("collectives", None) else []
+    row["nccl_ms"] = sum(min(ms for _, ms in launch) for launch in launches) / PROFILED_STEPS
     return row
 
 
@@ -183,7 +195,7 @@ def show(rows, profile, console):
         table.add_column(heading, justify="left" if heading in ("recipe", "contestant") else "right", no_wrap=True)
     for row in rows:
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
-        nccl = f"{row['nccl_ms']:.2f}" if "nccl_ms" in row and row["gpus"] > 1 else "-"
+        nccl = f"{row['nccl_ms']:.2f}" if row["nccl_ms"] else "-"
         speed = (f"{row['ms']:.2f}", nccl, f"{row['tokens_per_s'] / 1e6:.2f}", mfu, f"{row['memory_gib']:.1f}", f"{row['first_steps_s']:.1f}")
         table.add_row(row["recipe"], row["contestant"], str(row["visits"]), str(row["gpus"]), *speed)
     console.print(table)
