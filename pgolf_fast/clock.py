@@ -12,7 +12,7 @@ _LOADED_AT = time.perf_counter()
 
 
 def process_age_s() -> float:
-    """Seconds since the operating system started this process, or the torchrun that did; since this module was loaded where it does not say."""
+    """Seconds since this process or the torchrun above it was started; since this module was loaded where the system does not say."""
     launched = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     try:
         with open(f"/proc/{launched}/stat") as stat, open("/proc/uptime") as uptime:

@@ -38,9 +38,9 @@ def test_settings_may_stand_on_either_side_of_an_option(tmp_path):
     assert done.returncode == 2 and "/nowhere" in done.stderr and "Unrecognized" not in done.stdout + done.stderr
 
 
-def test_on_several_gpus_it_ends_as_its_processes_do():
+def test_on_several_gpus_it_ends_as_its_processes_do(tmp_path):
     """Two processes on the CPU, for which nobody counts GPUs."""
-    arguments = ["pgolf", "train", "--gpus", "2", "--device", "cpu", "train.data=/nowhere"]
+    arguments = ["pgolf", "train", "--gpus", "2", "--device", "cpu", "--runs", str(tmp_path), "train.data=/nowhere"]
     code = f"import sys, torch; torch.cuda.device_count = lambda: 2; sys.argv = {arguments}; from pgolf_fast.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == "", done.stderr

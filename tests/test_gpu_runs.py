@@ -66,7 +66,7 @@ def test_a_lost_rank_ends_the_run_and_resuming_is_exact(data, tmp_path, lost):
 
 @needs_two_gpus
 def test_gpus_share_the_work_and_not_the_result(data, tmp_path):
-    """Replayed steps of fused blocks, all in processes of their own. Two runs of one GPU say what the order of additions makes of a loss."""
+    """Replayed steps of fused blocks, all in processes of their own. Two runs of one GPU say what the order of sums makes of a loss."""
     for name, ranks in (("one", 1), ("again", 1), ("shared", GPUS)):
         run_ranks(data, tmp_path / name, *FUSED, ranks=ranks, module="test_gpu_runs")
     one, again, shared = ([*losses(tmp_path / name).values()] for name in ("one", "again", "shared"))

@@ -222,7 +222,7 @@ def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
 
 
 def train_rank(make, data, folder, *overrides, resume=False, lost=None):
-    """The whole run in this process. The second rank may be `lost` before its sixth step: "killed", or by an error of its own ("failed")."""
+    """The whole run in this process. The second rank may be `lost` before its sixth step: "killed", or "failed" by an error of its own."""
     torch.set_num_threads(1)
     train.load_validation = bytes_validation
     trainer = make(data, Path(folder), *overrides, resume=resume)
@@ -242,8 +242,8 @@ def train_rank(make, data, folder, *overrides, resume=False, lost=None):
 def command(module, data, folder, *overrides, ranks, **how):
     """What runs a test module's `make` and train_rank in one process a rank."""
     code = f"import sys; from tests import {module}, test_train as t; t.train_rank({module}.make, *sys.argv[1:], **{how})"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"] if ranks > 1 else []
-    return [*launcher, sys.executable, "-c", code, str(data), str(folder), *overrides]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
+    return [*(launcher if ranks > 1 else []), sys.executable, "-c", code, str(data), str(folder), *overrides]
 
 
 def run_ranks(*args, module="test_train", **how):
