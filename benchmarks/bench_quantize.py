@@ -115,7 +115,7 @@ def measure_fits(folder: Path, data: Path | None, device: torch.device, publishe
     search, search_s = timed(lambda: Search(run, device, data))
     code = count_code(own_sources())
     fits = []
-    for room, code_bytes, cap in (("as published", 0, published_bytes), ("wrapped", code.wrapped, CAP_BYTES), ("strict", code.strict, CAP_BYTES)):
+    for room, code_bytes, cap in (("wrapped", code.wrapped, CAP_BYTES), ("as published", 0, published_bytes), ("strict", code.strict, CAP_BYTES)):
         try:
             found, fit_s = timed(lambda: search.fit(cap - code_bytes))
         except UserError as error:
@@ -149,14 +149,20 @@ def main():
         print(f"{row['recipe']}, {row['weights']}: {row['bytes']['artifact']:,} bytes (forecast {row['bytes']['forecast']:,})")
         print(f"  quantizing twice gives the same bits: {row['quantizing_repeats_exactly']}")
         print(f"  bpb {row['bpb']}  gap {row['gap_bpb']:.4f} (published {row['published_gap_bpb']})\n  seconds: {seconds}", flush=True)
+        if arguments.save:
+            save(row, folder, device)
         if arguments.fit:
             row["fit"] = measure_fits(folder, arguments.data, device, row["bytes"]["artifact"])
-        if arguments.save:
-            slug = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
-            command = " ".join(["python -m benchmarks.bench_quantize", *sys.argv[1:]])
-            trained = json.loads((folder / "machine.json").read_text())["command"]
-            record = {"environment": environment(device) | {"command": command}, "train_command": " ".join(["pgolf", *trained[1:]]), **row}
-            (RESULTS / f"quantize_{row['recipe']}.{slug}.json").write_text(json.dumps(record, indent=1) + "\n")
+            if arguments.save:
+                save(row, folder, device)
+
+
+def save(row: dict, folder: Path, device: torch.device) -> None:
+    slug = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
+    command = " ".join(["python -m benchmarks.bench_quantize", *sys.argv[1:]])
+    trained = json.loads((folder / "machine.json").read_text())["command"]
+    record = {"environment": environment(device) | {"command": command}, "train_command": " ".join(["pgolf", *trained[1:]]), **row}
+    (RESULTS / f"quantize_{row['recipe']}.{slug}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
