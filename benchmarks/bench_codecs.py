@@ -77,7 +77,7 @@ def models(arguments):
     """(label, quantized tensors)"""
     for path in arguments.artifact:
         loaded = artifact.unpack(path.read_bytes())
-        yield loaded.metadata.get("recipe", path.name), loaded.tensors
+        yield path.stem, loaded.tensors
     for family, table in () if arguments.artifact else MODELS:
         tensors, _ = quantize(synthetic_state(family), PUBLISHED[table], plain_rounding=True)
         yield f"SYNTHETIC {family}, {table}", tensors

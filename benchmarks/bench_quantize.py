@@ -1,4 +1,6 @@
-"""What quantization costs a run, in bits per byte, bytes and seconds: python -m benchmarks.bench_quantize RUN... [--data FOLDER] [--fit] [--save]
+"""What quantization costs a run, in bits per byte, bytes and seconds.
+
+    python -m benchmarks.bench_quantize RUN... [--data FOLDER] [--fit] [--save]
 
 For each run of `pgolf train`: validation of the weights as trained, as quantized, and as read back from the packed artifact, which must
 agree with the quantized ones in every bit. All three in the same pass over the same rows, plain float32 losses. Seconds are wall time;
@@ -115,7 +117,8 @@ def measure_fits(folder: Path, data: Path | None, device: torch.device, publishe
     search, search_s = timed(lambda: Search(run, device, data))
     code = count_code(own_sources())
     fits = []
-    for room, code_bytes, cap in (("wrapped", code.wrapped, CAP_BYTES), ("as published", 0, published_bytes), ("strict", code.strict, CAP_BYTES)):
+    rooms = (("wrapped", code.wrapped, CAP_BYTES), ("as published", 0, published_bytes), ("strict", code.strict, CAP_BYTES))
+    for room, code_bytes, cap in rooms:
         try:
             found, fit_s = timed(lambda: search.fit(cap - code_bytes))
         except UserError as error:
@@ -129,9 +132,10 @@ def measure_fits(folder: Path, data: Path | None, device: torch.device, publishe
         row["tried"] = [{"bytes": round(c.bytes), "train_rise": c.loss - search.unquantized_loss} for c in found.tried]
         fits.append(row | {"schemes": {name: s.short() for name, s in zip(search.searched, chosen.schemes)}, "seconds": fit_s})
         rise = f"rise on training text {row['train_rise']:.5f}, published table {row['tried'][0]['train_rise']:.5f}"
-        print(f"  fit, {room}: {size:,} + {code_bytes:,} = {row['total']:,}  bpb {row['bpb']:.5f}  {rise}  in {fit_s:.1f} s after {search_s:.1f} s", flush=True)
-    frontier = [(round(c.bytes), c.loss - search.unquantized_loss) for c in search.frontier]
-    return {"search_s": search_s, "rooms": fits, "frontier": frontier}
+        print(f"  fit, {room}: {size:,} + {code_bytes:,} = {row['total']:,}  bpb {row['bpb']:.5f}  {rise}")
+        print(f"  in {fit_s:.1f} s after {search_s:.1f} s", flush=True)
+    predicted = [(round(c.bytes), c.loss - search.unquantized_loss) for c in search.frontier[::20]]
+    return {"search_s": search_s, "rooms": fits, "predicted": predicted}
 
 
 def main():

@@ -93,6 +93,10 @@ class Search:
             alone = self.losses(self.state | {name: weights[name]}, NUM_ROWS_OF_RISES)
             options.append(predict(self.state[name], scheme, rise_of_loss(alone - before[: len(alone)])))
             self.progress("predicting", i + 1, len(self.searched))
+        # Right from matrix to matrix and too large in all, for text is not drawn from the model: what the table measured scales them.
+        measured, estimated = self.published.choice.loss - self.unquantized_loss, sum(of_matrix[0].loss for of_matrix in options)
+        scale = measured / estimated if measured > 0 else 1.0
+        options = [[dataclasses.replace(c, loss=scale * c.loss) for c in of_matrix] for of_matrix in options]
         rest_bytes = self.published.choice.bytes - sum(of_matrix[0].bytes for of_matrix in options)
         return cheapest_first([hull(of_matrix) for of_matrix in options], rest_bytes, self.unquantized_loss)
 
@@ -112,7 +116,8 @@ class Search:
             if one.choice.bytes <= 1.01 * room_bytes and len(packed := artifact.pack(one.tensors, metadata=self.metadata)) <= room_bytes:
                 return Fit(one, packed, [t.choice for t in tried])
         least = math.ceil(self.frontier[0].bytes)
-        raise UserError(f"fit: nothing found under {room_bytes:,} bytes beside the code; the smallest choice is forecast at {least:,}: use a smaller model")
+        remedy = f"the smallest choice is forecast at {least:,}: use a smaller model"
+        raise UserError(f"fit: nothing found under {room_bytes:,} bytes beside the code; {remedy}")
 
 
 @torch.inference_mode()
@@ -125,8 +130,8 @@ def token_losses(model, rows: torch.Tensor, rows_at_a_time: int = 32) -> torch.T
 def rise_of_loss(changes: torch.Tensor) -> float:
     """Of the mean loss, from every token's change: half their mean square.
 
-    The same as their mean, to second order, where the model's probabilities are true; and where one matrix' share is lost in the noise of the
-    mean, of which tokens rise and which fall, this is not.
+    To second order the same as their mean, where the model's probabilities are true; and free of the mean's noise, tokens that rise against
+    tokens that fall, in which one matrix's share would be lost.
     """
     return max(changes.square().mean().item() / 2, 1e-30)
 

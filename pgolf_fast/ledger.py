@@ -6,7 +6,7 @@ Code is counted three ways, because the challenge's own rulings differ:
     wrapped  every counted file inside one self-extracting script, as the records ship theirs
     strict   every counted file as it is
 
-The rules count the code of one script, train_gpt.py, and the records ship theirs wrapped: so `wrapped` is the count that gates, unless asked.
+The rules count the code of one script, train_gpt.py, and the records ship theirs wrapped: so `wrapped` gates, unless strict is asked for.
 """
 
 import ast

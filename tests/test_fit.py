@@ -105,7 +105,7 @@ def test_too_little_room_is_told(search):
 
 
 def test_rise_of_loss():
-    """For tokens drawn from the model itself it is the divergence of two distributions; and ten times as steady as the mean of the changes."""
+    """For tokens drawn from the model it is the divergence of two distributions; and ten times as steady as the mean of the changes."""
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(400_000, 8, generator=rng, dtype=torch.float64)
     moved = logits + 0.1 * torch.randn(logits.shape, generator=rng, dtype=torch.float64)
@@ -133,7 +133,8 @@ def test_cheapest_first():
     every = [(10 + sum(c.bytes for c in picked), 5 + sum(c.loss for c in picked)) for picked in itertools.product(*options)]
     own = {c.schemes[0]: c for of_matrix in options for c in of_matrix}
     for point in frontier:
-        assert (point.bytes, point.loss) == pytest.approx((10 + sum(own[s].bytes for s in point.schemes), 5 + sum(own[s].loss for s in point.schemes)))
+        size, loss = (sum(getattr(own[s], field) for s in point.schemes) for field in ("bytes", "loss"))
+        assert (point.bytes, point.loss) == pytest.approx((10 + size, 5 + loss))
         assert not [e for e in every if e[0] < point.bytes - 1e-9 and e[1] < point.loss - 1e-9]
     gains = [(a.loss - b.loss) / (b.bytes - a.bytes) for a, b in itertools.pairwise(frontier)]
     assert gains == sorted(gains, reverse=True) and gains[-1] > 0

@@ -76,10 +76,10 @@ def test_own_sources_are_all_that_a_submission_runs(tmp_path):
     for split in ("train", "val"):
         ids = [np.array([1, *tokenizer.encode(text)], np.uint16) for text in corpus.texts()]
         write_shard(tmp_path / shard_name(split, 0), np.concatenate(ids)[:2049])
-    small = ["model.model_dim=32", "model.num_heads=2", "model.num_kv_heads=1", "model.num_layers=2", "model.rope_dims=8", "model.ve_layers=1", f"model.vocab_size={corpus.VOCAB_SIZE}"]
-    short = ["schedule.iterations=1", "train.seq_len=64", "train.batch_tokens=256", "train.micro_batches=1", "train.data=.", "train.run_id=run"]
-    verbs = (["train", "--recipe", "base", "--runs", ".", *small, *short], ["quantize", "run"], ["pack", "run"], ["eval", "run", "--data", "."])
-    for verb in verbs:
+    small = ["model_dim=32", "num_heads=2", "num_kv_heads=1", "num_layers=2", "rope_dims=8", "ve_layers=1", f"vocab_size={corpus.VOCAB_SIZE}"]
+    short = ["seq_len=64", "batch_tokens=256", "micro_batches=1", "data=.", "run_id=run"]
+    settings = ["schedule.iterations=1", *(f"model.{value}" for value in small), *(f"train.{value}" for value in short)]
+    for verb in (["train", "--recipe", "base", "--runs", ".", *settings], ["quantize", "run"], ["pack", "run"], ["eval", "run", "--data", "."]):
         done = subprocess.run([sys.executable, "-I", script, *verb], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 

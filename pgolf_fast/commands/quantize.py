@@ -38,7 +38,7 @@ class Quantize:
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
     fit: Annotated[int | None, tyro.conf.arg(metavar="BYTES")] = None
-    """Of a run: search clips, steps and bits for the least loss on training text under so many bytes, code counted in; 16000000 is the cap."""
+    """Of a run: search clips, steps and bits for the least loss on training text under so many bytes, code and all; 16000000 is the cap."""
     strict: bool = False
     """Of a fit: leave room for every source file as it is, not for the one script that wraps them."""
     plain_rounding: bool = False
@@ -165,7 +165,8 @@ def fit_run(config, source, progress, console) -> tuple[export.Quantized, dict]:
 
 def fit_record(search: fit.Search, found: fit.Fit) -> dict:
     def row(choice):
-        return {"bytes": round(choice.bytes), "loss": choice.loss, "schemes": dict(zip(search.searched, (s.short() for s in choice.schemes)))}
+        schemes = {name: scheme.short() for name, scheme in zip(search.searched, choice.schemes)}
+        return {"bytes": round(choice.bytes), "loss": choice.loss, "schemes": schemes}
 
     record = {"artifact_bytes": len(found.artifact), "unquantized_loss": search.unquantized_loss, "chosen": row(found.chosen.choice)}
     return record | {"measured": list(map(row, found.tried)), "frontier": [(round(c.bytes), c.loss) for c in search.frontier]}
