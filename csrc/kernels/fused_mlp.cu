@@ -48,12 +48,11 @@ struct RowScaled : Plain {
         if (p.rstd == nullptr) return {};
         return {{__ldg(p.rstd + min(row, m - 1)), __ldg(p.rstd + min(row + 8, m - 1))}};
     }
-    template <int kCount>
-    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[kCount], int, int, int) {
+    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[32], int, int, int) {
         if (p.rstd == nullptr) return;
         const float factor[2] = {p.scale * fetched.rstd[0], p.scale * fetched.rstd[1]};
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) acc[i] *= factor[i / 2 % 2];
+        for (int i = 0; i < 32; ++i) acc[i] *= factor[i / 2 % 2];
     }
 };
 
