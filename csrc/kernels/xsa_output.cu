@@ -40,6 +40,8 @@ struct OutputBackward : gemm::PlainOp {
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;
     static constexpr bool kHasAux = true;
     static constexpr int kSideBlocks = 1;
+    static constexpr bool kSideStored = true;
+    static __device__ __forceinline__ int side_column(int n0, int) { return n0 / kXsaOutputGroup; }
     using Arguments = XsaOutputBwdParams;
 
     // Of a thread's two rows, r, and the tile's two heads, h.
@@ -74,7 +76,7 @@ struct OutputBackward : gemm::PlainOp {
 
     // `address(block, i)`: where a lane finds or leaves its part of columns 16 i .. of a staged block; 0 and 1 are the heads, 2 is v.
     template <class Address>
-    static __device__ __forceinline__ void stage(const Arguments& p, Fetched& f, const float (&g)[64], int step, int row, int n0, int m,
+    static __device__ __forceinline__ void stage(const Arguments& p, Fetched& f, const float (&g)[64], int, int step, int row, int n0, int m,
                                                  Address&& address) {
         if (step == 0) products_with_v(p, f, g, address);
         if (step == 1 && p.gate != nullptr) gate_gradient(p, f, g, row, n0, m, address);

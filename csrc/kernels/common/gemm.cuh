@@ -24,8 +24,8 @@
 //                                 the accumulator has been rounded to bf16
 //     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with its accumulators of
 //                                 each 64 columns before they are staged
-//     kSideBlocks, stage()        column blocks of a second pair of matrices, read and written with each tile (Side); stage() then
-//                                 turns accumulators, auxiliary tile and side blocks into what is stored, in kStageSteps steps
+//     kSideBlocks, side_column(), column blocks of a further matrix (Side) that come with each pass of a tile, and from where; kSideStored:
+//     kSideStored, stage()        others go with the result. stage() turns all into what is stored, in kStageSteps steps
 //     kRowSums, row_term()        what a stored pair and its auxiliary pair add to a sum per row and column tile, in Arguments::row_sums
 //                                 [column tiles, m]
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
@@ -44,7 +44,6 @@ constexpr int kCluster = 2;
 constexpr int kConsumers = 2;                       // warpgroups
 constexpr int kThreads = 128 * (kConsumers + 1);    // the last warpgroup produces
 constexpr int kStages = 4;
-constexpr int kPassKBlocks = 8;                     // under which a pass is staged
 constexpr int kColumnBlock = 64;                    // columns of one swizzled row of 128 bytes
 constexpr int kStagingBlockBytes = 64 * 128;        // 64 rows of one column block
 
@@ -61,14 +60,16 @@ struct Layout {
     static constexpr bool kHeldRounded = Op::kBlockN == 256;
     static_assert(!kStaged || kHeldRounded || !Op::kTransformA, "no registers left for it");
     static constexpr bool kAuxStaged = kStaged && Op::kHasAux;
-    static constexpr int kPasses = kHeldRounded ? 2 : 1;
+    static constexpr int kPasses = !kHeldRounded ? 1 : Op::kSideBlocks == 0 ? 2 : 4;
+    static constexpr int kPassKBlocks = kPasses == 4 ? 6 : 8;  // under which a pass is staged
     static constexpr int kLeastKBlocks = kStaged ? kPasses * kPassKBlocks : 1;  // a shorter K is padded with the copy engine's zeros
     static constexpr int kPassBlocks = kStaged ? kColumnBlocks / kPasses : 0;   // column blocks staged at a time, per warpgroup
     static_assert(Op::kSideBlocks == 0 || kAuxStaged, "side blocks come with the auxiliary tile");
-    static_assert(!kStaged || (Op::kBlockN == 128) == (Op::kSideBlocks > 0), "a tile of 128 columns does everything in stage()");
+    static_assert(!kStaged || kHeldRounded || Op::kBlockN == 192 || Op::kSideBlocks > 0, "a tile of 128 columns does everything in stage()");
     static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
+    static constexpr int kStoredBlocks = kPassBlocks + (Op::kSideStored ? Op::kSideBlocks : 0);
     static constexpr int kStagingAreas = Op::kBlockN == 128 ? 2 : 1;
-    static constexpr int kStageSteps = kStagingAreas == 2 ? 7 : 4;  // the last k blocks of a pass, after which its result is staged piecewise
+    static constexpr int kStageSteps = kStagingAreas == 2 ? 7 : kPassKBlocks - 4;  // the last k blocks of a pass: its result is staged piecewise
     // Both together are what 384 threads start with, 168 each.
     static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
     static constexpr int kGroupStagingBytes = kStagedBlocks * kStagingBlockBytes;  // of a warpgroup's area
@@ -89,6 +90,8 @@ struct Shape {
 struct PlainOp {
     static constexpr bool kTransformA = false, kHasAux = false, kRowSums = false;
     static constexpr int kSideBlocks = 0;
+    static constexpr bool kSideStored = false;
+    static __device__ __forceinline__ int side_column(int, int) { return 0; }
     struct Arguments {};
     struct Fetched {};
     template <class Arguments>
@@ -183,11 +186,11 @@ struct Ring {
     }
 };
 
-// First column of a staged block of a tile: of the tile itself, or of the side blocks after it.
+// First column of a staged block of a tile's pass: of the tile itself, or of the side blocks after it.
 template <class Op>
-__device__ __forceinline__ int staged_column(const Work& tile, int block) {
-    constexpr int kOwn = Layout<Op>::kColumnBlocks;
-    return block < kOwn ? tile.n0 + block * kColumnBlock : tile.n0 / Op::kBlockN * Op::kSideBlocks * kColumnBlock + (block - kOwn) * kColumnBlock;
+__device__ __forceinline__ int staged_column(const Work& tile, int pass, int block) {
+    constexpr int kOwn = Layout<Op>::kPassBlocks;
+    return block < kOwn ? tile.n0 + (pass * kOwn + block) * kColumnBlock : Op::side_column(tile.n0, pass) + (block - kOwn) * kColumnBlock;
 }
 
 template <class Op>
@@ -256,7 +259,7 @@ __device__ __forceinline__ void move_results(const Maps& maps, const Shape& shap
             for (int block = 0; block < L::kStagedBlocks; ++block)
                 ptx::tma_load_2d(staging + area * L::kGroupStagingBytes + block * kStagingBlockBytes,
                                  block < L::kPassBlocks ? &maps.aux : &maps.side_in, ready,
-                                 staged_column<Op>(coming.work, coming.pass * L::kPassBlocks + block), coming.work.m0 + group * 64);
+                                 staged_column<Op>(coming.work, coming.pass, block), coming.work.m0 + group * 64);
         } else {
             ptx::mbarrier_arrive(ready);
         }
@@ -266,10 +269,10 @@ __device__ __forceinline__ void move_results(const Maps& maps, const Shape& shap
     for (; going.next(); areas.next()) {
         ptx::mbarrier_wait(&bars.staged[group][areas.stage], areas.phase);
 #pragma unroll
-        for (int block = 0; block < L::kStagedBlocks; ++block)
+        for (int block = 0; block < L::kStoredBlocks; ++block)
             ptx::tma_store_2d(block < L::kPassBlocks ? &maps.c : &maps.side_out,
                               staging + areas.stage * L::kGroupStagingBytes + block * kStagingBlockBytes,
-                              staged_column<Op>(going.work, going.pass * L::kPassBlocks + block), going.work.m0 + group * 64);
+                              staged_column<Op>(going.work, going.pass, block), going.work.m0 + group * 64);
         ptx::bulk_commit();
         ptx::bulk_wait_read<0>();
         make_ready(areas.stage);
@@ -396,7 +399,8 @@ struct Consumer {
     // Result of a pass, into the staging area: step `step` of kStageSteps.
     __device__ __forceinline__ void stage_step(const Held& held, int pass, int step, const Work& work, typename Op::Fetched& fetched) {
         if constexpr (Op::kSideBlocks > 0) {
-            Op::stage(arguments, fetched, held, step, row_of(work), work.n0, shape.m, [&](int block, int i) { return chunk_address(4 * block + i); });
+            const auto address = [&](int block, int i) { return chunk_address(4 * block + i); };
+            Op::stage(arguments, fetched, held, pass, step, row_of(work), work.n0, shape.m, address);
         } else {
 #pragma unroll
             for (int c = step * kChunks / L::kStageSteps; c < (step + 1) * kChunks / L::kStageSteps; ++c) stage_chunk(held, pass, c);
@@ -433,7 +437,8 @@ struct Consumer {
     }
     // All of this pass is staged.
     __device__ __forceinline__ void give_staging(const Work& work) {
-        if constexpr (Op::kRowSums) store_row_sums(work);
+        if constexpr (Op::kRowSums)
+            if (arguments.row_sums != nullptr) store_row_sums(work);
         ptx::fence_async_shared();
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(&bars.staged[group][areas.stage]);
@@ -466,13 +471,14 @@ struct Consumer {
     // The staging area is taken at the fifth k block of a pass, in time for the copies to and from it.
     __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, Held& held, const Work& before) {
         OperandA a;
-        typename Op::Fetched fetched = fetch(before);
+        typename Op::Fetched fetched;
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
             multiply(acc, a, pass > 0);
+            if (pass == 0) fetched = fetch(before);
             if constexpr (!L::kHeldRounded) wgmma::pin(held);  // its last product is done: the wait was for all but the newest
 #pragma unroll
-            for (int i = 1; i < kPassKBlocks - L::kStageSteps; ++i) {
+            for (int i = 1; i < L::kPassKBlocks - L::kStageSteps; ++i) {
                 multiply(acc, a, true);
                 if constexpr (!L::kHeldRounded) finish(held, i - 1, before, fetched);
             }
@@ -590,7 +596,7 @@ inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int6
     return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
 }
 
-// A second pair of matrices that travels with the tiles: kSideBlocks column blocks of each for every tile of columns.
+// A further matrix whose blocks come with the tiles, and one whose blocks go with them.
 struct Side {
     const void* in;
     void* out;
@@ -615,7 +621,7 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
     if (status == cudaSuccess && Layout<Op>::kAuxStaged) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
     if (Op::kSideBlocks > 0) {
         if (status == cudaSuccess) status = map_2d(&maps.side_in, side.in, shape.m, side.columns, side.in_stride, 64);
-        if (status == cudaSuccess) status = map_2d(&maps.side_out, side.out, shape.m, side.columns, side.out_stride, 64);
+        if (status == cudaSuccess && Op::kSideStored) status = map_2d(&maps.side_out, side.out, shape.m, side.columns, side.out_stride, 64);
     }
     int device = 0, sms = 0;
     if (status == cudaSuccess) status = cudaGetDevice(&device);
