@@ -5,7 +5,7 @@ import torch
 
 from pgolf_fast.ops import mix_norm
 from pgolf_fast.ops.mix_norm import mix_norm_ref
-from tests.compare import assert_within, relative_error
+from tests.compare import assert_within
 
 WIDTH = 512  # of the kernels
 OPS = torch.ops.pgolf_fast
