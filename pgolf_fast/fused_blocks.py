@@ -284,9 +284,7 @@ class _Backward:
         up, down = self.operands.up[block], self.operands.down[block]
         sums = self.gradients.up[block], self.gradients.down[block]
         scale, activation = self.plan.norm_scale(block), _activation(self.config)
-        scaled = ops.norm_mlp_bwd(dy, x, rstd, scale, u, up, down, activation, *sums)
-        (dx,), _ = ops.mix_norm_bwd(dx, scaled, x, rstd, [], None, [], None, [None])
-        return dx
+        return ops.norm_mlp_bwd(dy, x, dx, rstd, scale, u, up, down, activation, *sums)
 
 
 def _is_xsa(config, block):

@@ -147,6 +147,33 @@ def test_agreement_on_the_device(name, looped):
         assert error <= allowed, f"{key}: relative error {error:.3e}, allowed {allowed:.3e}"
 
 
+AWKWARD_BATCHES = {
+    "one document": [0, 200],
+    "documents of one token": list(range(201)),
+    "a tail without a document": [0, 90, 120, 120],
+    "nothing but a tail": [0, 0],
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch", AWKWARD_BATCHES)
+def test_awkward_batches_on_the_device(batch):
+    """As above; a gradient that should vanish may be as large as the rounding of the largest."""
+    config = dataclasses.replace(published("caseops-1934"), bf16_tensors=())
+    tokens, targets = tokens_of(config, 1, 200)
+    how = {"cu_seqlens": torch.tensor(AWKWARD_BATCHES[batch], dtype=torch.int32), "max_seqlen": 200}
+    _, truth = loss_and_gradients(trained_like(config, "cpu", torch.float32), [(tokens, targets)], **how)
+    model = trained_like(config, "cuda", torch.bfloat16)
+    (_, peer), (_, ours) = both_ways(model, [(tokens.cuda(), targets.cuda())], **how | {"cu_seqlens": how["cu_seqlens"].cuda()})
+    rounding = 2**-9 * max(g.norm().item() for g in truth.values() if g is not None)
+    for key, gradient in truth.items():
+        if gradient is None:
+            continue
+        error, allowed = ((g[key].float().cpu() - gradient).norm().item() for g in (ours, peer))
+        allowed = 2 * allowed + 1e-2 * gradient.norm().item() + rounding
+        assert error <= allowed, f"{key}: error {error:.3e}, allowed {allowed:.3e}"
+
+
 @pytest.mark.cuda
 def test_a_captured_step_repeats():
     """Forward and backward replay from a CUDA graph on other tokens, and add to the gradients they find."""

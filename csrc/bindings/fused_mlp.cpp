@@ -47,10 +47,15 @@ void bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int64_t activati
     check_launch(fused_mlp_bwd_input(p, here.stream), "fused_mlp_bwd_input");
 }
 
-void bwd(Tensor dy, Tensor x, optional<Tensor> rstd, double scale, Tensor u, Tensor w_up, Tensor w_down, int64_t activation, Tensor du, Tensor dx,
-         Tensor dw_up, Tensor dw_down) {
+void bwd(Tensor dy, Tensor x, optional<Tensor> dx_residual, optional<Tensor> rstd, double scale, Tensor u, Tensor w_up, Tensor w_down,
+         int64_t activation, Tensor du, Tensor dx, Tensor dw_up, Tensor dw_down, optional<Tensor> row_sums) {
     FusedMlpParams p = shapes(dy, w_up, w_down, activation);
     row_factors(p, rstd, scale);
+    if (rstd) {
+        STD_TORCH_CHECK(dx_residual.has_value() && row_sums.has_value() && scale > 0, "rstd: goes with dx_residual, row_sums and a scale > 0");
+        p.dx_residual = bf16s(*dx_residual, "dx_residual", {p.m, p.d});
+        p.row_sums = floats(*row_sums, "row_sums", {fused_mlp_row_tiles(p.h), p.m});
+    }
     p.dy = bf16s(dy, "dy", {p.m, p.d_out});
     p.x = bf16s(x, "x", {p.m, p.d});
     p.u = bf16s(u, "u", {p.m, p.h});
@@ -70,8 +75,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
         "fused_mlp_fwd(Tensor x, Tensor? rstd, float scale, Tensor? residual, Tensor w_up, Tensor w_down, int activation, Tensor(a!) u,"
         " Tensor(b!) y) -> ()");
     m.def(
-        "fused_mlp_bwd(Tensor dy, Tensor x, Tensor? rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
-        " Tensor(a!) du, Tensor(b!) dx, Tensor(c!) dw_up, Tensor(d!) dw_down) -> ()");
+        "fused_mlp_bwd(Tensor dy, Tensor x, Tensor? dx_residual, Tensor? rstd, float scale, Tensor u, Tensor w_up, Tensor w_down,"
+        " int activation, Tensor(a!) du, Tensor(b!) dx, Tensor(c!) dw_up, Tensor(d!) dw_down, Tensor(e!)? row_sums) -> ()");
     m.def("fused_mlp_bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int activation, Tensor(a!) du, Tensor(b!) dx) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {

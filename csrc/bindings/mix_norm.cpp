@@ -56,12 +56,11 @@ void fwd(std::vector<Tensor> tensors, optional<Tensor> coefficients, std::vector
 }
 
 void bwd(optional<Tensor> d_mixed, optional<Tensor> d_normed, optional<Tensor> mixed, optional<Tensor> rstd, std::vector<Tensor> tensors,
-         optional<Tensor> coefficients, std::vector<int64_t> rows, optional<double> norm_scale, std::vector<Tensor> accumulate,
+         optional<Tensor> coefficients, std::vector<int64_t> rows, double norm_scale, std::vector<Tensor> accumulate,
          std::vector<Tensor> gradients, optional<Tensor> partial_sums, optional<Tensor> d_coefficients) {
     STD_TORCH_CHECK(!gradients.empty(), "gradients: expected at least one");
     const int64_t m = gradients[0].size(0);
-    auto p = mix_params<MixNormBwdParams>(tensors, coefficients, rows, m, norm_scale.value_or(1.0));
-    p.is_scaled = !norm_scale.has_value();
+    auto p = mix_params<MixNormBwdParams>(tensors, coefficients, rows, m, norm_scale);
     p.d_mixed = matrix(d_mixed, "d_mixed", m);
     p.d_normed = matrix(d_normed, "d_normed", m);
     p.mixed = matrix(mixed, "mixed", m);
@@ -90,7 +89,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     // An entry of `accumulate` without elements: nothing to add.
     m.def(
         "mix_norm_bwd(Tensor? d_mixed, Tensor? d_normed, Tensor? mixed, Tensor? rstd, Tensor[] tensors, Tensor? coefficients, int[] rows, "
-        "float? norm_scale, Tensor[] accumulate, Tensor(a!)[] gradients, Tensor(b!)? partial_sums, Tensor(c!)? d_coefficients) -> ()");
+        "float norm_scale, Tensor[] accumulate, Tensor(a!)[] gradients, Tensor(b!)? partial_sums, Tensor(c!)? d_coefficients) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("mix_norm_fwd", TORCH_BOX(&pgolf::fwd));

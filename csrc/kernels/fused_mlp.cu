@@ -40,6 +40,7 @@ struct RowScaled : Plain {
     struct Arguments {
         const float* rstd;
         float scale;
+        float* row_sums;  // with kRowSums, or null
     };
     struct Fetched {
         float rstd[2];
@@ -48,12 +49,11 @@ struct RowScaled : Plain {
         if (p.rstd == nullptr) return {};
         return {{__ldg(p.rstd + min(row, m - 1)), __ldg(p.rstd + min(row + 8, m - 1))}};
     }
-    template <int kCount>
-    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[kCount], int, int, int) {
+    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[32], int, int, int) {
         if (p.rstd == nullptr) return;
         const float factor[2] = {p.scale * fetched.rstd[0], p.scale * fetched.rstd[1]};
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) acc[i] *= factor[i / 2 % 2];
+        for (int i = 0; i < 32; ++i) acc[i] *= factor[i / 2 % 2];
     }
 };
 
@@ -79,20 +79,69 @@ struct DownResidual : Down<kActivation> {
     }
 };
 
-// du = (dy Wdown) * act'(u)
+// du = (dy Wdown) * act'(u), and the row sums of du * u
 template <Activation kActivation>
 struct DownBackward : RowScaled {
     static constexpr int kBMajor = kMajorMN;
-    static constexpr bool kHasAux = true;
+    static constexpr bool kHasAux = true, kRowSums = true;
     static __device__ __forceinline__ uint32_t result(float dact0, float dact1, uint32_t u) {
         const uint32_t s = slope<kActivation>(u);
         return ptx::pack_bf16(dact0 * low(s), dact1 * high(s));
     }
+    static __device__ __forceinline__ float row_term(uint32_t du, uint32_t u) { return fmaf(low(du), low(u), high(du) * high(u)); }
 };
 
 // dx = du Wup
 struct UpBackward : Plain {
     static constexpr int kBMajor = kMajorMN;
+};
+
+// dx = residual + du Wup + along x, with along = -rstd (sum of the row's du * u) / (scale D): backward through the norm. For u is
+// scale rstd (x Wup^T), so that sum is scale rstd times that of (du Wup) * x.
+struct NormUpBackward : UpBackward {
+    static constexpr bool kHasAux = true;   // the residual
+    static constexpr int kSideBlocks = 1;   // x
+    static __device__ __forceinline__ int side_column(int n0, int pass) { return n0 + pass * gemm::kColumnBlock; }
+    struct Arguments {
+        const float *rstd, *row_sums;
+        int tiles;     // of row_sums
+        float factor;  // -1 / (scale D)
+    };
+    struct Fetched {
+        float along[2];
+    };
+    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int, int m) {
+        Fetched fetched;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int at = min(row + 8 * r, m - 1);
+            float sum = 0.f;  // the four lanes of a row share its tiles
+            for (int tile = threadIdx.x % 4; tile < p.tiles; tile += 4) sum += __ldg(p.row_sums + int64_t(tile) * m + at);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            fetched.along[r] = p.factor * __ldg(p.rstd + at) * sum;
+        }
+        return fetched;
+    }
+    // 32 of a pass's 64 columns.
+    template <class Address>
+    static __device__ __forceinline__ void stage(const Arguments&, const Fetched& fetched, const uint32_t (&held)[64], int pass, int step, int, int,
+                                                 int, Address&& address) {
+#pragma unroll
+        for (int chunk = 2 * step; chunk < 2 * step + 2; ++chunk) {
+            uint32_t residual[4], x[4], out[4];
+            ptx::ldmatrix_x4(address(0, chunk), residual[0], residual[1], residual[2], residual[3]);
+            ptx::ldmatrix_x4(address(1, chunk), x[0], x[1], x[2], x[3]);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const uint32_t product = held[4 * (4 * pass + chunk) + r];
+                const float along = fetched.along[r % 2];
+                out[r] = ptx::pack_bf16(fmaf(along, low(x[r]), low(residual[r]) + low(product)),
+                                        fmaf(along, high(x[r]), high(residual[r]) + high(product)));
+            }
+            ptx::stmatrix_x4(address(0, chunk), out[0], out[1], out[2], out[3]);
+        }
+    }
 };
 
 // dWup += du^T x
@@ -110,7 +159,7 @@ struct DownWeight : Down<kActivation> {
 
 template <Activation kActivation>
 cudaError_t forward(const FusedMlpParams& p, cudaStream_t stream) {
-    cudaError_t status = gemm::launch<Up>(p.x, p.w_up, p.u, nullptr, {p.m, p.h, p.d}, stream, {p.rstd, p.scale});
+    cudaError_t status = gemm::launch<Up>(p.x, p.w_up, p.u, nullptr, {p.m, p.h, p.d}, stream, {p.rstd, p.scale, nullptr});
     if (status != cudaSuccess) return status;
     const gemm::Shape shape{p.m, p.d_out, p.h};
     if (p.residual) return gemm::launch<DownResidual<kActivation>>(p.u, p.w_down, p.y, p.residual, shape, stream);
@@ -119,9 +168,14 @@ cudaError_t forward(const FusedMlpParams& p, cudaStream_t stream) {
 
 template <Activation kActivation>
 cudaError_t backward_input(const FusedMlpParams& p, cudaStream_t stream) {
-    cudaError_t status = gemm::launch<DownBackward<kActivation>>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream, {p.rstd, p.scale});
-    if (status == cudaSuccess) status = gemm::launch<UpBackward>(p.du, p.w_up, p.dx, nullptr, {p.m, p.d, p.h}, stream);
-    return status;
+    using ByU = DownBackward<kActivation>;
+    static_assert(fused_mlp_row_tiles(ByU::kBlockN) == 1 && fused_mlp_row_tiles(ByU::kBlockN + 1) == 2);
+    cudaError_t status = gemm::launch<ByU>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream, {p.rstd, p.scale, p.row_sums});
+    const gemm::Shape shape{p.m, p.d, p.h};
+    if (status != cudaSuccess) return status;
+    if (p.rstd == nullptr) return gemm::launch<UpBackward>(p.du, p.w_up, p.dx, nullptr, shape, stream);
+    const NormUpBackward::Arguments arguments{p.rstd, p.row_sums, fused_mlp_row_tiles(p.h), -1.f / (p.scale * float(p.d))};
+    return gemm::launch<NormUpBackward>(p.du, p.w_up, p.dx, p.dx_residual, shape, stream, arguments, {p.x, nullptr, p.d, p.d, p.d});
 }
 
 template <Activation kActivation>

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) mix_norm_bwd_kernel(const MixNormBwd
 #pragma unroll
                 for (int j = 0; j < 8; ++j) dot = fmaf(x[j], dn[j], dot);
             }
-            const float scale = p.is_scaled ? 1.f : p.norm_scale * rstd, along = -scale * rstd * rstd * warp_sum(dot) * (1.f / kWidth);
+            const float scale = p.norm_scale * rstd, along = -scale * rstd * rstd * warp_sum(dot) * (1.f / kWidth);
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
                 float x[8], dn[8];

@@ -38,7 +38,6 @@ struct MixNormBwdParams {
     const __nv_bfloat16 *d_mixed, *d_normed;             // null: no such gradient
     const __nv_bfloat16* mixed;                          // read if num_tensors is 0
     const float* rstd;                                   // [m], with d_normed
-    bool is_scaled;                                      // d_normed has been multiplied by norm_scale * rstd
     const __nv_bfloat16* tensors[kMixNormMaxTensors];
     int rows[kMixNormMaxTensors];
     const float* coefficients;                           // as in the forward

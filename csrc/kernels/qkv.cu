@@ -40,37 +40,33 @@ struct Qkv : gemm::PlainOp {
         }
         return fetched;
     }
-    // acc[4 j + 2 r] and the next: row `row + 8 r`, columns `n0 + 8 j + 2 (lane % 4)` and the next.
-    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[96], int row, int n0, int m) {
-        const int quad = threadIdx.x % 4;
-        const float2 cos[2] = {unpack(fetched.cos[0]), unpack(fetched.cos[1])}, sin[2] = {unpack(fetched.sin[0]), unpack(fetched.sin[1])};
+    // One head. acc[4 j + 2 r] and the next: row `row + 8 r`, columns `column + 8 j + 2 (lane % 4)` and the next.
+    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[32], int row, int column, int m) {
+        const int quad = threadIdx.x % 4, head = column / kQkvHeadDim;
+        if (head >= p.normed_heads) return;
+        const float gain = head < p.q_heads ? __ldg(p.gain + head) : 1.f;
 #pragma unroll
-        for (int h = 0; h < 3; ++h) {
-            const int head = n0 / kQkvHeadDim + h;
-            if (head >= p.normed_heads) return;
-            const float gain = head < p.q_heads ? __ldg(p.gain + head) : 1.f;
+        for (int r = 0; r < 2; ++r) {
+            float sum = 0.f;
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float sum = 0.f;
-#pragma unroll
-                for (int j = 8 * h; j < 8 * h + 8; ++j) {
-                    sum = fmaf(acc[4 * j + 2 * r], acc[4 * j + 2 * r], sum);
-                    sum = fmaf(acc[4 * j + 2 * r + 1], acc[4 * j + 2 * r + 1], sum);
-                }
-                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-                sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-                const float rstd = rsqrtf(sum * (1.f / kQkvHeadDim) + kEpsilon);
-                if (quad == 0 && row + 8 * r < m) p.rstd[int64_t(row + 8 * r) * p.normed_heads + head] = rstd;
-                const float factor = rstd * gain;
-#pragma unroll
-                for (int j = 8 * h; j < 8 * h + 8; ++j) acc[4 * j + 2 * r] *= factor, acc[4 * j + 2 * r + 1] *= factor;
-                const int a = 32 * h + 2 * r, b = a + 4;
-                const float a0 = acc[a], a1 = acc[a + 1];
-                acc[a] = a0 * cos[r].x + acc[b] * sin[r].x;
-                acc[a + 1] = a1 * cos[r].y + acc[b + 1] * sin[r].y;
-                acc[b] = acc[b] * cos[r].x - a0 * sin[r].x;
-                acc[b + 1] = acc[b + 1] * cos[r].y - a1 * sin[r].y;
+            for (int j = 0; j < 8; ++j) {
+                sum = fmaf(acc[4 * j + 2 * r], acc[4 * j + 2 * r], sum);
+                sum = fmaf(acc[4 * j + 2 * r + 1], acc[4 * j + 2 * r + 1], sum);
             }
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            const float rstd = rsqrtf(sum * (1.f / kQkvHeadDim) + kEpsilon);
+            if (quad == 0 && row + 8 * r < m) p.rstd[int64_t(row + 8 * r) * p.normed_heads + head] = rstd;
+            const float factor = rstd * gain;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) acc[4 * j + 2 * r] *= factor, acc[4 * j + 2 * r + 1] *= factor;
+            const float2 cos = unpack(fetched.cos[r]), sin = unpack(fetched.sin[r]);
+            const int a = 2 * r, b = a + 4;
+            const float a0 = acc[a], a1 = acc[a + 1];
+            acc[a] = a0 * cos.x + acc[b] * sin.x;
+            acc[a + 1] = a1 * cos.y + acc[b + 1] * sin.y;
+            acc[b] = acc[b] * cos.x - a0 * sin.x;
+            acc[b + 1] = acc[b + 1] * cos.y - a1 * sin.y;
         }
     }
 };

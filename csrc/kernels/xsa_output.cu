@@ -11,7 +11,7 @@ constexpr int kChunks = kHead / 16;  // of a head, 16 columns each
 
 __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ float dot(float sum, uint32_t a, uint32_t b) { return fmaf(high(a), high(b), fmaf(low(a), low(b), sum)); }
+__device__ __forceinline__ float dot(float sum, float x0, float x1, uint32_t pair) { return fmaf(x1, high(pair), fmaf(x0, low(pair), sum)); }
 __device__ __forceinline__ void quad_sum(float (&sums)[2][2]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i / 2][i % 2] = xsa::quad_sum(sums[i / 2][i % 2]);
@@ -40,14 +40,16 @@ struct OutputBackward : gemm::PlainOp {
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;
     static constexpr bool kHasAux = true;
     static constexpr int kSideBlocks = 1;
+    static constexpr bool kSideStored = true;
+    static __device__ __forceinline__ int side_column(int n0, int) { return n0 / kXsaOutputGroup; }
     using Arguments = XsaOutputBwdParams;
 
     // Of a thread's two rows, r, and the tile's two heads, h.
     struct Fetched {
-        int place[2];            // negative: no token of a document
-        int64_t stat[2];         // first head's row of stats
+        int place[2];    // negative: no token of a document, whose gate and own are 0
+        int64_t stat[2]; // first head's row of stats
         float own[2][2], lse[2][2], gate[2][2];  // [h][r]
-        float share[2][2], out_dot[2][2], v_dot[2][2];
+        float share[2][2], out_dot[2][2], v_dot[2][2];  // g . v / |v|^2; dy . out and dy . v so far
         uint32_t v[kChunks][4];  // pairs, as ldmatrix leaves them: rows r % 2, columns + 8 (r / 2)
     };
 
@@ -56,70 +58,78 @@ struct OutputBackward : gemm::PlainOp {
         const int head = n0 / kHead;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = min(first_row + 8 * r, m - 1), batch = row / p.tokens, token = row - batch * p.tokens;
+            const int row = min(first_row + 8 * r, m - 1), batch = p.batch == 1 ? 0 : row / p.tokens, token = row - batch * p.tokens;
             f.place[r] = p.places != nullptr ? __ldg(p.places + row) : token;
             if (first_row + 8 * r >= m) f.place[r] = -1;
             f.stat[r] = int64_t(batch) * p.q_heads + head;
+            const uint32_t gates = p.gate != nullptr ? __ldg(reinterpret_cast<const unsigned*>(p.gate + int64_t(row) * p.q_heads + head))
+                                                     : 0x3f803f80u;  // ones
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 f.own[h][r] = __ldg(p.own + (f.stat[r] + h) * p.tokens + token);
                 f.lse[h][r] = __ldg(p.lse + (f.stat[r] + h) * p.tokens + token);
+                f.gate[h][r] = h == 0 ? low(gates) : high(gates);
             }
-            const uint32_t gates = p.gate != nullptr ? __ldg(reinterpret_cast<const unsigned*>(p.gate + int64_t(row) * p.q_heads + head)) : 0;
-            f.gate[0][r] = p.gate != nullptr ? low(gates) : 1.f;
-            f.gate[1][r] = p.gate != nullptr ? high(gates) : 1.f;
         }
         return f;
     }
 
     // `address(block, i)`: where a lane finds or leaves its part of columns 16 i .. of a staged block; 0 and 1 are the heads, 2 is v.
     template <class Address>
-    static __device__ __forceinline__ void stage(const Arguments& p, Fetched& f, const float (&g)[64], int step, int row, int n0, int m,
+    static __device__ __forceinline__ void stage(const Arguments& p, Fetched& f, const float (&g)[64], int, int step, int row, int n0, int m,
                                                  Address&& address) {
-        if (step == 0) shares(p, f, g, row, n0, m, address);
-        if (step == 1 || step == 2) gradients(p, f, g, 2 * (step - 1), address), gradients(p, f, g, 2 * (step - 1) + 1, address);
-        if (step == 3) finish_rows(p, f, row, n0, m);
+        if (step == 0) products_with_v(p, f, g, address);
+        if (step == 1 && p.gate != nullptr) gate_gradient(p, f, g, row, n0, m, address);
+        if (step >= 2 && step < 6) gradients(f, g, step - 2, address);
+        if (step == 6) finish_rows(p, f, row, n0, m);
     }
 
-    // The row sums of g, and dgate.
     template <class Address>
-    static __device__ __forceinline__ void shares(const Arguments& p, Fetched& f, const float (&g)[64], int row, int n0, int m, Address&& address) {
-        float g_v[2][2] = {}, g_out[2][2] = {}, v_v[2] = {};
+    static __device__ __forceinline__ void products_with_v(const Arguments& p, Fetched& f, const float (&g)[64], Address&& address) {
+        float v_v[2] = {}, g_v[2][2] = {};
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
             ptx::ldmatrix_x4(address(2, c), f.v[c][0], f.v[c][1], f.v[c][2], f.v[c][3]);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) v_v[i % 2] = dot(v_v[i % 2], f.v[c][i], f.v[c][i]);
+            for (int i = 0; i < 4; ++i) {
+                v_v[i % 2] = dot(v_v[i % 2], low(f.v[c][i]), high(f.v[c][i]), f.v[c][i]);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float* at = g + 32 * h + 8 * c;
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    g_v[h][i % 2] = fmaf(at[2 * i + 1], high(f.v[c][i]), fmaf(at[2 * i], low(f.v[c][i]), g_v[h][i % 2]));
-                if (p.gate == nullptr) continue;
-                uint32_t out[4];
-                ptx::ldmatrix_x4(address(h, c), out[0], out[1], out[2], out[3]);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) g_out[h][i % 2] = fmaf(at[2 * i + 1], high(out[i]), fmaf(at[2 * i], low(out[i]), g_out[h][i % 2]));
+                for (int h = 0; h < 2; ++h) g_v[h][i % 2] = dot(g_v[h][i % 2], g[32 * h + 8 * c + 2 * i], g[32 * h + 8 * c + 2 * i + 1], f.v[c][i]);
             }
         }
         quad_sum(g_v);
-        float inverse_square[2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) inverse_square[r] = p.xsa ? 1.f / fmaxf(xsa::quad_sum(v_v[r]), 1e-24f) : 0.f;
+        for (int r = 0; r < 2; ++r) {
+            const float inverse_square = p.xsa ? __fdividef(1.f, fmaxf(xsa::quad_sum(v_v[r]), 1e-24f)) : 0.f;
+            const bool live = f.place[r] >= 0;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int h = i / 2, r = i % 2;
-            f.share[h][r] = g_v[h][r] * inverse_square[r];
-            f.out_dot[h][r] = f.v_dot[h][r] = 0.f;
+            for (int h = 0; h < 2; ++h) {
+                if (!live) f.gate[h][r] = f.own[h][r] = 0.f;
+                f.share[h][r] = live ? g_v[h][r] * inverse_square : 0.f;
+                f.out_dot[h][r] = f.v_dot[h][r] = 0.f;
+            }
         }
-        if (p.gate == nullptr) return;
+    }
+
+    template <class Address>
+    static __device__ __forceinline__ void gate_gradient(const Arguments& p, Fetched& f, const float (&g)[64], int row, int n0, int m,
+                                                         Address&& address) {
+        float g_out[2][2] = {};
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int c = 0; c < kChunks; ++c) {
+                uint32_t out[4];
+                ptx::ldmatrix_x4(address(h, c), out[0], out[1], out[2], out[3]);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) g_out[h][i % 2] = dot(g_out[h][i % 2], g[32 * h + 8 * c + 2 * i], g[32 * h + 8 * c + 2 * i + 1], out[i]);
+            }
         quad_sum(g_out);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float dgate[2];
 #pragma unroll
-            for (int h = 0; h < 2; ++h) dgate[h] = f.place[r] >= 0 && f.gate[h][r] != 0.f ? g_out[h][r] / f.gate[h][r] : 0.f;
+            for (int h = 0; h < 2; ++h) dgate[h] = f.gate[h][r] != 0.f ? __fdividef(g_out[h][r], f.gate[h][r]) : 0.f;
             if (threadIdx.x % 4 == 0 && row + 8 * r < m)
                 *reinterpret_cast<uint32_t*>(p.dgate + int64_t(row + 8 * r) * p.q_heads + n0 / kHead) = ptx::pack_bf16(dgate[0], dgate[1]);
         }
@@ -128,7 +138,7 @@ struct OutputBackward : gemm::PlainOp {
     // dy and dv of 16 columns. NOTE: delta is of dy as it is stored: what its rounding adds to dp along y cancels against delta, and the
     // gradient of a token that sees only itself is zero.
     template <class Address>
-    static __device__ __forceinline__ void gradients(const Arguments&, Fetched& f, const float (&g)[64], int c, Address&& address) {
+    static __device__ __forceinline__ void gradients(Fetched& f, const float (&g)[64], int c, Address&& address) {
         float dv[4][2] = {};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -137,15 +147,13 @@ struct OutputBackward : gemm::PlainOp {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int r = i % 2, at = 32 * h + 8 * c + 2 * i;
-                const bool live = f.place[r] >= 0;
-                const float share = f.share[h][r], gate = f.gate[h][r], own = f.own[h][r];
-                const float dy0 = live ? gate * (g[at] - share * low(f.v[c][i])) : 0.f;
-                const float dy1 = live ? gate * (g[at + 1] - share * high(f.v[c][i])) : 0.f;
-                dv[i][0] -= live ? share * low(out[i]) + own * dy0 : 0.f;
-                dv[i][1] -= live ? share * high(out[i]) + own * dy1 : 0.f;
+                const float share = f.share[h][r], gate = f.gate[h][r], own = f.own[h][r], along = gate * share;
+                const float dy0 = fmaf(gate, g[at], -along * low(f.v[c][i])), dy1 = fmaf(gate, g[at + 1], -along * high(f.v[c][i]));
+                dv[i][0] = fmaf(-share, low(out[i]), fmaf(-own, dy0, dv[i][0]));
+                dv[i][1] = fmaf(-share, high(out[i]), fmaf(-own, dy1, dv[i][1]));
                 dy[i] = ptx::pack_bf16(dy0, dy1);
-                f.out_dot[h][r] = dot(f.out_dot[h][r], dy[i], out[i]);
-                f.v_dot[h][r] = dot(f.v_dot[h][r], dy[i], f.v[c][i]);
+                f.out_dot[h][r] = dot(f.out_dot[h][r], low(dy[i]), high(dy[i]), out[i]);
+                f.v_dot[h][r] = dot(f.v_dot[h][r], low(dy[i]), high(dy[i]), f.v[c][i]);
             }
             ptx::stmatrix_x4(address(h, c), dy[0], dy[1], dy[2], dy[3]);
         }
@@ -163,7 +171,7 @@ struct OutputBackward : gemm::PlainOp {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     if (quad != h) continue;
-                    const float over_gate = f.gate[h][r] != 0.f ? 1.f / f.gate[h][r] : 0.f;
+                    const float over_gate = f.gate[h][r] != 0.f ? __fdividef(1.f, f.gate[h][r]) : 0.f;
                     float* stats = p.stats + 2 * (f.stat[r] + h) * p.stats_width + f.place[r];
                     stats[0] = f.lse[h][r] * xsa::kLog2e;
                     stats[p.stats_width] = f.out_dot[h][r] * over_gate + f.own[h][r] * f.v_dot[h][r];

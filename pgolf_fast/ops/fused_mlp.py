@@ -11,6 +11,7 @@ from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import library, require, require_device, require_dtype
 
 ACTIVATIONS = ("relu2", "leaky_relu2")
+ROW_TILE = 192  # of fused_mlp_row_tiles
 
 
 def activation_ref(u, activation):
@@ -29,15 +30,15 @@ library.define(
     " -> (Tensor dx, Tensor dw_up, Tensor dw_down)"
 )
 library.define("fused_mlp_bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int activation) -> Tensor dx")
-# Of a normalised input, for backwards written by hand: y = residual + MLP(f x), f = scale * rstd of each row [M]. The norm needs no
-# tensor: u = f (x w_up^T). The backward returns f times the gradient of f x, which is what the norm's own backward begins with
-# (mix_norm_bwd without norm_scale); the weight gradients are added to dw_up and dw_down, in the accumulation dtype.
+# Of a normalised input, for backwards written by hand: y = residual + MLP(f x), f = scale * rstd of each row [M], scale > 0. The norm
+# needs no tensor: u = f (x w_up^T). The backward returns the gradient of x, through MLP and norm, plus dx_residual, what x has already;
+# the weight gradients are added to dw_up and dw_down, in the accumulation dtype.
 library.define(
     "norm_mlp_fwd(Tensor x, Tensor rstd, float scale, Tensor? residual, Tensor w_up, Tensor w_down, int activation) -> (Tensor y, Tensor u)"
 )
 library.define(
-    "norm_mlp_bwd(Tensor dy, Tensor x, Tensor rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
-    " Tensor(a!) dw_up, Tensor(b!) dw_down) -> Tensor scaled_dn"
+    "norm_mlp_bwd(Tensor dy, Tensor x, Tensor dx_residual, Tensor rstd, float scale, Tensor u, Tensor w_up, Tensor w_down, int activation,"
+    " Tensor(a!) dw_up, Tensor(b!) dw_down) -> Tensor dx"
 )
 
 
@@ -65,11 +66,13 @@ def _norm_forward_formula(x, rstd, scale, residual, w_up, w_down, activation):
     return y if residual is None else residual + y, u
 
 
-def _norm_backward_formula(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+def _norm_backward_formula(dy, x, dx_residual, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
     du = (scale * rstd[:, None] * (dy @ w_down) * _slope(u, activation)).to(x.dtype)
     dw_up += du.T @ x
     dw_down += dy.T @ activation_ref(u, ACTIVATIONS[activation])
-    return du @ w_up
+    dx = (du @ w_up).to(rstd.dtype)
+    along = rstd.square() * (dx * x).mean(-1)
+    return (dx_residual + dx - along[:, None] * x).to(x.dtype)
 
 
 library.impl("fused_mlp_fwd", _forward_formula, "CPU")
@@ -86,11 +89,16 @@ def _forward_kernel(x, rstd, scale, residual, w_up, w_down, activation):
     return y, u
 
 
-def _backward_kernel(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+def _backward_kernel(dy, x, dx_residual, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
     du, dx = torch.empty_like(u), x.new_empty(x.shape)
     dy, x, u, w_up, w_down = (t.contiguous() for t in (dy, x, u, w_up, w_down))
+    row_sums = None
+    if rstd is not None:
+        dx_residual, row_sums = dx_residual.contiguous(), rstd.new_empty(-(-u.shape[1] // ROW_TILE), x.shape[0])
     # The kernel adds to the weight gradients in an order that varies.
-    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(dy, x, rstd, scale, u, w_up, w_down, activation, du, dx, dw_up, dw_down)
+    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(
+        dy, x, dx_residual, rstd, scale, u, w_up, w_down, activation, du, dx, dw_up, dw_down, row_sums
+    )
     return dx, du
 
 
@@ -106,7 +114,7 @@ def _bwd_cuda(dy, x, u, w_up, w_down, activation):
     if not _library.uses_kernel("fused_mlp_bwd", x.device):
         return _backward_formula(dy, x, u, w_up, w_down, activation)
     dw_up, dw_down = (torch.zeros_like(w, dtype=torch.float32) for w in (w_up, w_down))
-    dx, du = _backward_kernel(dy, x, None, 1.0, u, w_up, w_down, activation, dw_up, dw_down)
+    dx, du = _backward_kernel(dy, x, None, None, 1.0, u, w_up, w_down, activation, dw_up, dw_down)
     if torch.are_deterministic_algorithms_enabled():
         # The kernel adds in an order that varies: these two products again.
         return dx, du.T @ x, dy.T @ activation_ref(u, ACTIVATIONS[activation])
@@ -156,7 +164,7 @@ def _norm_fwd_fake(x, rstd, scale, residual, w_up, w_down, activation):
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::norm_mlp_bwd")
-def _norm_bwd_fake(dy, x, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
+def _norm_bwd_fake(dy, x, dx_residual, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
     return x.new_empty(x.shape)
 
 

@@ -42,12 +42,11 @@ library.define("row_rstd(Tensor x) -> Tensor")
 # mixed              the forward's (its tensor, where it had one without coefficients); read only with d_normed and without tensors
 # rstd               the forward's; read only with d_normed
 # tensors            the forward's if the coefficients' gradient is wanted (the mix is then made again); otherwise an empty list
-# norm_scale         none: d_normed has been multiplied by norm_scale * rstd already
 # accumulate         one entry per coefficient row: [.., C] added before rounding, or none
 # Returns one gradient [.., C] per coefficient row, and d_coefficients [g, C], empty without tensors.
 library.define(
     "mix_norm_bwd(Tensor? d_mixed, Tensor? d_normed, Tensor? mixed, Tensor? rstd, Tensor[] tensors, Tensor? coefficients, int[] rows,"
-    " float? norm_scale, Tensor?[] accumulate) -> (Tensor[] gradients, Tensor d_coefficients)"
+    " float norm_scale, Tensor?[] accumulate) -> (Tensor[] gradients, Tensor d_coefficients)"
 )
 
 
@@ -80,7 +79,7 @@ def _backward_formula(d_mixed, d_normed, mixed, rstd, tensors, coefficients, row
     d = 0 if d_mixed is None else d_mixed.to(wide)
     if d_normed is not None:
         n = rstd[..., None] * (_mix(tensors, coefficients, rows) if tensors else mixed).to(wide)
-        dn = d_normed.to(wide) * (1.0 if norm_scale is None else norm_scale * rstd[..., None])
+        dn = d_normed.to(wide) * norm_scale * rstd[..., None]
         d = d + dn - n * (n * dn).mean(-1, keepdim=True)
     gradients = []
     for r, incoming in enumerate(accumulate):

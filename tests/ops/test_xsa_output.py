@@ -73,6 +73,12 @@ def test_agreement_at_the_seams(case, gated):
 
 
 @pytest.mark.cuda
+def test_nothing_but_a_tail():
+    for gradient in ours(*draw([0, 0], 140)).values():
+        assert gradient.eq(0).all()
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("heads, width", [((2, 1), 64), ((4, 2), 520), ((16, 8), 1024)])
 def test_other_widths(heads, width):
     assert_agrees(draw([90, 200], heads=heads, width=width), xsa=False)

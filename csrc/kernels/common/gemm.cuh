@@ -9,11 +9,11 @@
 //              [ warpgroup 1: 64 rows ]     B: kBlockN columns, half from each CTA
 //     CTA 1    [ the next 128 rows    ]     staging for C (and the auxiliary tile)
 //
-// Four stages (five of 128 columns), the most that fit: a stage is consumed in 512 clocks (128 columns), 768 (192) or 1024 (256),
-// and one is still being read when the next is.
+// Four stages, the most that fit: a stage is consumed in 512 clocks (128 columns), 768 (192) or 1024 (256), and one is still being read
+// when the next is.
 // The result of one tile is computed, staged and stored under the products of the next, and the auxiliary tile comes into the same
 // staging area before. 128 or 192 columns leave registers for two accumulators. 256 columns, for a long K, do not: they are rounded
-// between two tiles and staged in two passes.
+// between two tiles and staged in two passes. 128 columns leave room for two staging areas, for results that take long to compute.
 // Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
 //
 // What varies is the Op:
@@ -22,10 +22,10 @@
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
 //     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value. With 256 columns
 //                                 the accumulator has been rounded to bf16
-//     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with all its
-//                                 accumulators before they are staged
-//     kSideBlocks, stage()        column blocks of a second pair of matrices, read and written with each tile (Side); stage() then
-//                                 turns accumulators, auxiliary tile and side blocks into what is stored, in kStageSteps steps
+//     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with its accumulators of
+//                                 each 64 columns before they are staged
+//     kSideBlocks, side_column(), column blocks of a further matrix (Side) that come with each pass of a tile, and from where; kSideStored:
+//     kSideStored, stage()        others go with the result. stage() turns all into what is stored, in kStageSteps steps
 //     kRowSums, row_term()        what a stored pair and its auxiliary pair add to a sum per row and column tile, in Arguments::row_sums
 //                                 [column tiles, m]
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
@@ -43,7 +43,7 @@ constexpr int kBlockM = 128, kBlockK = 64;
 constexpr int kCluster = 2;
 constexpr int kConsumers = 2;                       // warpgroups
 constexpr int kThreads = 128 * (kConsumers + 1);    // the last warpgroup produces
-constexpr int kPassKBlocks = 8;                     // under which a pass is staged
+constexpr int kStages = 4;
 constexpr int kColumnBlock = 64;                    // columns of one swizzled row of 128 bytes
 constexpr int kStagingBlockBytes = 64 * 128;        // 64 rows of one column block
 
@@ -53,7 +53,6 @@ template <class Op>
 struct Layout {
     static_assert(Op::kBlockN == 128 || Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
     static_assert(!Op::kRowSums || Op::kBlockN < 256, "summed over one pass");
-    static constexpr int kStages = Op::kBlockN == 128 ? 5 : 4;
     static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
     static constexpr int kStageABytes = kBlockM * kBlockK * 2;
     static constexpr int kStageBytes = kStageABytes + Op::kBlockN * kBlockK * 2;
@@ -61,14 +60,20 @@ struct Layout {
     static constexpr bool kHeldRounded = Op::kBlockN == 256;
     static_assert(!kStaged || kHeldRounded || !Op::kTransformA, "no registers left for it");
     static constexpr bool kAuxStaged = kStaged && Op::kHasAux;
-    static constexpr int kPasses = kHeldRounded ? 2 : 1;
+    static constexpr int kPasses = !kHeldRounded ? 1 : Op::kSideBlocks == 0 ? 2 : 4;
+    static constexpr int kPassKBlocks = kPasses == 4 ? 6 : 8;  // under which a pass is staged
     static constexpr int kLeastKBlocks = kStaged ? kPasses * kPassKBlocks : 1;  // a shorter K is padded with the copy engine's zeros
     static constexpr int kPassBlocks = kStaged ? kColumnBlocks / kPasses : 0;   // column blocks staged at a time, per warpgroup
     static_assert(Op::kSideBlocks == 0 || kAuxStaged, "side blocks come with the auxiliary tile");
+    static_assert(!kStaged || kHeldRounded || Op::kBlockN == 192 || Op::kSideBlocks > 0, "a tile of 128 columns does everything in stage()");
     static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
+    static constexpr int kStoredBlocks = kPassBlocks + (Op::kSideStored ? Op::kSideBlocks : 0);
+    static constexpr int kStagingAreas = Op::kBlockN == 128 ? 2 : 1;
+    static constexpr int kStageSteps = kStagingAreas == 2 ? 7 : kPassKBlocks - 4;  // the last k blocks of a pass: its result is staged piecewise
     // Both together are what 384 threads start with, 168 each.
     static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-    static constexpr int kStagingBytes = kConsumers * kStagedBlocks * kStagingBlockBytes;
+    static constexpr int kGroupStagingBytes = kStagedBlocks * kStagingBlockBytes;  // of a warpgroup's area
+    static constexpr int kStagingBytes = kStagingAreas * kConsumers * kGroupStagingBytes;
     static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + 256;
 };
 
@@ -85,14 +90,17 @@ struct Shape {
 struct PlainOp {
     static constexpr bool kTransformA = false, kHasAux = false, kRowSums = false;
     static constexpr int kSideBlocks = 0;
+    static constexpr bool kSideStored = false;
+    static __device__ __forceinline__ int side_column(int, int) { return 0; }
     struct Arguments {};
     struct Fetched {};
     template <class Arguments>
     static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int, int) {
         return {};
     }
-    template <class Arguments, class Fetched, int kCount>
-    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[kCount], int, int, int) {}
+    // `column`: the first of the 64.
+    template <class Arguments, class Fetched>
+    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[32], int row, int column, int m) {}
     static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t) { return ptx::pack_bf16(low, high); }
 };
 
@@ -154,60 +162,45 @@ struct Schedule {
     }
 };
 
-template <int kStages>
+constexpr int kMaxStagingAreas = 2;
+
 struct Barriers {
     uint64_t full[kStages], empty[kStages];
-    uint64_t aux_full, aux_empty;
+    // Of each staging area of each warpgroup: it may be written to; it may be stored.
+    uint64_t ready[kConsumers][kMaxStagingAreas], staged[kConsumers][kMaxStagingAreas];
 };
 
 // Byte offset inside a swizzled region of 128-byte rows.
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk16) { return row * 128 + ((chunk16 ^ (row & 7)) << 4); }
 
 // Position in a ring of stages.
-template <int kStages>
+template <int kLength>
 struct Ring {
     int stage = 0;
     uint32_t phase = 0;
     __device__ __forceinline__ void next() {
-        if (++stage == kStages) {
+        if (++stage == kLength) {
             stage = 0;
             phase ^= 1;
         }
     }
 };
 
-// First column of a staged block of a tile: of the tile itself, or of the side blocks after it.
+// First column of a staged block of a tile's pass: of the tile itself, or of the side blocks after it.
 template <class Op>
-__device__ __forceinline__ int staged_column(const Work& tile, int block) {
-    constexpr int kOwn = Layout<Op>::kColumnBlocks;
-    return block < kOwn ? tile.n0 + block * kColumnBlock : tile.n0 / Op::kBlockN * Op::kSideBlocks * kColumnBlock + (block - kOwn) * kColumnBlock;
+__device__ __forceinline__ int staged_column(const Work& tile, int pass, int block) {
+    constexpr int kOwn = Layout<Op>::kPassBlocks;
+    return block < kOwn ? tile.n0 + (pass * kOwn + block) * kColumnBlock : Op::side_column(tile.n0, pass) + (block - kOwn) * kColumnBlock;
 }
 
 template <class Op>
-__device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging,
-                                        Barriers<Layout<Op>::kStages>& bars) {
+__device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, Barriers& bars) {
     using L = Layout<Op>;
     constexpr int kBlockN = Op::kBlockN;
     const uint32_t rank = ptx::cluster_rank();
     Schedule<Op> schedule(shape);
     Work work;
-    Ring<L::kStages> ring;
-    Work before;
-    bool has_before = false;
-    uint32_t aux_parity = 0;
-
-    auto load_aux = [&](const Work& tile, int pass) {
-        ptx::mbarrier_wait(&bars.aux_empty, aux_parity);
-        aux_parity ^= 1;
-        ptx::mbarrier_arrive_expect(&bars.aux_full, L::kStagingBytes);
-#pragma unroll
-        for (int group = 0; group < kConsumers; ++group)
-#pragma unroll
-            for (int block = 0; block < L::kStagedBlocks; ++block)
-                ptx::tma_load_2d(staging + (group * L::kStagedBlocks + block) * kStagingBlockBytes,
-                                 block < L::kPassBlocks ? &maps.aux : &maps.side_in, &bars.aux_full,
-                                 staged_column<Op>(tile, pass * L::kPassBlocks + block), tile.m0 + group * 64);
-    };
+    Ring<kStages> ring;
 
     while (schedule.next(work)) {
         const int m0 = work.m0, n0 = work.n0;
@@ -234,18 +227,57 @@ __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, ui
                     ptx::tma_load_2d_multicast(stage_b + (block * kBlockK + rank * half) * 128, &maps.b, &bars.full[ring.stage],
                                                n0 + block * kColumnBlock, kb * kBlockK + rank * half, 3);
             }
-            // The auxiliary tile of the tile before, whose result is due under this one; the ring is fed first.
-            if (L::kAuxStaged && has_before) {
-#pragma unroll
-                for (int pass = 0; pass < L::kPasses; ++pass)
-                    if (kb == pass * kPassKBlocks + L::kStages - 1) load_aux(before, pass);
-            }
         }
-        before = work;
-        has_before = true;
     }
-    if (L::kAuxStaged && has_before)
-        for (int pass = 0; pass < L::kPasses; ++pass) load_aux(before, pass);
+}
+
+// The passes of one cluster's tiles, in order.
+template <class Op>
+struct Passes {
+    Schedule<Op> schedule;
+    Work work;
+    int pass = Layout<Op>::kPasses - 1;
+    __device__ __forceinline__ bool next() {
+        if (++pass < Layout<Op>::kPasses) return true;
+        pass = 0;
+        return schedule.next(work);
+    }
+};
+
+// Staging areas of one warpgroup: auxiliary blocks in, results out. One thread, so that nobody else waits for the copies.
+template <class Op>
+__device__ __forceinline__ void move_results(const Maps& maps, const Shape& shape, uint8_t* staging, Barriers& bars, int group) {
+    using L = Layout<Op>;
+    staging += group * L::kStagingAreas * L::kGroupStagingBytes;
+    Passes<Op> coming{Schedule<Op>(shape)}, going{Schedule<Op>(shape)};
+    auto make_ready = [&](int area) {
+        if (!coming.next()) return;
+        uint64_t* ready = &bars.ready[group][area];
+        if constexpr (L::kAuxStaged) {
+            ptx::mbarrier_arrive_expect(ready, L::kGroupStagingBytes);
+#pragma unroll
+            for (int block = 0; block < L::kStagedBlocks; ++block)
+                ptx::tma_load_2d(staging + area * L::kGroupStagingBytes + block * kStagingBlockBytes,
+                                 block < L::kPassBlocks ? &maps.aux : &maps.side_in, ready,
+                                 staged_column<Op>(coming.work, coming.pass, block), coming.work.m0 + group * 64);
+        } else {
+            ptx::mbarrier_arrive(ready);
+        }
+    };
+    Ring<L::kStagingAreas> areas;
+    for (int area = 0; area < L::kStagingAreas; ++area) make_ready(area);
+    for (; going.next(); areas.next()) {
+        ptx::mbarrier_wait(&bars.staged[group][areas.stage], areas.phase);
+#pragma unroll
+        for (int block = 0; block < L::kStoredBlocks; ++block)
+            ptx::tma_store_2d(block < L::kPassBlocks ? &maps.c : &maps.side_out,
+                              staging + areas.stage * L::kGroupStagingBytes + block * kStagingBlockBytes,
+                              staged_column<Op>(going.work, going.pass, block), going.work.m0 + group * 64);
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<0>();
+        make_ready(areas.stage);
+    }
+    ptx::bulk_wait<0>();
 }
 
 // Adds a warpgroup's accumulators to float32 C. `row`, `column`: of this thread's first element.
@@ -275,24 +307,22 @@ struct Consumer {
     const Shape& shape;
     const typename Op::Arguments& arguments;
     uint8_t* stages;
-    uint8_t* staging;  // this warpgroup's
-    Barriers<L::kStages>& bars;
+    uint8_t* staging;  // this warpgroup's areas
+    Barriers& bars;
     const int group, warp, lane;
     const uint32_t lane_row, lane_chunk;  // row and 16-byte column chunk that this lane addresses in a 16 x 16 block
-    Ring<L::kStages> ring;
+    Ring<kStages> ring;
     int unreleased = -1;  // the stage that the newest product but one reads
-    float row_sums[2];
-    uint32_t aux_parity = 0;
+    float row_sums[2] = {};
+    Ring<L::kStagingAreas> areas;
 
     // `group` is broadcast, so that the compiler keeps descriptors in uniform registers.
     __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, const typename Op::Arguments& arguments, uint8_t* stages,
-                                        uint8_t* staging, Barriers<L::kStages>& bars)
+                                        uint8_t* staging, Barriers& bars)
         : maps(maps), shape(shape), arguments(arguments), stages(stages), bars(bars), group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
           warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), lane_row(warp * 16 + (lane / 8 % 2) * 8 + lane % 8), lane_chunk(lane / 16) {
-        this->staging = staging + group * L::kStagedBlocks * kStagingBlockBytes;
+        this->staging = staging + group * L::kStagingAreas * L::kGroupStagingBytes;
     }
-
-    __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
 
     // Gives a stage whose products are done back to both producers.
     __device__ __forceinline__ void release() {
@@ -352,45 +382,32 @@ struct Consumer {
         ring.next();
     }
 
-    // The staging area is this warpgroup's again: the last store has read it. An auxiliary tile may come in.
-    __device__ __forceinline__ void offer_staging() {
-        if (leads()) {
-            ptx::bulk_wait_read<0>();
-            if constexpr (L::kAuxStaged) ptx::mbarrier_arrive(&bars.aux_empty);
-        }
-    }
-    // ... and may be written by all its threads.
+    // The staging area is free, or holds the auxiliary blocks.
     __device__ __forceinline__ void await_staging() {
-        if constexpr (L::kAuxStaged) {
-            ptx::mbarrier_wait(&bars.aux_full, aux_parity);
-            aux_parity ^= 1;
-        } else {
-            ptx::named_sync(1 + group, 128);
-        }
+        ptx::mbarrier_wait(&bars.ready[group][areas.stage], areas.phase);
     }
     __device__ __forceinline__ int row_of(const Work& work) const { return work.m0 + group * 64 + warp * 16 + lane / 4; }
     __device__ __forceinline__ typename Op::Fetched fetch(const Work& work) const { return Op::fetch(arguments, row_of(work), work.n0, shape.m); }
-    // All accumulators of a tile are final.
-    __device__ __forceinline__ void finish(float (&acc)[kAccumulators], const Work& work, const typename Op::Fetched& fetched) {
-        Op::finish(arguments, fetched, acc, row_of(work), work.n0, shape.m);
-        if constexpr (Op::kRowSums) row_sums[0] = row_sums[1] = 0.f;
+    // The accumulators of 64 columns are final.
+    __device__ __forceinline__ void finish(float (&acc)[kAccumulators], int block, const Work& work, const typename Op::Fetched& fetched) {
+        Op::finish(arguments, fetched, reinterpret_cast<float(&)[32]>(acc[32 * block]), row_of(work), work.n0 + block * kColumnBlock, shape.m);
     }
+
     // What is left of a finished tile under the products of the next: the accumulators, or pairs of them rounded.
     using Held = std::conditional_t<L::kHeldRounded, uint32_t[kAccumulators / 2], float[kAccumulators]>;
 
     // Result of a pass, into the staging area: step `step` of kStageSteps.
-    static constexpr int kStageSteps = 4;
     __device__ __forceinline__ void stage_step(const Held& held, int pass, int step, const Work& work, typename Op::Fetched& fetched) {
         if constexpr (Op::kSideBlocks > 0) {
-            Op::stage(arguments, fetched, held, step, row_of(work), work.n0, shape.m, [&](int block, int i) { return chunk_address(4 * block + i); });
+            const auto address = [&](int block, int i) { return chunk_address(4 * block + i); };
+            Op::stage(arguments, fetched, held, pass, step, row_of(work), work.n0, shape.m, address);
         } else {
-            constexpr int kPerStep = kChunks / kStageSteps;
 #pragma unroll
-            for (int c = 0; c < kPerStep; ++c) stage_chunk(held, pass, step * kPerStep + c);
+            for (int c = step * kChunks / L::kStageSteps; c < (step + 1) * kChunks / L::kStageSteps; ++c) stage_chunk(held, pass, c);
         }
     }
     __device__ __forceinline__ uint32_t chunk_address(int i) const {
-        return ptx::smem_u32(staging) + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
+        return ptx::smem_u32(staging) + areas.stage * L::kGroupStagingBytes + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
     }
     // Result of 16 columns.
     __device__ __forceinline__ void stage_chunk(const Held& held, int pass, int i) {
@@ -415,19 +432,17 @@ struct Consumer {
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             const int row = row_of(work) + 8 * r;
             if (lane % 4 == 0 && row < shape.m) arguments.row_sums[int64_t(work.n0 / Op::kBlockN) * shape.m + row] = sum;
+            row_sums[r] = 0.f;
         }
     }
-    __device__ __forceinline__ void store(const Work& work, int pass) {
-        if constexpr (Op::kRowSums) store_row_sums(work);
+    // All of this pass is staged.
+    __device__ __forceinline__ void give_staging(const Work& work) {
+        if constexpr (Op::kRowSums)
+            if (arguments.row_sums != nullptr) store_row_sums(work);
         ptx::fence_async_shared();
-        ptx::named_sync(1 + group, 128);
-        if (leads()) {
-#pragma unroll
-            for (int block = 0; block < L::kStagedBlocks; ++block)
-                ptx::tma_store_2d(block < L::kPassBlocks ? &maps.c : &maps.side_out, staging + block * kStagingBlockBytes,
-                                  staged_column<Op>(work, pass * L::kPassBlocks + block), work.m0 + group * 64);
-            ptx::bulk_commit();
-        }
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&bars.staged[group][areas.stage]);
+        areas.next();
     }
 
     // All products of a tile, added to C.
@@ -453,25 +468,27 @@ struct Consumer {
         unreleased = -1;
     }
     // Products of `work` into `acc`; under them the result of the tile `before`, of which `held` is left.
-    // The staging area is offered at the first k block of a pass and taken at the fifth, in time for an auxiliary tile to arrive.
+    // The staging area is taken at the fifth k block of a pass, in time for the copies to and from it.
     __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, Held& held, const Work& before) {
         OperandA a;
-        typename Op::Fetched fetched = fetch(before);
+        typename Op::Fetched fetched;
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
             multiply(acc, a, pass > 0);
+            if (pass == 0) fetched = fetch(before);
             if constexpr (!L::kHeldRounded) wgmma::pin(held);  // its last product is done: the wait was for all but the newest
-            offer_staging();
 #pragma unroll
-            for (int i = 1; i < kPassKBlocks - kStageSteps; ++i) multiply(acc, a, true);
-            if constexpr (!L::kHeldRounded) finish(held, before, fetched);
+            for (int i = 1; i < L::kPassKBlocks - L::kStageSteps; ++i) {
+                multiply(acc, a, true);
+                if constexpr (!L::kHeldRounded) finish(held, i - 1, before, fetched);
+            }
             await_staging();
 #pragma unroll
-            for (int step = 0; step < kStageSteps; ++step) {
+            for (int step = 0; step < L::kStageSteps; ++step) {
                 multiply(acc, a, true);
                 stage_step(held, pass, step, before, fetched);
             }
-            store(before, pass);
+            give_staging(before);
         }
         for (int i = L::kLeastKBlocks; i < work.k_end; ++i) multiply(acc, a, true);
     }
@@ -479,15 +496,15 @@ struct Consumer {
         typename Op::Fetched fetched = fetch(work);
         if constexpr (!L::kHeldRounded) {
             drain(held);
-            finish(held, work, fetched);
+#pragma unroll
+            for (int block = 0; block < L::kColumnBlocks; ++block) finish(held, block, work, fetched);
         }
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
-            offer_staging();
             await_staging();
 #pragma unroll
-            for (int step = 0; step < kStageSteps; ++step) stage_step(held, pass, step, work, fetched);
-            store(work, pass);
+            for (int step = 0; step < L::kStageSteps; ++step) stage_step(held, pass, step, work, fetched);
+            give_staging(work);
         }
     }
     // Two accumulators in turn.
@@ -516,7 +533,9 @@ struct Consumer {
         products(acc, work);
         while (true) {
             drain(acc);
-            finish(acc, work, fetch(work));
+            const typename Op::Fetched fetched = fetch(work);
+#pragma unroll
+            for (int block = 0; block < L::kColumnBlocks; ++block) finish(acc, block, work, fetched);
 #pragma unroll
             for (int i = 0; i < kAccumulators / 2; ++i) held[i] = ptx::pack_bf16(acc[2 * i], acc[2 * i + 1]);
             before = work;
@@ -532,7 +551,6 @@ struct Consumer {
             run_rounding();
         else
             run_alternating();
-        if (leads()) ptx::bulk_wait<0>();
     }
 };
 
@@ -542,22 +560,29 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     extern __shared__ uint8_t raw[];
     // NOTE: 1024-aligned in the shared window, which is the same in both CTAs of the cluster.
     uint8_t* stages = raw + (1024 - ptx::smem_u32(raw) % 1024) % 1024;
-    constexpr int kStages = Layout<Op>::kStages;
     uint8_t* staging = stages + kStages * Layout<Op>::kStageBytes;
-    auto& bars = *reinterpret_cast<Barriers<kStages>*>(staging + Layout<Op>::kStagingBytes);
+    Barriers& bars = *reinterpret_cast<Barriers*>(staging + Layout<Op>::kStagingBytes);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
             ptx::mbarrier_init(&bars.full[s], 1);
             ptx::mbarrier_init(&bars.empty[s], kCluster * kConsumers * 4);  // every consumer warp of both CTAs
         }
-        ptx::mbarrier_init(&bars.aux_full, 1);
-        ptx::mbarrier_init(&bars.aux_empty, kConsumers);
+        for (int i = 0; i < kConsumers * kMaxStagingAreas; ++i) {
+            ptx::mbarrier_init(&bars.ready[0][i], 1);
+            ptx::mbarrier_init(&bars.staged[0][i], 4);  // the warps of the group
+        }
         ptx::fence_mbarrier_init();
     }
     ptx::cluster_sync();
     if (threadIdx.x >= kConsumers * 128) {
         ptx::registers_decrease<Layout<Op>::kProducerRegisters>();
-        if (threadIdx.x / 32 == kConsumers * 4 && ptx::elect_one()) produce<Op>(maps, shape, stages, staging, bars);
+        const int warp = threadIdx.x / 32 - kConsumers * 4;  // the first feeds the stages, the next ones move results
+        if (warp <= kConsumers && ptx::elect_one()) {
+            if (warp == 0)
+                produce<Op>(maps, shape, stages, bars);
+            else if constexpr (Layout<Op>::kStaged)
+                move_results<Op>(maps, shape, staging, bars, warp - 1);
+        }
     } else {
         ptx::registers_increase<Layout<Op>::kConsumerRegisters>();
         Consumer<Op>(maps, shape, arguments, stages, staging, bars).run();
@@ -571,7 +596,7 @@ inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int6
     return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
 }
 
-// A second pair of matrices that travels with the tiles: kSideBlocks column blocks of each for every tile of columns.
+// A further matrix whose blocks come with the tiles, and one whose blocks go with them.
 struct Side {
     const void* in;
     void* out;
@@ -596,7 +621,7 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
     if (status == cudaSuccess && Layout<Op>::kAuxStaged) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
     if (Op::kSideBlocks > 0) {
         if (status == cudaSuccess) status = map_2d(&maps.side_in, side.in, shape.m, side.columns, side.in_stride, 64);
-        if (status == cudaSuccess) status = map_2d(&maps.side_out, side.out, shape.m, side.columns, side.out_stride, 64);
+        if (status == cudaSuccess && Op::kSideStored) status = map_2d(&maps.side_out, side.out, shape.m, side.columns, side.out_stride, 64);
     }
     int device = 0, sms = 0;
     if (status == cudaSuccess) status = cudaGetDevice(&device);
