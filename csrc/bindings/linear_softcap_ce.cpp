@@ -1,7 +1,7 @@
 // Registers the head fused with the softcapped cross-entropy: check, fill the params, launch.
 #include "kernels/linear_softcap_ce.h"
 
-#include <utility>
+#include <tuple>
 
 #include "bindings/softcap_ce_checks.h"
 
@@ -9,8 +9,8 @@ namespace pgolf {
 
 // `g` of no elements: loss only.
 static void linear_softcap_ce_fwd_cuda(const Tensor& x, const Tensor& weight, const Tensor& targets, const Tensor& loss, const Tensor& g,
-                                       const Tensor& row_scale, const Tensor& workspace, const Tensor& report, double cap, int64_t reduction,
-                                       int64_t ignore_index) {
+                                       const Tensor& row_scale, const Tensor& scaled_x, const Tensor& workspace, const Tensor& report,
+                                       double cap, int64_t reduction, int64_t ignore_index) {
     check(x, "x", ScalarType::BFloat16, {-1, kLinearSoftcapCEDepth});
     check_contiguous(x, "x");
     check_aligned(x, "x");
@@ -28,6 +28,9 @@ static void linear_softcap_ce_fwd_cuda(const Tensor& x, const Tensor& weight, co
         check_contiguous(g, "g");
         check_aligned(g, "g");
         check(row_scale, "row_scale", ScalarType::Float, {n});
+        check(scaled_x, "scaled_x", ScalarType::BFloat16, {n, kLinearSoftcapCEDepth});
+        check_contiguous(scaled_x, "scaled_x");
+        check_aligned(scaled_x, "scaled_x");
     }
 
     LinearSoftcapCEParams p{};
@@ -37,6 +40,7 @@ static void linear_softcap_ce_fwd_cuda(const Tensor& x, const Tensor& weight, co
     p.loss = static_cast<float*>(loss.data_ptr());
     p.g = with_grad ? static_cast<__nv_bfloat16*>(g.data_ptr()) : nullptr;
     p.row_scale = with_grad ? static_cast<float*>(row_scale.data_ptr()) : nullptr;
+    p.scaled_x = with_grad ? static_cast<__nv_bfloat16*>(scaled_x.data_ptr()) : nullptr;
     p.workspace = static_cast<SoftcapCEWorkspace*>(workspace.data_ptr());
     p.report = static_cast<int64_t*>(report.data_ptr());
     p.n = uint32_t(n);
@@ -48,19 +52,32 @@ static void linear_softcap_ce_fwd_cuda(const Tensor& x, const Tensor& weight, co
     check_launch(linear_softcap_ce_fwd(p, device.stream), "linear_softcap_ce_fwd");
 }
 
-static void linear_softcap_ce_scale_rows_cuda(const Tensor& out, const Tensor& x, const Tensor& scale) {
-    const int64_t n = x.size(0);
-    for (const auto& [tensor, argument] : {std::pair{&out, "out"}, std::pair{&x, "x"}}) {
-        check(*tensor, argument, ScalarType::BFloat16, {n, kLinearSoftcapCEDepth});
+static void linear_softcap_ce_dx_cuda(const Tensor& g, const Tensor& weight, const Tensor& row_scale, const Tensor& grad_loss,
+                                      const Tensor& dx) {
+    const int64_t n = g.size(0), v = g.size(1), depth = kLinearSoftcapCEDepth;
+    for (const auto& [tensor, argument, rows, columns] : {std::tuple{&g, "g", n, v}, {&weight, "weight", v, depth}, {&dx, "dx", n, depth}}) {
+        check(*tensor, argument, ScalarType::BFloat16, {rows, columns});
         check_contiguous(*tensor, argument);
         check_aligned(*tensor, argument);
     }
-    check(scale, "scale", ScalarType::Float, {n});
-    check_contiguous(scale, "scale");
-    const OnDeviceOf device(x);
-    check_launch(linear_softcap_ce_scale_rows(static_cast<__nv_bfloat16*>(out.data_ptr()), static_cast<const __nv_bfloat16*>(x.data_ptr()),
-                                              static_cast<const float*>(scale.data_ptr()), n, device.stream),
-                 "linear_softcap_ce_scale_rows");
+    STD_TORCH_CHECK(n < (int64_t(1) << 31) && v < (int64_t(1) << 30), "g: too large");
+    check(row_scale, "row_scale", ScalarType::Float, {n});
+    check_contiguous(row_scale, "row_scale");
+    const bool one = grad_loss.dim() == 0;
+    if (one) check(grad_loss, "grad_loss", ScalarType::Float, {});
+    else check(grad_loss, "grad_loss", ScalarType::Float, {n});
+
+    LinearSoftcapCEDxParams p{};
+    p.g = static_cast<const __nv_bfloat16*>(g.data_ptr());
+    p.weight = static_cast<const __nv_bfloat16*>(weight.data_ptr());
+    p.row_scale = static_cast<const float*>(row_scale.data_ptr());
+    p.grad_loss = static_cast<const float*>(grad_loss.data_ptr());
+    p.dx = static_cast<__nv_bfloat16*>(dx.data_ptr());
+    p.n = int(n);
+    p.v = int(v);
+    p.grad_stride = one ? 0 : int(grad_loss.stride(0));
+    const OnDeviceOf device(g);
+    check_launch(linear_softcap_ce_dx(p, device.stream), "linear_softcap_ce_dx");
 }
 
 }  // namespace pgolf
@@ -68,10 +85,10 @@ static void linear_softcap_ce_scale_rows_cuda(const Tensor& out, const Tensor& x
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def(
         "linear_softcap_ce_fwd(Tensor x, Tensor weight, Tensor targets, Tensor(a!) loss, Tensor(b!) g, Tensor(c!) row_scale, "
-        "Tensor(d!) workspace, Tensor(e!) report, float cap, int reduction, int ignore_index) -> ()");
-    m.def("linear_softcap_ce_scale_rows(Tensor(a!) out, Tensor x, Tensor scale) -> ()");
+        "Tensor(d!) scaled_x, Tensor(e!) workspace, Tensor(f!) report, float cap, int reduction, int ignore_index) -> ()");
+    m.def("linear_softcap_ce_dx(Tensor g, Tensor weight, Tensor row_scale, Tensor grad_loss, Tensor(a!) dx) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("linear_softcap_ce_fwd", TORCH_BOX(&pgolf::linear_softcap_ce_fwd_cuda));
-    m.impl("linear_softcap_ce_scale_rows", TORCH_BOX(&pgolf::linear_softcap_ce_scale_rows_cuda));
+    m.impl("linear_softcap_ce_dx", TORCH_BOX(&pgolf::linear_softcap_ce_dx_cuda));
 }

@@ -5,7 +5,9 @@
 // Training: with S_i = sum_j e^z_ij, the gradient of the logits is row_scale_i G_ij, where
 //     G_ij = (e^z_ij - [j = target] S_i) (1 - tanh^2)        row_scale_i = weight_i / S_i
 // so that G can be stored tile by tile, before S is known: bfloat16 has float32's range, and |z| <= cap bounds e^z.
-// Then dx = row_scale (G weight) and dweight = G^T (row_scale x) are two plain matrix products.
+// Then dx = row_scale (G weight) and dweight = G^T scaled_x with scaled_x = row_scale x are two plain matrix products.
+//
+// Up to |logit| = cap the tanh of the sums and of G is the special-function unit's, of the target's logit the exact one.
 #pragma once
 #include "kernels/softcap_ce.h"
 
@@ -22,6 +24,7 @@ struct LinearSoftcapCEParams {
     float* loss;                  // [n] for kNone, else one element
     __nv_bfloat16* g;             // [n, v] contiguous; null: loss only
     float* row_scale;             // [n]; weight_i as in softcap_ce.h
+    __nv_bfloat16* scaled_x;      // [n, kLinearSoftcapCEDepth] contiguous
     SoftcapCEWorkspace* workspace;
     int64_t* report;
     uint32_t n;
@@ -33,7 +36,16 @@ struct LinearSoftcapCEParams {
 
 cudaError_t linear_softcap_ce_fwd(const LinearSoftcapCEParams& p, cudaStream_t stream);
 
-// out[i, :] = scale[i] x[i, :] for [n, kLinearSoftcapCEDepth]; out may be x.
-cudaError_t linear_softcap_ce_scale_rows(__nv_bfloat16* out, const __nv_bfloat16* x, const float* scale, int64_t n, cudaStream_t stream);
+struct LinearSoftcapCEDxParams {
+    const __nv_bfloat16* g;       // [n, v]
+    const __nv_bfloat16* weight;  // [v, kLinearSoftcapCEDepth]
+    const float* row_scale;       // [n]
+    const float* grad_loss;       // of row i at grad_loss[i * grad_stride]; stride 0: one for all
+    __nv_bfloat16* dx;            // [n, kLinearSoftcapCEDepth]; all contiguous, 16-byte aligned
+    int n, v, grad_stride;
+};
+
+// dx = grad_loss row_scale (G weight)
+cudaError_t linear_softcap_ce_dx(const LinearSoftcapCEDxParams& p, cudaStream_t stream);
 
 }  // namespace pgolf

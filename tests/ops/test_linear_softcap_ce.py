@@ -74,6 +74,23 @@ def test_several_row_tiles_per_cluster():
     assert_agrees(x, weight, targets)
 
 
+def test_every_target(device):
+    """Each column once: whichever thread holds it."""
+    x, weight, _ = draw(512, 512, device)
+    assert_agrees(x, weight, torch.randperm(512, device=device), reduction="none", grad_loss=torch.ones(512, device=device))
+
+
+def test_confident_rows(device):
+    """The target has about 0.8 of a row: what its exponential is wrong by in the sum would be the loss's error."""
+    weight = torch.randn(512, 512)
+    x = 8 * weight / weight.square().sum(1, keepdim=True)
+    x, weight, targets = x.bfloat16().to(device), weight.bfloat16().to(device), torch.arange(512, device=device)
+    losses = linear_softcap_cross_entropy(x, weight, targets, reduction="none")
+    truth = linear_softcap_cross_entropy_ref(x.double().cpu(), weight.double().cpu(), targets.cpu(), reduction="none")
+    assert 0.1 < truth.mean() < 0.4
+    torch.testing.assert_close(losses.cpu().double(), truth, rtol=0, atol=3e-4 if device.type == "cuda" else 2e-2)
+
+
 def test_other_depth(device):
     assert_agrees(*draw(100, 256, device, d=64))
 

@@ -52,6 +52,9 @@ struct Softcap {
         return fabsf(u) <= 1.f ? u * p : copysignf(far, u);
     }
 
+    // tanh(x / cap) with a relative error of 2^-11. Up to |x| = cap that is half or less of what rounding x to bfloat16 does.
+    __device__ __forceinline__ float tanh_approx(float x) const { return ptx::tanh_approx(x * inv_cap); }
+
     // e^z
     __device__ __forceinline__ float exponential(float t) const { return ptx::exp2_approx(t * cap_log2e); }
 };
