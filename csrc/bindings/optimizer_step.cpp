@@ -74,7 +74,8 @@ void muon_direction_op(Tensors grads, Tensors momenta, Tensors directions, Tenso
         const Tensor &grad = grads[i], &state = momenta[i];
         const int64_t columns = grad.size(-1);
         STD_TORCH_CHECK(columns > 0 && columns % 4 == 0 && columns <= INT32_MAX, "grads: expected rows of a multiple of 4, got ", columns);
-        table.tensors[table.count++] = {like(grad, grad, "grads"), like(state, grad, "momenta", true), like(directions[i], state, "directions"),
+        STD_TORCH_CHECK(is_bf16(directions[i], "directions"), "directions: expected bfloat16");
+        table.tensors[table.count++] = {like(grad, grad, "grads"), like(state, grad, "momenta", true), like(directions[i], grad, "directions", true),
                                         grad.numel() / columns, int32_t(columns), is_bf16(grad, "grads"), is_bf16(state, "momenta")};
     }
     OnDeviceOf on(scale);

@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const double* partials, 
 template <class G, class T>
 __device__ __forceinline__ void direction_of_row(const MuonDirectionTensor& t, int64_t row, const MuonDirectionScalars& scalars) {
     using E = Elements<T>;
+    using Direction = Elements<__nv_bfloat16>;
     const float scale = *scalars.scale, momentum = *scalars.momentum;
     const int lane = threadIdx.x % 32;
     const int64_t begin = row * t.columns;
@@ -127,21 +128,21 @@ __device__ __forceinline__ void direction_of_row(const MuonDirectionTensor& t, i
         for (int i = 0; i < kVector; ++i) {
             g[i] = E::rounded(scale * g[i]);
             m[i] = E::rounded(E::rounded(momentum * m[i]) + g[i]);
-            d[i] = E::rounded(g[i] + momentum * m[i]);
+            d[i] = Direction::rounded(g[i] + momentum * m[i]);
             squares += d[i] * d[i];
         }
         store<T>(t.momentum, begin + column, count, m);
-        store<T>(t.direction, begin + column, count, d);
+        store<__nv_bfloat16>(t.direction, begin + column, count, d);
     }
     if (scalars.row_epsilon == 0.f) return;
-    const float length = E::rounded(fmaxf(sqrtf(warp_sum(squares)), scalars.row_epsilon));
+    const float length = Direction::rounded(fmaxf(sqrtf(warp_sum(squares)), scalars.row_epsilon));
     for (int column = lane * kVector; column < t.columns; column += 32 * kVector) {  // what this thread has just stored
         const int count = min(kVector, t.columns - column);
         float d[kVector];
-        load<T>(t.direction, begin + column, count, d);
+        load<__nv_bfloat16>(t.direction, begin + column, count, d);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) d[i] = d[i] / length;
-        store<T>(t.direction, begin + column, count, d);
+        store<__nv_bfloat16>(t.direction, begin + column, count, d);
     }
 }
 

@@ -32,8 +32,8 @@ struct GradientNormTensor {
 
 struct MuonDirectionTensor {
     const void* grad;  // [rows, columns], bf16 or float32
-    void* momentum;    // [rows, columns], as `direction`
-    void* direction;   // [rows, columns]
+    void* momentum;    // [rows, columns], bf16 or float32
+    void* direction;   // [rows, columns], bf16
     int64_t rows;
     int32_t columns;
     bool grad_is_bf16, momentum_is_bf16;
@@ -68,7 +68,8 @@ struct TensorTable {
 int64_t optimizer_chunks(int64_t elements);
 cudaError_t gradient_norm(TensorTable<GradientNormTensor>& table, double* partials, float* norm, cudaStream_t stream);
 
-// direction = (g + momentum' x) with momentum' = momentum x + g and g = scale x grad; each line rounded once to the dtype of the momentum.
+// direction = (g + momentum' x) with momentum' = momentum x + g and g = scale x grad. The latter two are rounded once to the dtype of
+// the momentum, the direction to bf16, as orthogonalize would read it anyway.
 struct MuonDirectionScalars {
     const float *scale, *momentum;  // device
     float row_epsilon;              // least length that a row is divided by; 0: rows keep their length

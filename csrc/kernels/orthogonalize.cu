@@ -287,25 +287,6 @@ __device__ uint32_t prerequisite(const GroupMaps& group, const Product& product)
     return product.squares_before * group.square_tiles() + product.updates_before * group.update_tiles();
 }
 
-// 128 rows (k-major) or columns (mn-major) of one k block, into the next slot.
-//
-// NOTE: a team does not look at the slots of the other team's operands, and a parity tells a phase from its neighbours only. A team
-// that waits for position p has seen p - 3 at least, or has its task from after the loads up to p - 3 were issued; so the load of
-// p - kSlots must be complete by then, or the slot's phase before it would pass for the one waited for.
-__device__ void load_block(Shared& s, uint32_t& position, const CUtensorMap& map, bool k_major, int tile, int k, int matrix) {
-    const uint32_t slot = position % kSlots;
-    if (position >= kInFlight) mbarrier_wait(&s.full[(position - kInFlight) % kSlots], (position - kInFlight) / kSlots & 1);
-    mbarrier_wait(&s.empty[slot], ((position / kSlots) & 1) ^ 1);
-    mbarrier_arrive_expect(&s.full[slot], kSlotBytes);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int across = tile * kTile + half * kBox;
-        const int column = k_major ? k * kBox : across, row = k_major ? across : k * kBox;
-        tma_load_3d(s.slots[slot] + half * kBoxBytes, &map, &s.full[slot], column, row, matrix);
-    }
-    ++position;
-}
-
 // Takes tasks from the queue and hands them on once they may start, while the loader still works on earlier ones.
 __device__ void schedule(const Iteration& it, Shared& s) {
     Cursor cursor;
@@ -326,25 +307,32 @@ __device__ void schedule(const Iteration& it, Shared& s) {
     }
 }
 
+// A lane moves one box of each k block, for up to three operands of two boxes: a single thread would need longer for the instructions of
+// six boxes than the tensor cores need for their products.
 __device__ void load_tasks(const Iteration& it, Shared& s) {
+    const int lane = threadIdx.x % 32, operand = lane / 2, half = lane % 2;
     uint32_t position = 0, rounds[kTeams] = {};
     const auto hand_over = [&](int team, const TeamTask& task) {
         mbarrier_wait(&s.task_empty[team], (rounds[team]++ & 1) ^ 1);
-        s.task[team] = task;
-        mbarrier_arrive(&s.task_full[team]);
+        __syncwarp();  // NOTE: a lane that looks after the hand-over may find the place empty again, and would wait for a phase too many
+        if (lane == 0) {
+            s.task[team] = task;
+            mbarrier_arrive(&s.task_full[team]);
+        }
     };
     for (int n = 0;; ++n) {
         const int place = n % kAhead;
         mbarrier_wait(&s.ready_full[place], (n / kAhead) & 1);
         TeamTask task;
         static_cast<Task&>(task) = s.ready[place];
-        mbarrier_arrive(&s.ready_empty[place]);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&s.ready_empty[place]);
         fence_async_all();
-        if (task.product.kind == kNoMore) {
+        const int kind = task.product.kind;
+        if (kind == kNoMore) {
             for (int team = 0; team < kTeams; ++team) hand_over(team, task);
             return;
         }
-        const int kind = task.product.kind;
         const bool same = (kind == kGram || kind == kPolynomial) && task.own == task.shared;  // on the diagonal, of the first tile
         task.position = position;
         task.stride = 1 + task.num_tiles - same;
@@ -354,22 +342,33 @@ __device__ void load_tasks(const Iteration& it, Shared& s) {
             mine.own_offset = 1 + i - same;
             hand_over(task.num_tiles == 2 ? i : n % kTeams, mine);
         }
+        position += task.num_k * task.stride;
+        if (operand >= task.stride) continue;
 
         const GroupMaps& group = it.groups[task.group];
-        const CUtensorMap& x = group.x[task.product.updates_before % 2];
-        // A square's tiles above the diagonal are read as mirror images of those below.
-        const auto load_square = [&](int square, int tile, int k) {
-            load_block(s, position, group.squares, k / 2 <= tile, tile, k, square * group.count + task.matrix);
-        };
-        for (int i = 0; i < task.num_k; ++i) {
+        const bool is_shared = operand == 0, of_x = kind == kGram || (kind == kUpdate && !is_shared);
+        const int tile = is_shared ? task.shared : task.own + operand - 1 + same;
+        const int square = is_shared && kind != kUpdate ? task.product.right : task.product.left;
+        const CUtensorMap* map = of_x ? &group.x[task.product.updates_before % 2] : &group.squares;
+        const int matrix = of_x ? task.matrix : square * group.count + task.matrix, across = tile * kTile + half * kBox;
+        const bool x_k_major = (kind == kGram) != group.tall();
+        const uint32_t lanes = (1u << 2 * task.stride) - 1;
+        uint32_t at = task.position + operand;
+        for (int i = 0; i < task.num_k; ++i, at += task.stride) {
+            // NOTE: else a lane could be so far ahead that the phase another one waits for below is over and the next one too.
+            __syncwarp(lanes);
+            // NOTE: a team does not look at the slots of the other team's operands, and a parity tells a phase from its neighbours only. A
+            // team that waits for position p has seen p - 3 at least, or has its task from after the loads up to p - 3 were issued; so the
+            // load of p - kSlots must be complete by then, or the slot's phase before it would pass for the one waited for.
+            const uint32_t slot = at % kSlots, landed = at - kInFlight;
+            if (at >= kInFlight) mbarrier_wait(&s.full[landed % kSlots], landed / kSlots & 1);
+            mbarrier_wait(&s.empty[slot], (at / kSlots & 1) ^ 1);
+            if (half == 0) mbarrier_arrive_expect(&s.full[slot], kSlotBytes);
+            // A square's tiles above the diagonal are read as mirror images of those below.
             const int k = k_block(task, i);
-            if (kind == kGram) load_block(s, position, x, !group.tall(), task.shared, k, task.matrix);
-            else load_square(kind == kUpdate ? task.product.left : task.product.right, task.shared, k);
-            for (int tile = same; tile < task.num_tiles; ++tile)
-                if (kind == kGram || kind == kUpdate)
-                    load_block(s, position, x, (kind == kGram) != group.tall(), task.own + tile, k, task.matrix);
-                else
-                    load_square(task.product.left, task.own + tile, k);
+            const bool k_major = of_x ? x_k_major : k / 2 <= tile;
+            const int column = k_major ? k * kBox : across, row = k_major ? across : k * kBox;
+            tma_load_3d(s.slots[slot] + half * kBoxBytes, map, &s.full[slot], column, row, matrix);
         }
     }
 }
@@ -557,8 +556,8 @@ __global__ void __launch_bounds__(kThreads, 1) orthogonalize_kernel(const __grid
     __syncthreads();
     const int warp = threadIdx.x / 32;
     if (warp < kTeams * 4) consume(it, s, warp / 4);
-    else if (threadIdx.x % 32 != 0) return;
     else if (warp == kLoader) load_tasks(it, s);
+    else if (threadIdx.x % 32 != 0) return;
     else if (warp == kScheduler) schedule(it, s);
     else store_tiles(s, warp - kStorer);
 }

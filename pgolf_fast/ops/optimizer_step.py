@@ -38,24 +38,26 @@ def gradient_norm(grads):
 
 
 def muon_direction_(grads, momenta, scale, momentum, normalize_rows=False):
-    """Nesterov momentum of `scale * grads`: moves the momenta and returns the directions, in their dtype.
+    """Nesterov momentum of `scale * grads`: moves the momenta and returns the directions, in bfloat16.
+
+    Newton-Schulz begins with this rounding, so a wider direction would only be more to move.
 
     grads      list of [..., rows, columns], the gradients or this rank's share of them
-    momenta    list of the same shapes; each line below rounds once to their dtype
+    momenta    list of the same shapes; each line below that makes one rounds once to their dtype
     scale, momentum   0-dim float32 tensors
     """
     if _kernel_serves("muon_direction", grads, momenta) and all(g.shape[-1] % 4 == 0 for g in grads):
-        directions = [torch.empty_like(m) for m in momenta]
+        directions = [torch.empty_like(m, dtype=torch.bfloat16) for m in momenta]
         torch.ops.pgolf_fast_sm90.muon_direction(grads, momenta, directions, scale, momentum, ROW_EPSILON if normalize_rows else 0.0)
         return directions
     directions = []
     for grad, state in zip(grads, momenta):
         g = (scale * wide(grad)).to(state.dtype)
         state.copy_((momentum * wide(state)).to(state.dtype) + g)
-        direction = (g + momentum * wide(state)).to(state.dtype)
+        direction = (g + momentum * wide(state)).to(torch.bfloat16)
         if normalize_rows:
             length = torch.linalg.vector_norm(wide(direction), dim=-1, keepdim=True).clamp_min(ROW_EPSILON)
-            direction = direction / length.to(state.dtype)
+            direction = direction / length.to(torch.bfloat16)
         directions.append(direction)
     return directions
 

@@ -45,8 +45,8 @@ def test_the_direction_is_nesterov_momentum(device, dtype, normalize_rows):
         ahead = 0.3 * g.double() + 0.9 * moved
         if normalize_rows:
             ahead = ahead / ahead.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-        assert d.dtype == m.dtype == dtype
-        assert relative_error(m, moved) < bound and relative_error(d, ahead) < bound
+        assert m.dtype == dtype and d.dtype == torch.bfloat16
+        assert relative_error(m, moved) < bound and relative_error(d, ahead) < 2**-6
     assert not directions[0][0, 1].any()
 
 

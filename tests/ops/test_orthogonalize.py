@@ -124,6 +124,23 @@ def test_extreme_matrices(device, shape):
     assert torch.isfinite(results[5]).all() and results[5].any()
 
 
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("shape", [(128, 1024), (768, 256), (192, 192)])
+def test_ill_conditioned_matrices(device, shape, coefficients):
+    """A Gram matrix squares the condition number. Two steps on one stand that in float16; three diverge on the first two of these."""
+    small = min(shape)
+    u, v = (torch.linalg.qr(torch.randn(n, small))[0] for n in shape)
+    matrices = [
+        torch.rand(shape),
+        u / torch.arange(1, small + 1) @ v.mT,
+        u * (torch.arange(small) < small // 2) @ v.mT,
+        torch.randn(shape) * 1e-4 ** torch.rand(shape[1]),
+        torch.randn(shape) * 1e-4 ** torch.rand(shape[0], 1),
+    ]
+    for result, m in zip(orthogonalize([m.to(device) for m in matrices], coefficients), matrices):
+        assert_orthogonalizes(result, m, coefficients)
+
+
 # ---- property: where the singular values land ------------------------------------------------------------------
 
 
