@@ -13,6 +13,8 @@ from benchmarks.timing import Case
 from pgolf_fast import xsa_attention
 from pgolf_fast.ops.xsa_attention import _composite
 
+STRIDE = 64  # new positions in a window
+
 
 @torch.compile
 def project(y, v):
@@ -27,6 +29,18 @@ def torch_attention(backend):
         return project(y.transpose(1, 2), v)
 
     return attention
+
+
+def forward(function, inputs):
+    def run(i):
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def forward_backward(function, inputs, grad):
+    return lambda i: torch.autograd.grad(function(*inputs), inputs, grad)
 
 
 def cases(device):
@@ -56,16 +70,17 @@ def cases(device):
         inputs = [x.requires_grad_() for x in qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=2)]
         grad = torch.randn_like(inputs[0])
 
-        def forward(function, inputs=inputs):
-            def run(i):
-                with torch.no_grad():
-                    return function(*inputs)
-
-            return run
-
-        def forward_backward(function, inputs=inputs, grad=grad):
-            return lambda i: torch.autograd.grad(function(*inputs), inputs, grad)
-
         product = 2 * HEAD_DIM * HEADS * sum(length * (length + 1) // 2 for length in lengths)
-        yield Case(f"{name} fwd", {k: forward(f) for k, f in contestants.items()}, 0, 2 * product)
-        yield Case(f"{name} fwd+bwd", {k: forward_backward(f) for k, f in contestants.items()}, 0, 7 * product)
+        yield Case(f"{name} fwd", {k: forward(f, inputs) for k, f in contestants.items()}, 0, 2 * product)
+        yield Case(f"{name} fwd+bwd", {k: forward_backward(f, inputs, grad) for k, f in contestants.items()}, 0, 7 * product)
+
+    # Sliding-window evaluation: of every window only the last positions are new.
+    q, k, v = (torch.randn(rows, SEQUENCE, heads, HEAD_DIM, device=device).bfloat16() for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q = q[:, -STRIDE:]
+    contestants = {
+        "ours": xsa_attention,
+        "torch masked": lambda q, k, v: _composite(q, k, v, True, None, HEAD_DIM**-0.5, None, SEQUENCE),
+    }
+    product = 2 * HEAD_DIM * HEADS * rows * STRIDE * (SEQUENCE - STRIDE // 2)
+    commands = {name: forward(f, (q, k, v)) for name, f in contestants.items()}
+    yield Case(f"last {STRIDE} queries of {rows}x{SEQUENCE} fwd", commands, 0, 2 * product)

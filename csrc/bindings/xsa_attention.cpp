@@ -51,13 +51,15 @@ XsaPlan plan_rows(const Tensor& t, const char* argument, const XsaAttentionParam
 XsaAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& gate,
                           const optional<Tensor>& cu_seqlens, const Tensor& out, const Tensor& lse, const Tensor& own, const Tensor& plan,
                           bool xsa, double scale) {
-    const int64_t batch = q.size(0), tokens = q.size(1), q_heads = q.size(2), kv_heads = k.size(2);
+    const int64_t batch = q.size(0), queries = q.size(1), tokens = k.size(1), q_heads = q.size(2), kv_heads = k.size(2);
     STD_TORCH_CHECK(batch > 0 && batch <= 65535 && tokens > 0 && tokens < (1 << 30), "q: expected 1 to 65535 rows of 1 to 2^30 tokens");
     STD_TORCH_CHECK(kv_heads > 0 && q_heads % kv_heads == 0 && q_heads <= 65535, "q: its heads are not a multiple of k's, or over 65535");
+    STD_TORCH_CHECK(queries > 0 && queries <= tokens, "q: expected 1 to ", tokens, " tokens, got ", queries);
+    STD_TORCH_CHECK(queries == tokens || !cu_seqlens, "q: fewer tokens than k with cu_seqlens");
     STD_TORCH_CHECK(scale > 0, "scale: expected > 0");
     XsaAttentionParams p{};
     p.batch = int(batch), p.tokens = int(tokens), p.q_heads = int(q_heads), p.kv_heads = int(kv_heads);
-    p.scale = float(scale), p.xsa = xsa;
+    p.prefix = int(tokens - queries), p.scale = float(scale), p.xsa = xsa;
     if (cu_seqlens) {
         check(*cu_seqlens, "cu_seqlens", ScalarType::Int, {-1});
         check_contiguous(*cu_seqlens, "cu_seqlens");
@@ -65,13 +67,13 @@ XsaAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, con
         p.documents = int(cu_seqlens->size(0)) - 1;
     }
     p.queries = plan_rows(plan, "plan", p, xsa_queries_per_block(p.q_heads, p.kv_heads));
-    p.q = head_rows(q, "q", batch, tokens, q_heads);
+    p.q = head_rows(q, "q", batch, queries, q_heads);
     p.k = head_rows(k, "k", batch, tokens, kv_heads);
     p.v = head_rows(v, "v", batch, tokens, kv_heads);
-    p.gate = gate_rows(gate, "gate", batch, tokens, q_heads);
-    p.out = head_rows(out, "out", batch, tokens, q_heads);
-    p.lse = head_stats(lse, "lse", {batch, q_heads, tokens});
-    p.own = head_stats(own, "own", {batch, q_heads, tokens});
+    p.gate = gate_rows(gate, "gate", batch, queries, q_heads);
+    p.out = head_rows(out, "out", batch, queries, q_heads);
+    p.lse = head_stats(lse, "lse", {batch, q_heads, queries});
+    p.own = head_stats(own, "own", {batch, q_heads, queries});
     return p;
 }
 
@@ -88,6 +90,7 @@ void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tenso
     XsaAttentionBwdParams p{};
     XsaAttentionParams& f = p.fwd;
     f = params(q, k, v, gate, cu_seqlens, out, lse, own, plan, xsa, scale);
+    STD_TORCH_CHECK(f.prefix == 0, "q: the backward needs as many tokens as k has");
     p.keys = plan_rows(plan_keys, "plan_keys", f, kXsaKeysPerBlock);
     if (grad_out) p.grad_out = head_rows(*grad_out, "grad_out", f.batch, f.tokens, f.q_heads);
     p.dq = head_rows(dq, "dq", f.batch, f.tokens, f.q_heads);

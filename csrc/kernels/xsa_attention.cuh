@@ -37,8 +37,11 @@ struct Sequence {
 
 // Entry blockIdx.x of the plan, or of row blockIdx.z of a dense batch. The grid is larger than the plan: a block without an
 // entry gets length 0 and the index of a block of tokens after the last document, counted from `start`.
-__device__ inline Sequence find_sequence(const XsaPlan& plan, int tokens, bool last_first) {
-    if (plan.entries == nullptr) return {int(blockIdx.z), 0, tokens, int(last_first ? gridDim.x - 1 - blockIdx.x : blockIdx.x), 0};
+__device__ inline Sequence find_sequence(const XsaPlan& plan, int tokens, bool last_first, int prefix = 0) {
+    if (plan.entries == nullptr) {
+        const int block = last_first ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+        return {int(blockIdx.z), 0, tokens, prefix / plan.tokens_per_block + block, 0};
+    }
     const int4 header = plan.entries[0];
     if (int(blockIdx.x) >= header.x) return {0, header.y, 0, int(blockIdx.x) - header.x, 0};
     const int4 entry = plan.entries[1 + blockIdx.x];
@@ -158,7 +161,7 @@ constexpr int kStages = 4;  // key and value tiles in flight
 inline dim3 query_grid(const XsaAttentionParams& p) {
     const int per_block = p.queries.tokens_per_block, heads_per_block = per_block == kTile ? 2 : 1;
     if (p.cu_seqlens != nullptr) return dim3(xsa_plan_capacity(p.tokens, p.documents, per_block) - 1, p.q_heads / heads_per_block, 1);
-    return dim3((p.tokens + per_block - 1) / per_block, p.q_heads / heads_per_block, p.batch);
+    return dim3((p.tokens + per_block - 1) / per_block - p.prefix / per_block, p.q_heads / heads_per_block, p.batch);
 }
 
 // The key and value tiles of a query block.

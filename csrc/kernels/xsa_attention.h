@@ -53,6 +53,7 @@ inline int xsa_queries_per_block(int q_heads, int kv_heads) { return (q_heads / 
 
 struct XsaAttentionParams {
     int batch, tokens, q_heads, kv_heads;
+    int prefix;                // tokens without a query: q, gate, out, lse and own begin after them. Forward of a dense batch only
     float scale;               // > 0
     bool xsa;
     const int32_t* cu_seqlens; // [documents + 1], or null: every row of the batch is one sequence

@@ -61,7 +61,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     uint8_t* s_q = align_tiles(dynamic_shared);             // [kConsumers] tiles
     uint8_t* s_keys = s_q + kConsumers * kTileBytes;        // [kStages] of a key and a value tile
 
-    const Sequence seq = find_sequence(p.queries, p.tokens, true);
+    const Sequence seq = find_sequence(p.queries, p.tokens, true, p.prefix);
     const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     if (seq.length == 0) {  // tokens after the last document
         const QueryTile mine = find_query_tile(p.q_heads, p.kv_heads, seq.block, warpgroup);
@@ -91,7 +91,8 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
         ptx::mbarrier_arrive_expect(&s_rows_full, kConsumers * kTileBytes);
         for (int w = 0; w < kConsumers; ++w) {
             const QueryTile q = find_query_tile(p.q_heads, p.kv_heads, seq.block, w);
-            ptx::tma_load_4d(s_q + w * kTileBytes, &map_q, &s_rows_full, 0, q.head, seq.start + q.tile * kTile, seq.batch);
+            // May begin before the first query: the copy engine fills what does not exist with zeros.
+            ptx::tma_load_4d(s_q + w * kTileBytes, &map_q, &s_rows_full, 0, q.head, seq.start + q.tile * kTile - p.prefix, seq.batch);
         }
         stream.load_first();
     }
@@ -189,7 +190,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     for (int r = 0; r < 2; ++r) {
         const float sum = quad_sum(state.sum[r]), normalise = __fdividef(1.0f, sum);
         const int at = row + 8 * r, token = mine.tile * kTile + at;
-        const bool inside = token < s_seq.length;
+        const bool inside = token >= p.prefix && token < s_seq.length;
         float own = 0.0f, v[16] = {};  // v in the columns of o
         if (p.xsa) {
             float dot = 0.0f, square = 0.0f;
@@ -203,7 +204,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
             }
             own = __fdividef(quad_sum(dot) * normalise, fmaxf(quad_sum(square), 1e-24f));
         }
-        const float gate = p.gate.data != nullptr && inside ? load_gate(p.gate, s_seq.batch, s_seq.start + token, mine.head) : 1.0f;
+        const float gate = p.gate.data != nullptr && inside ? load_gate(p.gate, s_seq.batch, s_seq.start + token - p.prefix, mine.head) : 1.0f;
         const float factor = gate * normalise, share = gate * own;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
@@ -211,7 +212,8 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
             o[4 * j + 2 * r + 1] = o[4 * j + 2 * r + 1] * factor - share * v[2 * j + 1];
         }
         if (inside && lane % 4 == 0) {
-            const int64_t at_row = (int64_t(s_seq.batch) * p.q_heads + mine.head) * p.tokens + s_seq.start + token;
+            const int64_t head_row = int64_t(s_seq.batch) * p.q_heads + mine.head;
+            const int64_t at_row = head_row * (p.tokens - p.prefix) + s_seq.start + token - p.prefix;
             p.lse[at_row] = state.shift[r] * kLn2 + __logf(sum);
             p.own[at_row] = own;
         }
@@ -220,7 +222,8 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     ptx::named_sync(1 + warpgroup, 128);
     store_rows(s_q + warpgroup * kTileBytes, o, warp, lane, [&](int at, int chunk, uint4 value, int) {
         const int token = mine.tile * kTile + at;
-        if (token < s_seq.length) *row_chunk(p.out, s_seq.batch, s_seq.start + token, mine.head, chunk) = value;
+        if (token < p.prefix || token >= s_seq.length) return;
+        *row_chunk(p.out, s_seq.batch, s_seq.start + token - p.prefix, mine.head, chunk) = value;
     });
 }
 
@@ -229,7 +232,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
 cudaError_t xsa_attention_fwd(const XsaAttentionParams& p, cudaStream_t stream) {
     using namespace xsa;
     CUtensorMap map_q, map_k, map_v;
-    cudaError_t status = tile_map(&map_q, p.q, p.q_heads, p.tokens, p.batch);
+    cudaError_t status = tile_map(&map_q, p.q, p.q_heads, p.tokens - p.prefix, p.batch);
     if (status == cudaSuccess) status = tile_map(&map_k, p.k, p.kv_heads, p.tokens, p.batch);
     if (status == cudaSuccess) status = tile_map(&map_v, p.v, p.kv_heads, p.tokens, p.batch);
     if (status == cudaSuccess && p.cu_seqlens != nullptr) status = xsa_attention_plan(p.cu_seqlens, p.documents, p.queries, true, stream);

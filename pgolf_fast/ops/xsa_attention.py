@@ -11,6 +11,8 @@ both orthogonal to v, rowsum(dy * y) = rowsum(dz * z).
 Query head h reads KV head h // (Hq / Hk). Packed documents: B = 1, document i
 is the tokens [cu_seqlens[i], cu_seqlens[i + 1]); tokens after the last entry
 give 0; documents of length 0 are allowed, so a list can be padded to a fixed length.
+
+A q shorter than k and v holds the last positions of its row: their attention to all that came before, forward only.
 """
 
 import math
@@ -24,18 +26,18 @@ from pgolf_fast.ops._library import accumulation_dtype, library, require, requir
 EPSILON = 1e-12
 
 
-def _documents(q, cu_seqlens):
-    """(batch, start, end) of every document."""
+def _documents(k, cu_seqlens):
+    """(row of the batch, its tokens) of every document."""
     if cu_seqlens is None:
-        return [(b, 0, q.shape[1]) for b in range(q.shape[0])]
+        return [(b, slice(0, k.shape[1])) for b in range(k.shape[0])]
     ends = cu_seqlens.tolist()
-    return [(0, start, end) for start, end in zip(ends, ends[1:]) if end > start]
+    return [(0, slice(start, end)) for start, end in zip(ends, ends[1:]) if end > start]
 
 
 def _attend(q, k, v, scale):
-    """One document, [H, T, D] each: y, probabilities, log-sum-exp of the scores."""
+    """One document, [H, T, D] each, q perhaps only its end: y, probabilities, log-sum-exp of the scores."""
     scores = scale * (q @ k.mT)
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[1] - q.shape[1])
     scores = scores.masked_fill(hidden, -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     p = torch.exp(scores - lse[..., None])
@@ -57,13 +59,14 @@ def xsa_attention_ref(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None,
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[2] // k.shape[2]
     rows = [torch.zeros_like(q[b]) for b in range(q.shape[0])]
-    for b, start, end in _documents(q, cu_seqlens):
-        vh = _heads_first(v[b, start:end], group)
-        y, _, _ = _attend(_heads_first(q[b, start:end]), _heads_first(k[b, start:end], group), vh, scale)
+    for b, tokens in _documents(k, cu_seqlens):
+        qh, kh, vh = _heads_first(q[b, tokens]), _heads_first(k[b, tokens], group), _heads_first(v[b, tokens], group)
+        y, _, _ = _attend(qh, kh, vh, scale)
+        vh = vh[:, -y.shape[1] :]
         z = (y - _own_share(y, vh) * vh if xsa else y).transpose(0, 1)
         if gate is not None:
-            z = z * gate[b, start:end, :, None].to(z.dtype)
-        rows[b] = torch.cat([rows[b][:start], z.to(q.dtype), rows[b][end:]])
+            z = z * gate[b, tokens, :, None].to(z.dtype)
+        rows[b] = torch.cat([rows[b][: tokens.start], z.to(q.dtype), rows[b][tokens.stop :]])
     return torch.stack(rows)
 
 
@@ -90,16 +93,17 @@ def _fwd_cpu(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulation_dtype(q.dtype))
     own = torch.zeros_like(lse)
-    for b, start, end in _documents(q, cu_seqlens):
-        vh = _heads_first(v[b, start:end], group)
-        y, _, lse[b, :, start:end] = _attend(_heads_first(q[b, start:end]), _heads_first(k[b, start:end], group), vh, scale)
+    for b, tokens in _documents(k, cu_seqlens):
+        qh, kh, vh = _heads_first(q[b, tokens]), _heads_first(k[b, tokens], group), _heads_first(v[b, tokens], group)
+        y, _, lse[b, :, tokens] = _attend(qh, kh, vh, scale)
         if xsa:
+            vh = vh[:, -y.shape[1] :]
             share = _own_share(y, vh)
-            own[b, :, start:end] = share[..., 0]
+            own[b, :, tokens] = share[..., 0]
             y = y - share * vh
         if gate is not None:
-            y = y * gate[b, start:end].T[..., None].to(y.dtype)
-        out[b, start:end] = y.transpose(0, 1).to(q.dtype)
+            y = y * gate[b, tokens].T[..., None].to(y.dtype)
+        out[b, tokens] = y.transpose(0, 1).to(q.dtype)
     return out, lse, own
 
 
@@ -112,8 +116,7 @@ def _bwd_cpu(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa
     def per_kv_head(x):  # [Hq, T, D] to [T, Hk, D], summed over the group
         return x.view(-1, group, *x.shape[1:]).sum(1).transpose(0, 1)
 
-    for b, start, end in _documents(q, cu_seqlens):
-        rows = slice(start, end)
+    for b, rows in _documents(k, cu_seqlens):
         qh, kh, vh = _heads_first(q[b, rows]), _heads_first(k[b, rows], group), _heads_first(v[b, rows], group)
         y, p, _ = _attend(qh, kh, vh, scale)
         dz = _heads_first(grad_out[b, rows])
@@ -257,7 +260,11 @@ torch.library.register_autograd(f"{_library.NAMESPACE}::xsa_attention_fwd", _bac
 
 def _composite(q, k, v, xsa, gate, scale, cu_seqlens, max_seqlen):
     """Torch's attention, then the projection as separate passes: for GPUs that have no kernel here."""
-    if cu_seqlens is None:
+    if q.shape[1] < k.shape[1]:
+        sees = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(k.shape[1] - q.shape[1])
+        y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=sees, scale=scale, enable_gqa=True)
+        y = y.transpose(1, 2)
+    elif cu_seqlens is None:
         y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=scale, enable_gqa=True)
         y = y.transpose(1, 2)
     else:
@@ -272,7 +279,7 @@ def _composite(q, k, v, xsa, gate, scale, cu_seqlens, max_seqlen):
         target = torch.where(inside, token, q.shape[1]).reshape(-1)
         y = torch.zeros_like(torch.cat([q[0], q[0, :1]])).index_copy(0, target, y.reshape(-1, *q.shape[2:]))[None, :-1]
     if xsa:
-        own_v = v.repeat_interleave(q.shape[2] // k.shape[2], dim=2).float()
+        own_v = v[:, -q.shape[1] :].repeat_interleave(q.shape[2] // k.shape[2], dim=2).float()
         y = y - _own_share(y.float(), own_v) * own_v
     if gate is not None:
         y = y * gate[..., None]
@@ -283,7 +290,8 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
     """Causal grouped-query attention without each output's own-value component.
 
     q           [B, T, Hq, D], float; slices of one packed QKV buffer are fine
-    k, v        [B, T, Hk, D], the dtype of q, Hq a multiple of Hk
+    k, v        [B, T, Hk, D], the dtype of q, Hq a multiple of Hk. May be longer than q, which then holds the last positions
+                of T: forward only, and without cu_seqlens
     xsa         remove the component along the token's own value
     gate        [B, T, Hq] factor on each head's output, or None
     scale       of the scores, > 0; None is D ** -0.5
@@ -298,16 +306,22 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
     require(q.is_floating_point(), "q", f"expected a float dtype, got {q.dtype}")
     for x, argument in ((k, "k"), (v, "v")):
         # NOTE: torch.compile would fix a length for good if it met it in a message, hence the messages inside conditions.
-        if x.dim() != 4 or x.shape[:2] != q.shape[:2] or x.shape[3] != q.shape[3]:
-            require(False, argument, f"expected [{q.shape[0]}, {q.shape[1]}, Hk, {q.shape[3]}], got shape {list(x.shape)}")
+        if x.dim() != 4 or x.shape[0] != q.shape[0] or x.shape[1] < q.shape[1] or x.shape[3] != q.shape[3]:
+            expected = f"[{q.shape[0]}, {q.shape[1]} or more, Hk, {q.shape[3]}]"
+            require(False, argument, f"expected {expected}, got shape {list(x.shape)}")
         require_dtype(x, argument, (q.dtype,))
         require_device(x, argument, q.device)
-    require(k.shape[2] == v.shape[2], "v", f"{v.shape[2]} heads, where k has {k.shape[2]}")
+    if v.shape != k.shape:
+        require(False, "v", f"expected {list(k.shape)} like k, got shape {list(v.shape)}")
     require(k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0, "q", f"{q.shape[2]} heads are not a multiple of k's {k.shape[2]}")
     if gate is not None:
         if gate.shape != q.shape[:3]:
             require(False, "gate", f"expected {list(q.shape[:3])}, got shape {list(gate.shape)}")
         require_device(gate, "gate", q.device)
+    if q.shape[1] != k.shape[1]:
+        require(cu_seqlens is None, "cu_seqlens", "packed documents need as many queries as keys")
+        wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, gate))
+        require(not wants_gradient, "q", "shorter than k, which serves the forward only: call under torch.no_grad()")
     if cu_seqlens is not None:
         require(q.shape[0] == 1, "cu_seqlens", f"packed documents need B = 1, got {q.shape[0]}")
         require(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1, "cu_seqlens", f"expected [documents + 1], got {list(cu_seqlens.shape)}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pgolf_fast.ops.xsa_attention import xsa_attention, xsa_attention_ref
+from pgolf_fast.ops.xsa_attention import _composite, xsa_attention, xsa_attention_ref
 from tests.compare import assert_within
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -258,6 +258,32 @@ def test_a_document_sees_no_other(device):
         assert not torch.equal(before[name][:, 70:199], after[name][:, 70:199]), name
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heads", [(8, 4), (3, 1)], ids=lambda h: f"{h[0]}to{h[1]}")
+@pytest.mark.parametrize("tokens, queries", [(200, 1), (200, 63), (200, 64), (200, 65), (256, 64), (256, 192), (130, 129), (333, 140)])
+def test_last_queries_of_longer_keys_are_the_end_of_all(device, heads, tokens, queries):
+    """Tiles are counted from the first key, so on the GPU even the order of the sums is the same."""
+    q, k, v, gate, _, _ = inputs([tokens], heads, batch=2, gate=torch.float32, device=device)
+    for xsa in (True, False):
+        whole = torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, gate, None, tokens, xsa, 0.125)
+        ends = q[:, -queries:], k, v, gate[:, -queries:]
+        part = torch.ops.pgolf_fast.xsa_attention_fwd(*ends, None, tokens, xsa, 0.125)
+        for name, x, expected in zip(("out", "lse", "own"), part, (whole[0][:, -queries:], *(x[:, :, -queries:] for x in whole[1:]))):
+            if device == "cuda":
+                assert torch.equal(x, expected), name
+            else:
+                torch.testing.assert_close(x, expected, msg=name)
+        reference = xsa_attention_ref(*(x.double() for x in ends[:3]), gate=ends[3].double(), xsa=xsa)
+        peer = xsa_attention_ref(*ends[:3], gate=ends[3], xsa=xsa)
+        assert_within(xsa_attention(*ends[:3], gate=ends[3], xsa=xsa), peer, reference, "out")
+
+
+def test_composite_of_last_queries():
+    q, k, v, gate, _, _ = inputs([70], batch=2, gate=torch.float32, device="cpu")
+    found = _composite(q[:, -9:], k, v, True, gate[:, -9:], 0.125, None, 70)
+    torch.testing.assert_close(found, xsa_attention_ref(q, k, v, gate=gate)[:, -9:], rtol=0.02, atol=0.02)
+
+
 # ---- registration -----------------------------------------------------------------------------------------
 
 
@@ -358,6 +384,12 @@ def test_bad_input_names_the_argument():
         xsa_attention(q, k, v, cu_seqlens=cu_seqlens.long())
     with pytest.raises(ValueError, match="cu_seqlens: packed documents need B = 1"):
         xsa_attention(*(x.repeat(2, 1, 1, 1) for x in (q, k, v)), cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="v: expected .* like k"):
+        xsa_attention(q[:, :5], k, v[:, :6])
+    with pytest.raises(ValueError, match="q: shorter than k, which serves the forward only"):
+        xsa_attention(q[:, :5].requires_grad_(), k, v)
+    with pytest.raises(ValueError, match="cu_seqlens: packed documents need as many queries as keys"):
+        xsa_attention(q[:, :5], k, v, cu_seqlens=cu_seqlens)
     with pytest.raises(ValueError, match="scale: expected > 0"):
         xsa_attention(q, k, v, scale=0.0)
 
