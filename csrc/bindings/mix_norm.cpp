@@ -15,7 +15,7 @@ __nv_bfloat16* matrix(const Tensor& t, const char* argument, int64_t m) { return
 __nv_bfloat16* matrix(const optional<Tensor>& t, const char* argument, int64_t m) { return t ? matrix(*t, argument, m) : nullptr; }
 
 float* floats(const optional<Tensor>& t, const char* argument, std::initializer_list<int64_t> shape) {
-    return t ? floats(*t, argument, shape) : nullptr;
+    return t ? pgolf::floats(*t, argument, shape) : nullptr;
 }
 
 // What both directions share.
