@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks import run as bench
 from pgolf_fast import recipe
 from pgolf_fast.data import Validation, load_validation
-from pgolf_fast.evaluation.evaluate import evaluate, make_evaluator, warm_up
+from pgolf_fast.evaluation.evaluate import evaluate, make_evaluator
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.export import load_model
 from pgolf_fast.model import GPT
@@ -91,11 +91,11 @@ def measure(config: Evaluate, name: str, batch_tokens: int, device) -> dict:
     text = first(text, config.positions)
     evaluator = make_evaluator(name, model, settings)
     begin = time.perf_counter()
-    warm_up(evaluator, model, 3 * max(settings.ttt.chunk_tokens, batch_tokens), 0, device)
+    evaluator.warm_up(len(text.document_starts))
     torch.cuda.synchronize()
     warm_up_s = time.perf_counter() - begin
     torch.cuda.reset_peak_memory_stats()
-    outcome = evaluate(evaluator, Referee(model, text, device))
+    outcome = evaluate(evaluator, Referee(evaluator.model, text, device))
     row = {"evaluator": name, "batch_tokens": batch_tokens, "positions": len(text), "seconds": outcome.scoring_s, "warm_up_s": warm_up_s}
     row |= {"positions_per_s": len(text) / outcome.scoring_s, "bits_per_byte": outcome.result.score.bits_per_byte}
     row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -92,7 +92,7 @@ def score_text(artifact, data, config, length, at_most, prefix_documents, device
     }
     for name, variant in variants.items():
         evaluator = PhasedLora(load_model(artifact, device)[1], variant)
-        evaluator.record(len(validation.document_starts))
+        evaluator.warm_up(len(validation.document_starts))
         referee = Referee(evaluator.model, validation, device)
         referee.running()  # waits for the device
         begin = time.perf_counter()
@@ -116,9 +116,8 @@ def main():
     parser.add_argument("--device", default="cuda", help="with --artifact: cpu or cuda")
     parser.add_argument("--first", type=int, default=10**9, help="with --artifact: so many documents")
     parser.add_argument("--prefix-documents", type=int, default=64, help="with --artifact: documents of the pauses")
-    parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
-    config = PhasedLoraConfig(batch_documents=options.documents, row_multiple=options.row_multiple, compile=not options.no_compile)
+    config = PhasedLoraConfig(batch_documents=options.documents, row_multiple=options.row_multiple)
     if options.artifact:
         return score_text(options.artifact, options.data, config, options.length, options.first, options.prefix_documents, options.device)
     model = random_model("cuda")
@@ -130,7 +129,7 @@ def main():
     evaluator = PhasedLora(model, config)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    evaluator.record(options.documents)
+    evaluator.warm_up(options.documents)
     end.record()
     torch.cuda.synchronize()
     print(f"recorded {len(evaluator.model.recordings)} shapes in {begin.elapsed_time(end) / 1e3:.1f} s")

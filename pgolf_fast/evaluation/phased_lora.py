@@ -42,7 +42,6 @@ class PhasedLoraConfig:
     chunk_tokens: int = setting(48, "predictions per document between two updates of its adapters", "TTT_CHUNK_SIZE")
     batch_documents: int = setting(64, "documents scored side by side", "TTT_BATCH_SIZE")
     row_multiple: int = setting(128, "tokens; rows are padded to a multiple of it, one recorded step each, without effect on a score")
-    compile: bool = setting(True, "on a GPU, fuse elementwise chains by torch.compile: faster steps, a minute or two more before the first")
     rank: int = setting(96, "of the adapters", "TTT_LORA_RANK")
     alpha: float = setting(144.0, "corrections are scaled by alpha / rank", "TTT_LORA_ALPHA")
     lr: float = setting(1e-4, "of the adapters, constant", "TTT_LORA_LR")
@@ -139,7 +138,7 @@ class _PauseSgd(Sgd):
 
 
 class PhasedLora:
-    """An `Evaluator`; see referee.py. Its referee is made with `evaluator.model`."""
+    """An `Evaluator`; see referee.py."""
 
     def __init__(self, model, config: PhasedLoraConfig):
         if config.lanes % dist.world_size():
@@ -149,7 +148,7 @@ class PhasedLora:
         on_gpu = self.device.type == "cuda"
         self.sgd = (GraphedStep if on_gpu else Step)(model, _PauseSgd(model, config), config.window_tokens)
         model.requires_grad_(False)
-        self.model = Replays(model, config.chunk_tokens, config.compile) if on_gpu else model
+        self.model = Replays(model, config.chunk_tokens) if on_gpu else model
         self.phase = self.round = 0  # next to be done
         self.lane_down: dict[int, Tensor] = {}  # what a lane's next batch starts from
         self.adapters: dict[int, Adapters] = {}  # by number of documents
@@ -176,8 +175,8 @@ class PhasedLora:
             self.lane_down = {}
             yield
 
-    def record(self, num_documents) -> None:
-        """On a GPU, every step that a stream of so many documents needs, on random ids: nothing is left to be recorded while scoring."""
+    def warm_up(self, num_documents: int) -> None:
+        """Every chunk step that a stream of so many documents needs, on random ids."""
         if isinstance(self.model, Replays):
             size, multiple = self.config.batch_documents, self.config.row_multiple
             for rows in {min(size, num_documents), num_documents % size} - {0}:
