@@ -184,6 +184,7 @@ class PhasedLora:
                 for row in range(multiple, self.config.window_tokens + multiple, multiple):
                     inputs = torch.randint(2, self.weights.config.vocab_size, (rows, row), device=self.device)
                     self.model(inputs, positions=inputs[:, :1] % row, adapters=adapters, max_seqlen=self.config.window_tokens)
+                self.update(adapters)
 
     # -- adapters, document by document
 
@@ -220,9 +221,12 @@ class PhasedLora:
                     # A document's last chunk is never learned from. Its adapters then have no gradient, but they decay on.
                     has_later = num_chunks > number + 1
                     (scored.losses.sum(1) * has_later).sum().div(config.chunk_tokens).backward()
-                    adapters.step(config.lr, config.beta2, config.epsilon, config.weight_decay)
+                    self.update(adapters)
         if len(starts) == config.batch_documents:
             self.lane_down[lane] = adapters.down.clone()
+
+    def update(self, adapters) -> None:
+        adapters.step(self.config.lr, self.config.beta2, self.config.epsilon, self.config.weight_decay)
 
     # -- all weights, at a pause
 

@@ -83,10 +83,14 @@ def test_plain():
     assert result.score.bits_per_byte == pytest.approx(expected.sum() / math.log(2) / validation.target_bytes.sum(), rel=1e-6)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain blocks", "fused blocks"])
 @pytest.mark.parametrize("stride", [1, 8, 32])
-def test_sliding(stride):
+def test_sliding(stride, fused):
+    """The fused blocks make the last visit of the scored positions alone."""
     gpt, validation = stream.model(), stream.validation(96)
+    gpt.use_fused_blocks = fused
     losses, result = losses_of(SlidingWindow(gpt, WINDOW, stride, 160), gpt, validation)
+    gpt.use_fused_blocks = False
     np.testing.assert_allclose(losses, stream.sliding_losses(gpt, validation.tokens, WINDOW, stride), atol=3e-5)
     assert result.again.tokens == 0
 

@@ -296,6 +296,16 @@ def test_losses_come_before_the_update_that_they_cause():
         assert end - start <= CONFIG.chunk_tokens or not np.allclose(still.ledger.losses[start:end], learning.ledger.losses[start:end], atol=1e-4)
 
 
+def test_by_the_adapted_blocks_it_is_the_same():
+    """Updates, pauses and all, in float64: the node that serves a GPU, by its formulas."""
+    validation = validation_of()
+    _, plain, _ = evaluate(validation)
+    fused = model_of()
+    fused.use_fused_blocks = True
+    _, by_node, _ = evaluate(validation, model=fused)
+    np.testing.assert_allclose(by_node.ledger.losses, plain.ledger.losses, rtol=1e-5, atol=1e-6)
+
+
 def test_stopped_anywhere_it_goes_on_with_the_same_result():
     validation = validation_of([9, 4, 14, 1, 6, 5])
     expected, _, _ = evaluate(validation)
