@@ -287,9 +287,13 @@ def xsa_attention_at(q, k, v, positions, xsa=True, gate=None, scale=None):
 
     By torch's attention on every device: a window's last 64 positions are 3 % of its attention.
     """
+    group = q.shape[2] // k.shape[2]
+    # The query heads of a group are rows of one head: torch's fast kernels that take a mask want as many heads of keys as of queries.
+    rows = q.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hk, group S, D]
     visible = torch.arange(k.shape[1], device=k.device) <= positions[:, None, :, None]
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(*heads_first, attn_mask=visible, scale=scale, enable_gqa=True).transpose(1, 2)
+    visible = visible.expand(-1, group, -1, -1).flatten(1, 2)[:, None]  # [B, 1, group S, T]
+    y = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, scale=scale)
+    y = y.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return _finished(y, rows_at(v, positions), xsa, gate)
 
 
