@@ -8,19 +8,19 @@
 
 namespace pgolf {
 
-static __nv_bfloat16* bf16_data(const Tensor& t) { return static_cast<__nv_bfloat16*>(t.mutable_data_ptr()); }
+static __half* half_data(const Tensor& t) { return static_cast<__half*>(t.mutable_data_ptr()); }
 
 static int64_t orthogonalize_partial_sums_op(int64_t elements) { return orthogonalize_partial_sums(elements); }
 
 // Matrices, [b, rows, columns] each, in the order of the groups; those of group g fill outputs[g], [count, rows, columns].
 static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> coefficients, std::vector<Tensor> outputs,
-                             std::vector<Tensor> x0, std::vector<Tensor> x1, std::vector<Tensor> gram, std::vector<Tensor> poly,
-                             Tensor counters, Tensor partial_sums) {
+                             std::vector<Tensor> x0, std::vector<Tensor> x1, std::vector<Tensor> squares, Tensor counters,
+                             Tensor partial_sums) {
     STD_TORCH_CHECK(!matrices.empty(), "matrices: the list is empty");
     STD_TORCH_CHECK(!coefficients.empty() && coefficients.size() % 3 == 0 && coefficients.size() / 3 <= kOrthogonalizeMaxSteps,
                     "coefficients: expected a, b, c for 1 to ", kOrthogonalizeMaxSteps, " steps");
     const size_t num_groups = outputs.size();
-    STD_TORCH_CHECK(x0.size() == num_groups && x1.size() == num_groups && gram.size() == num_groups && poly.size() == num_groups,
+    STD_TORCH_CHECK(x0.size() == num_groups && x1.size() == num_groups && squares.size() == num_groups,
                     "workspaces: expected one of each per group");
     const ScalarType dtype = matrices[0].scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "matrices: expected bfloat16 or float32");
@@ -35,14 +35,15 @@ static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> c
         const int64_t m = rows < columns ? rows : columns;
         STD_TORCH_CHECK(rows % 8 == 0 && columns % 8 == 0 && rows * columns > 0, "matrices: expected rows and columns that are multiples of 8");
         STD_TORCH_CHECK(rows <= INT_MAX && columns <= INT_MAX && count <= INT_MAX, "matrices: more than 2^31 - 1 of something");
-        for (const Tensor& t : {outputs[g], x0[g], x1[g]}) check(t, "workspaces", ScalarType::BFloat16, {count, rows, columns});
-        for (const Tensor& t : {gram[g], poly[g]}) check(t, "workspaces", ScalarType::BFloat16, {count, m, m});
-        for (const Tensor& t : {outputs[g], x0[g], x1[g], gram[g], poly[g]}) {
+        check(outputs[g], "outputs", ScalarType::BFloat16, {count, rows, columns});
+        for (const Tensor& t : {x0[g], x1[g]}) check(t, "workspaces", ScalarType::Half, {count, rows, columns});
+        check(squares[g], "workspaces", ScalarType::Half, {kOrthogonalizeSquares, count, m, m});
+        for (const Tensor& t : {outputs[g], x0[g], x1[g], squares[g]}) {
             check_contiguous(t, "workspaces");
             check_aligned(t, "workspaces");
         }
-        groups[g] = {{bf16_data(x0[g]), bf16_data(x1[g])}, bf16_data(gram[g]), bf16_data(poly[g]), bf16_data(outputs[g]),
-                     int32_t(count), int32_t(rows), int32_t(columns)};
+        groups[g] = {{half_data(x0[g]), half_data(x1[g])}, half_data(squares[g]),
+                     static_cast<__nv_bfloat16*>(outputs[g].mutable_data_ptr()), int32_t(count), int32_t(rows), int32_t(columns)};
         for (int64_t taken = 0; taken < count; ++next) {
             STD_TORCH_CHECK(next < matrices.size(), "matrices: fewer than the outputs have room for");
             const Tensor& batch = matrices[next];
@@ -80,8 +81,8 @@ static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> c
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def("orthogonalize_partial_sums(int elements) -> int");
     m.def(
-        "orthogonalize(Tensor[] matrices, float[] coefficients, Tensor(a!)[] outputs, Tensor(b!)[] x0, Tensor(c!)[] x1, Tensor(d!)[] gram, "
-        "Tensor(e!)[] poly, Tensor(f!) counters, Tensor(g!) partial_sums) -> ()");
+        "orthogonalize(Tensor[] matrices, float[] coefficients, Tensor(a!)[] outputs, Tensor(b!)[] x0, Tensor(c!)[] x1, "
+        "Tensor(d!)[] squares, Tensor(e!) counters, Tensor(f!) partial_sums) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CompositeExplicitAutograd, m) {
     m.impl("orthogonalize_partial_sums", TORCH_BOX(&pgolf::orthogonalize_partial_sums_op));

@@ -27,7 +27,7 @@ struct NormLaunch {
 };
 static_assert(sizeof(NormLaunch) <= 4096);
 
-// Eight elements as the bf16 that the iteration sees.
+// Eight elements as the bf16 that the published iteration sees.
 template <typename T>
 __device__ uint4 load_bf16x8(const T* p) {
     if constexpr (sizeof(T) == 2) {
@@ -39,6 +39,14 @@ __device__ uint4 load_bf16x8(const T* p) {
 }
 __device__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// Two floats to one register of two fp16, `low` in the low half.
+__device__ uint32_t pack_fp16(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+__device__ float2 unpack_fp16(uint32_t pair) { return __half22float2(reinterpret_cast<const __half2&>(pair)); }
 
 __device__ double block_sum(double x) {
     __shared__ double s_sum[kNormThreads / 32];
@@ -95,7 +103,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constan
 #pragma unroll
         for (int i = 0; i < kNormVectors; ++i) {
             for (uint32_t* pair : {&v[i].x, &v[i].y, &v[i].z, &v[i].w})
-                *pair = pack_bf16(low_bf16(*pair) * coarse * fine, high_bf16(*pair) * coarse * fine);
+                *pair = pack_fp16(low_bf16(*pair) * coarse * fine, high_bf16(*pair) * coarse * fine);
             const int64_t at = begin + i * kNormThreads * 8;
             if (at < input.elements) *reinterpret_cast<uint4*>(input.x + at) = v[i];
         }
@@ -108,14 +116,15 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constan
 // What limits a 128 x 128 tile is the L2's bandwidth, so two tiles that share are half a third cheaper than two that do
 // not. Few matrices leave multiprocessors idle: then every task is one tile, and the two warpgroups take turns.
 //
-//     product    tile          A                    B
-//     gram       [own, shared] X rows own           X rows shared           (tall: columns)
-//     poly       [own, shared] gram rows own        gram rows shared
-//     update     [shared, own] poly rows shared     X columns own
-//      (tall)    [own, shared] X rows own           poly rows shared
+//     product       tile           A                  B
+//     gram          [own, shared]  X rows own         X rows shared      (tall: columns)
+//     polynomial    [own, shared]  R rows own         R rows shared
+//     square        [own, shared]  left rows own      right rows shared
+//     update        [shared, own]  P rows shared      X columns own
+//      (tall)       [own, shared]  X rows own         P rows shared
 //
-// The tile of gram or X that is added to the product is part of the own operand, at the k blocks of the shared tile's
-// index: they are read first, and the accumulators start from them.
+// The tile of R that is added to the polynomial is part of the own operand, at the k blocks of the shared tile's index: they are
+// read first, and the accumulators start from them.
 
 constexpr int kTile = 128;                   // edge of an output tile
 constexpr int kBox = 64;                     // edge of what one TMA instruction moves
@@ -129,46 +138,62 @@ constexpr int kLoader = kTeams * 4, kScheduler = kLoader + 1, kStorer = kLoader 
 constexpr int kThreads = (kStorer + kTeams) * 32;
 constexpr int kAhead = 2;  // tasks that the scheduler keeps ready for the loader
 
-enum Product : int { kGram, kPoly, kUpdate, kNoMore };
+enum Kind : uint8_t { kGram, kPolynomial, kSquare, kUpdate, kNoMore };
 
-struct GroupMaps {
-    CUtensorMap x[2], gram, poly, out;
-    int32_t count, rows, columns, first_matrix;
+// One product of a matrix's program. Squares are named by their place among the kOrthogonalizeSquares.
+struct Product {
+    uint8_t kind, step;
+    uint8_t left, right, out;  // squares; of an update, `left` is P
+    uint8_t squares_before, updates_before;  // products of either size that come earlier
+    bool last;
+};
 
-    __host__ __device__ bool tall() const { return rows > columns; }
-    __host__ __device__ int narrow_tiles() const { return ((tall() ? columns : rows) + kTile - 1) / kTile; }
-    __host__ __device__ int wide_tiles() const { return ((tall() ? rows : columns) + kTile - 1) / kTile; }
-    __host__ __device__ int symmetric_tiles() const { return narrow_tiles() * (narrow_tiles() + 1) / 2; }
-    __host__ __device__ int update_tiles() const { return narrow_tiles() * wide_tiles(); }
-    // Tasks of one matrix, of at most `width` tiles each.
-    __host__ __device__ int tasks(int product, int width) const {
-        if (product == kUpdate) return narrow_tiles() * ((wide_tiles() + width - 1) / width);
-        int sum = 0;
-        for (int left = narrow_tiles(); left > 0; --left) sum += (left + width - 1) / width;
-        return sum;
+// What happens to a matrix, in this order.
+struct Program {
+    static constexpr int kMaxLength = 7 * ((kOrthogonalizeMaxSteps + 1) / 2);
+    Product products[kMaxLength];
+    int32_t length;
+
+    void add(Kind kind, int step, int left, int right, int out) {
+        const Product* previous = length > 0 ? &products[length - 1] : nullptr;
+        const bool after_update = previous && previous->kind == kUpdate;
+        products[length++] = {kind, uint8_t(step), uint8_t(left), uint8_t(right), uint8_t(out),
+                              uint8_t(previous ? previous->squares_before + !after_update : 0),
+                              uint8_t(previous ? previous->updates_before + after_update : 0), false};
     }
 };
 
-// The tasks of one product on one group; a step is a list of these.
-struct Segment {
-    uint32_t end;  // of its tasks, counted from the step's first
-    int32_t product, group, tasks_per_matrix;
+struct GroupMaps {
+    CUtensorMap x[2], squares, out;
+    int32_t count, rows, columns, first_matrix;
+    int32_t square_tasks, update_tasks;  // of one product of one matrix
+    bool paired;                         // which program
+
+    __host__ __device__ bool tall() const { return rows > columns; }
+    __host__ __device__ int wide() const { return tall() ? rows : columns; }
+    __host__ __device__ int narrow_tiles() const { return ((tall() ? columns : rows) + kTile - 1) / kTile; }
+    __host__ __device__ int wide_tiles() const { return (wide() + kTile - 1) / kTile; }
+    __host__ __device__ int gram_blocks() const { return (wide() + kBox - 1) / kBox; }
+    __host__ __device__ int square_blocks() const { return 2 * narrow_tiles(); }
+    __host__ __device__ int square_tiles() const { return narrow_tiles() * (narrow_tiles() + 1) / 2; }
+    __host__ __device__ int update_tiles() const { return narrow_tiles() * wide_tiles(); }
 };
 
 struct Iteration {
     GroupMaps groups[kOrthogonalizeMaxGroups];
-    Segment segments[3 * kOrthogonalizeMaxGroups];
+    Program programs[2];  // a Gram matrix per step; a Gram matrix per two steps
     float coefficients[kOrthogonalizeMaxSteps][3];
-    int32_t num_groups, num_steps, width;
-    uint32_t tasks_per_step;
+    int32_t num_groups, num_rounds;
+    int32_t width;  // tiles of a task
     uint32_t* next_task;
-    uint32_t* done;  // per matrix: tiles finished, over all products and steps
+    uint32_t* done;  // per matrix: tiles finished, over all products
 };
 
 struct Task {
-    int product, step, group, matrix;
+    Product product;
+    int group, matrix;
     int shared, own, num_tiles;  // tile indices; of the first tile, if there are two
-    int num_k;                   // k blocks of 64; poly and update begin at block 2 shared
+    int num_k;                   // k blocks of 64
 };
 
 // A task as a team sees it.
@@ -179,7 +204,7 @@ struct TeamTask : Task {
 
 struct StoreTask {
     const CUtensorMap* map;
-    uint32_t* done;  // counted up once stored, or null
+    uint32_t* done;  // counted up once stored
     int row, column, matrix;
 };
 
@@ -204,41 +229,62 @@ __device__ void add_release(uint32_t* p, uint32_t v) {
 // Between the copy engine's accesses to global memory and this thread's counter.
 __device__ void fence_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// The `index`-th task: by step, product, group, matrix, shared tile.
-__device__ Task decode(const Iteration& it, uint32_t index) {
-    Task task;
-    task.product = kNoMore;
-    if (index >= it.num_steps * it.tasks_per_step) return task;
-    task.step = index / it.tasks_per_step;
-    index %= it.tasks_per_step;
-    int segment = 0;
-    while (index >= it.segments[segment].end) ++segment;
-    if (segment > 0) index -= it.segments[segment - 1].end;
-    task.product = it.segments[segment].product;
-    task.group = it.segments[segment].group;
-    const GroupMaps& group = it.groups[task.group];
-    task.matrix = index / it.segments[segment].tasks_per_matrix;
-    int left = index % it.segments[segment].tasks_per_matrix;
-    for (task.shared = 0;; ++task.shared) {
-        const int first = task.product == kUpdate ? 0 : task.shared;
-        const int last = task.product == kUpdate ? group.wide_tiles() : group.narrow_tiles();
-        const int here = (last - first + it.width - 1) / it.width;
-        if (left < here) {
-            task.own = first + left * it.width;
-            task.num_tiles = min(it.width, last - task.own);
-            break;
-        }
-        left -= here;
-    }
-    const int wide = group.tall() ? group.rows : group.columns;
-    task.num_k = task.product == kGram ? (wide + kBox - 1) / kBox : 2 * group.narrow_tiles();
-    return task;
+// The k block that is multiplied as the i-th: those of the shared tile's own index first, see above.
+__device__ int k_block(const Task& task, int i) {
+    if (task.product.kind == kGram || i / 2 > task.shared) return i;
+    return i < 2 ? 2 * task.shared + i : i - 2;
 }
 
+// Where a multiprocessor is in the list of all tasks: by round (one product of each matrix), group, matrix, shared tile.
+struct Cursor {
+    int round = 0, group = 0;
+    uint32_t begin = 0;  // first task of this round and group
+
+    // The `index`-th task; never an earlier one than before.
+    __device__ Task task(const Iteration& it, uint32_t index) {
+        Task task;
+        for (;;) {
+            task.product.kind = kNoMore;
+            if (round == it.num_rounds) return task;
+            const GroupMaps& group_maps = it.groups[group];
+            const Program& program = it.programs[group_maps.paired];
+            if (round < program.length) {
+                task.product = program.products[round];
+                const uint32_t per_matrix = task.product.kind == kUpdate ? group_maps.update_tasks : group_maps.square_tasks;
+                if (index - begin < group_maps.count * per_matrix) {
+                    place(task, it, index - begin, per_matrix);
+                    return task;
+                }
+                begin += group_maps.count * per_matrix;
+            }
+            if (++group == it.num_groups) group = 0, ++round;
+        }
+    }
+
+    __device__ void place(Task& task, const Iteration& it, uint32_t index, uint32_t per_matrix) const {
+        const GroupMaps& group_maps = it.groups[group];
+        task.group = group;
+        task.matrix = index / per_matrix;
+        int left = index % per_matrix;
+        const bool update = task.product.kind == kUpdate;
+        for (task.shared = 0;; ++task.shared) {
+            const int first = update ? 0 : task.shared;
+            const int last = update ? group_maps.wide_tiles() : group_maps.narrow_tiles();
+            const int here = (last - first + it.width - 1) / it.width;
+            if (left < here) {
+                task.own = first + left * it.width;
+                task.num_tiles = min(it.width, last - task.own);
+                break;
+            }
+            left -= here;
+        }
+        task.num_k = task.product.kind == kGram ? group_maps.gram_blocks() : group_maps.square_blocks();
+    }
+};
+
 // Tiles of the task's matrix that must be finished before it may start: all of its earlier products.
-__device__ uint32_t prerequisite(const GroupMaps& group, const Task& task) {
-    const uint32_t symmetric = group.symmetric_tiles();
-    return task.step * (2 * symmetric + group.update_tiles()) + task.product * symmetric;
+__device__ uint32_t prerequisite(const GroupMaps& group, const Product& product) {
+    return product.squares_before * group.square_tiles() + product.updates_before * group.update_tiles();
 }
 
 // 128 rows (k-major) or columns (mn-major) of one k block, into the next slot.
@@ -246,7 +292,7 @@ __device__ uint32_t prerequisite(const GroupMaps& group, const Task& task) {
 // NOTE: a team does not look at the slots of the other team's operands, and a parity tells a phase from its neighbours only. A team
 // that waits for position p has seen p - 3 at least, or has its task from after the loads up to p - 3 were issued; so the load of
 // p - kSlots must be complete by then, or the slot's phase before it would pass for the one waited for.
-__device__ void load_operand(Shared& s, uint32_t& position, const CUtensorMap& map, bool k_major, int tile, int k, int matrix) {
+__device__ void load_block(Shared& s, uint32_t& position, const CUtensorMap& map, bool k_major, int tile, int k, int matrix) {
     const uint32_t slot = position % kSlots;
     if (position >= kInFlight) mbarrier_wait(&s.full[(position - kInFlight) % kSlots], (position - kInFlight) / kSlots & 1);
     mbarrier_wait(&s.empty[slot], ((position / kSlots) & 1) ^ 1);
@@ -262,20 +308,21 @@ __device__ void load_operand(Shared& s, uint32_t& position, const CUtensorMap& m
 
 // Takes tasks from the queue and hands them on once they may start, while the loader still works on earlier ones.
 __device__ void schedule(const Iteration& it, Shared& s) {
+    Cursor cursor;
     uint32_t next = atomicAdd(it.next_task, 1);
     for (int n = 0;; ++n) {
-        const Task task = decode(it, next);
-        if (task.product != kNoMore) {
+        const Task task = cursor.task(it, next);
+        if (task.product.kind != kNoMore) {
             next = atomicAdd(it.next_task, 1);
             const GroupMaps& group = it.groups[task.group];
-            const uint32_t need = prerequisite(group, task);
+            const uint32_t need = prerequisite(group, task.product);
             while (load_acquire(&it.done[group.first_matrix + task.matrix]) < need) __nanosleep(20);
         }
         const int place = n % kAhead;
         mbarrier_wait(&s.ready_empty[place], ((n / kAhead) & 1) ^ 1);
         s.ready[place] = task;
         mbarrier_arrive(&s.ready_full[place]);
-        if (task.product == kNoMore) return;
+        if (task.product.kind == kNoMore) return;
     }
 }
 
@@ -293,11 +340,12 @@ __device__ void load_tasks(const Iteration& it, Shared& s) {
         static_cast<Task&>(task) = s.ready[place];
         mbarrier_arrive(&s.ready_empty[place]);
         fence_async_all();
-        if (task.product == kNoMore) {
+        if (task.product.kind == kNoMore) {
             for (int team = 0; team < kTeams; ++team) hand_over(team, task);
             return;
         }
-        const bool same = task.product != kUpdate && task.own == task.shared;  // on the diagonal, of the first tile
+        const int kind = task.product.kind;
+        const bool same = (kind == kGram || kind == kPolynomial) && task.own == task.shared;  // on the diagonal, of the first tile
         task.position = position;
         task.stride = 1 + task.num_tiles - same;
         for (int i = 0; i < task.num_tiles; ++i) {
@@ -308,17 +356,20 @@ __device__ void load_tasks(const Iteration& it, Shared& s) {
         }
 
         const GroupMaps& group = it.groups[task.group];
-        const CUtensorMap& x = group.x[task.step % 2];
-        const CUtensorMap& shared = task.product == kGram ? x : task.product == kPoly ? group.gram : group.poly;
-        const CUtensorMap& own = task.product == kPoly ? group.gram : x;
-        const bool shared_k_major = task.product != kGram || !group.tall();
-        const bool own_k_major = task.product == kPoly || (task.product == kGram) != group.tall();
-        int k = task.product == kGram ? 0 : 2 * task.shared;
+        const CUtensorMap& x = group.x[task.product.updates_before % 2];
+        // A square's tiles above the diagonal are read as mirror images of those below.
+        const auto load_square = [&](int square, int tile, int k) {
+            load_block(s, position, group.squares, k / 2 <= tile, tile, k, square * group.count + task.matrix);
+        };
         for (int i = 0; i < task.num_k; ++i) {
-            load_operand(s, position, shared, shared_k_major, task.shared, k, task.matrix);
+            const int k = k_block(task, i);
+            if (kind == kGram) load_block(s, position, x, !group.tall(), task.shared, k, task.matrix);
+            else load_square(kind == kUpdate ? task.product.left : task.product.right, task.shared, k);
             for (int tile = same; tile < task.num_tiles; ++tile)
-                load_operand(s, position, own, own_k_major, task.own + tile, k, task.matrix);
-            if (++k == task.num_k) k = 0;
+                if (kind == kGram || kind == kUpdate)
+                    load_block(s, position, x, (kind == kGram) != group.tall(), task.own + tile, k, task.matrix);
+                else
+                    load_square(task.product.left, task.own + tile, k);
         }
     }
 }
@@ -329,9 +380,9 @@ using Tile = float[2][64];
 // Byte of column group `group` (8 columns) of row `row` in a 128-byte swizzled box.
 __device__ __forceinline__ uint32_t swizzled(int row, int group) { return row * 128 + ((group ^ (row & 7)) << 4); }
 
-// tile = factor * T, where T's box (half of rows, half of columns) lies at `box(half, column_half)`.
+// tile = weight * T + diagonal * I, where T's box (half of rows, half of columns) lies at `box(half, column_half)`.
 template <typename Box>
-__device__ __forceinline__ void start_from(Tile& tile, float factor, const Box& box) {
+__device__ __forceinline__ void start_from(Tile& tile, float weight, float diagonal, const Box& box) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -342,10 +393,11 @@ __device__ __forceinline__ void start_from(Tile& tile, float factor, const Box& 
             for (int j = 0; j < 8; ++j)
 #pragma unroll
                 for (int eight = 0; eight < 2; ++eight) {
-                    const uint32_t byte = swizzled(16 * warp + 8 * eight + lane / 4, j) + lane % 4 * 4;
-                    const uint32_t pair = *reinterpret_cast<const uint32_t*>(p + byte);
+                    const int row = 16 * warp + 8 * eight + lane / 4, column = 8 * j + lane % 4 * 2;  // of the box
+                    const float2 pair = unpack_fp16(*reinterpret_cast<const uint32_t*>(p + swizzled(row, j) + lane % 4 * 4));
                     float* d = &tile[half][4 * (8 * column_half + j) + 2 * eight];
-                    d[0] = factor * low_bf16(pair), d[1] = factor * high_bf16(pair);
+                    d[0] = weight * pair.x + (half == column_half && row == column ? diagonal : 0);
+                    d[1] = weight * pair.y + (half == column_half && row == column + 1 ? diagonal : 0);
                 }
         }
 }
@@ -361,15 +413,18 @@ __device__ __forceinline__ void release_slot(Shared& s, uint32_t position, int t
         for (int i = 0; i < times; ++i) mbarrier_arrive(&s.empty[position % kSlots]);
 }
 
+__device__ __forceinline__ void release_block(Shared& s, const TeamTask& task, int i) {
+    const uint32_t position = task.position + i * task.stride;
+    release_slot(s, position, 3 - task.num_tiles);
+    if (task.own_offset > 0) release_slot(s, position + task.own_offset, 2);
+}
+
+// tile += the products of the k blocks from the `first`-th to before the `end`-th.
 template <int kMajorA, int kMajorB>
-__device__ __forceinline__ void multiply(Tile& tile, Shared& s, const TeamTask& task, bool own_is_a) {
+__device__ __forceinline__ void multiply(Tile& tile, Shared& s, const TeamTask& task, bool own_is_a, int first, int end) {
     constexpr int kStepA = kMajorA == wgmma::kMajorK ? 32 : 2048, kStepB = kMajorB == wgmma::kMajorK ? 32 : 2048;  // bytes of 16 k
-    const auto release = [&](uint32_t position) {
-        release_slot(s, position, 3 - task.num_tiles);
-        if (task.own_offset > 0) release_slot(s, position + task.own_offset, 2);
-    };
-    uint32_t position = task.position;
-    for (int i = 0; i < task.num_k; ++i, position += task.stride) {
+    for (int i = first; i < end; ++i) {
+        const uint32_t position = task.position + i * task.stride;
         const uint8_t* shared = wait_for_slot(s, position);
         const uint8_t* own = task.own_offset > 0 ? wait_for_slot(s, position + task.own_offset) : shared;
         const uint8_t* a = own_is_a ? own : shared;
@@ -382,98 +437,92 @@ __device__ __forceinline__ void multiply(Tile& tile, Shared& s, const TeamTask& 
             const uint64_t a_descriptor = kMajorA == wgmma::kMajorK ? wgmma::descriptor(box) : wgmma::descriptor_mn_major(box, kBoxBytes);
 #pragma unroll
             for (int k = 0; k < kBox / 16; ++k)
-                wgmma::mma<kMajorA, kMajorB>(tile[half], wgmma::advance(a_descriptor, k * kStepA), wgmma::advance(b_descriptor, k * kStepB),
-                                             true);
+                wgmma::mma_fp16<kMajorA, kMajorB>(tile[half], wgmma::advance(a_descriptor, k * kStepA),
+                                                  wgmma::advance(b_descriptor, k * kStepB), true);
         }
         wgmma::commit();
         wgmma::wait<1>();
-        if (i > 0) release(position - task.stride);
+        if (i > first) release_block(s, task, i - 1);
     }
     wgmma::wait<0>();
-    wgmma::pin(tile[0]);
-    wgmma::pin(tile[1]);
-    release(position - task.stride);
+    release_block(s, task, end - 1);
 }
 
-// The tile in bf16, times `factor`, as four swizzled boxes [half of rows][half of columns]; or its transpose.
-template <bool kTransposed>
+// The tile, times `factor`, in bf16 or fp16, as four swizzled boxes [half of rows][half of columns].
+template <bool kBf16>
 __device__ __forceinline__ void stage_tile(const Tile& tile, float factor, uint8_t* staging) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const uint32_t base = smem_u32(staging);
+    const auto pack = [&](float low, float high) {
+        return kBf16 ? pack_bf16(factor * low, factor * high) : pack_fp16(factor * low, factor * high);
+    };
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int j = 0; j < 16; j += 2) {
             const float* d = &tile[half][4 * j];
-            const uint32_t r0 = pack_bf16(factor * d[0], factor * d[1]), r1 = pack_bf16(factor * d[2], factor * d[3]);
-            const uint32_t r2 = pack_bf16(factor * d[4], factor * d[5]), r3 = pack_bf16(factor * d[6], factor * d[7]);
             // Lane l gives the address of row l % 8 of the fragment's l / 8-th 8 x 8 block: two blocks down, then two to the right.
-            const int down = lane / 8 % 2, column_group = j + lane / 16;
-            if constexpr (!kTransposed) {
-                const int box = half * 2 + j / 8;
-                stmatrix_x4(base + box * kBoxBytes + swizzled(16 * warp + 8 * down + lane % 8, column_group % 8), r0, r1, r2, r3);
-            } else {
-                const int box = j / 8 * 2 + half;
-                stmatrix_x4_transposed(base + box * kBoxBytes + swizzled(column_group % 8 * 8 + lane % 8, 2 * warp + down), r0, r1, r2, r3);
-            }
+            const int row = 16 * warp + lane / 8 % 2 * 8 + lane % 8, column_group = j + lane / 16;
+            const uint32_t address = smem_u32(staging) + (half * 2 + j / 8) * kBoxBytes + swizzled(row, column_group % 8);
+            stmatrix_x4(address, pack(d[0], d[1]), pack(d[2], d[3]), pack(d[4], d[5]), pack(d[6], d[7]));
         }
 }
 
 __device__ void consume(const Iteration& it, Shared& s, int team) {
-    uint32_t stores = 0;
-    const auto store = [&](const CUtensorMap* map, uint32_t* done, int row, int column, int matrix, const auto& stage) {
-        mbarrier_wait(&s.store_empty[team], (stores++ & 1) ^ 1);
-        stage(s.staging[team]);
-        fence_async_shared();
-        if (threadIdx.x % 128 == 0) s.store[team] = {map, done, row, column, matrix};
-        mbarrier_arrive(&s.store_full[team]);
-    };
     for (int round = 0;; ++round) {
         mbarrier_wait(&s.task_full[team], round & 1);
         const TeamTask task = s.task[team];
         mbarrier_arrive(&s.task_empty[team]);
-        if (task.product == kNoMore) {
-            store(nullptr, nullptr, 0, 0, 0, [](uint8_t*) {});
+        const int kind = task.product.kind;
+        if (kind == kNoMore) {
+            mbarrier_wait(&s.store_empty[team], (round & 1) ^ 1);
+            if (threadIdx.x % 128 == 0) s.store[team].map = nullptr;
+            mbarrier_arrive(&s.store_full[team]);
             return;
         }
         const GroupMaps& group = it.groups[task.group];
-        const bool tall = group.tall(), wide_update = task.product == kUpdate && !tall;
-        const float a = it.coefficients[task.step][0], b = it.coefficients[task.step][1], c = it.coefficients[task.step][2];
+        const bool wide_update = kind == kUpdate && !group.tall();
 
         Tile tile;
         float factor = 1;
-        if (task.product == kGram) {
-#pragma unroll
-            for (int i = 0; i < 64; ++i) tile[0][i] = tile[1][i] = 0;
-            if (tall) multiply<wgmma::kMajorMN, wgmma::kMajorMN>(tile, s, task, true);
-            else multiply<wgmma::kMajorK, wgmma::kMajorK>(tile, s, task, true);
-        } else {
+        if (kind == kPolynomial) {
+            const float* abc = it.coefficients[task.product.step];
+            factor = abc[2];
             const uint8_t* block[2];
             for (int i = 0; i < 2; ++i) block[i] = wait_for_slot(s, task.position + i * task.stride + task.own_offset);
-            if (wide_update) {  // a k block is a half of the tile's rows
-                start_from(tile, a, [&](int half, int column_half) { return block[half] + column_half * kBoxBytes; });
-                multiply<wgmma::kMajorK, wgmma::kMajorMN>(tile, s, task, false);
-            } else {  // a k block is a half of the tile's columns
-                factor = task.product == kPoly ? c : 1;
-                const float weight = task.product == kPoly ? b / c : a;
-                start_from(tile, weight, [&](int half, int column_half) { return block[column_half] + half * kBoxBytes; });
-                multiply<wgmma::kMajorK, wgmma::kMajorK>(tile, s, task, true);
-            }
+            start_from(tile, abc[1] / factor, task.own == task.shared ? abc[0] / factor : 0,
+                       [&](int half, int column_half) { return block[column_half] + half * kBoxBytes; });
+        } else {
+#pragma unroll
+            for (int i = 0; i < 64; ++i) tile[0][i] = tile[1][i] = 0;
         }
+        // The order of k blocks is such that the operands change their majors at most twice.
+        int until_k_k, until_k_mn;
+        if (kind == kGram) until_k_k = until_k_mn = group.tall() ? 0 : task.num_k;
+        else if (wide_update) until_k_k = 0, until_k_mn = 2 * (task.shared + 1);
+        else until_k_k = 2 * (task.shared + 1), until_k_mn = kind == kUpdate ? task.num_k : 2 * (task.own + 1);
+        if (0 < until_k_k) multiply<wgmma::kMajorK, wgmma::kMajorK>(tile, s, task, !wide_update, 0, until_k_k);
+        if (until_k_k < until_k_mn) multiply<wgmma::kMajorK, wgmma::kMajorMN>(tile, s, task, !wide_update, until_k_k, until_k_mn);
+        if (until_k_mn < task.num_k) multiply<wgmma::kMajorMN, wgmma::kMajorMN>(tile, s, task, !wide_update, until_k_mn, task.num_k);
+        wgmma::pin(tile[0]);
+        wgmma::pin(tile[1]);
 
-        const CUtensorMap* out = task.product == kGram         ? &group.gram
-                                 : task.product == kPoly       ? &group.poly
-                                 : task.step + 1 < it.num_steps ? &group.x[(task.step + 1) % 2]
-                                                                : &group.out;
-        uint32_t* done = &it.done[group.first_matrix + task.matrix];
-        const int row = wide_update ? task.shared : task.own, column = wide_update ? task.own : task.shared;
-        const bool mirror = task.product != kUpdate && row != column;
-        store(out, mirror ? nullptr : done, row, column, task.matrix, [&](uint8_t* staging) { stage_tile<false>(tile, factor, staging); });
-        if (mirror) store(out, done, column, row, task.matrix, [&](uint8_t* staging) { stage_tile<true>(tile, factor, staging); });
+        mbarrier_wait(&s.store_empty[team], (round & 1) ^ 1);
+        if (task.product.last) stage_tile<true>(tile, factor, s.staging[team]);
+        else stage_tile<false>(tile, factor, s.staging[team]);
+        fence_async_shared();
+        if (threadIdx.x % 128 == 0) {
+            const bool square = kind != kUpdate;
+            const CUtensorMap* map = square              ? &group.squares
+                                     : task.product.last ? &group.out
+                                                         : &group.x[(task.product.updates_before + 1) % 2];
+            s.store[team] = {map, &it.done[group.first_matrix + task.matrix], wide_update ? task.shared : task.own,
+                             wide_update ? task.own : task.shared, square ? task.product.out * group.count + task.matrix : task.matrix};
+        }
+        mbarrier_arrive(&s.store_full[team]);
     }
 }
 
-// Stores what a team has staged, and reports a tile as done once it and its mirror image are in memory.
+// Stores what a team has staged, and reports a tile as done once it is in memory.
 __device__ void store_tiles(Shared& s, int team) {
     for (int round = 0;; ++round) {
         mbarrier_wait(&s.store_full[team], round & 1);
@@ -487,11 +536,9 @@ __device__ void store_tiles(Shared& s, int team) {
         bulk_commit();
         bulk_wait_read<0>();
         mbarrier_arrive(&s.store_empty[team]);
-        if (task.done != nullptr) {
-            bulk_wait<0>();
-            fence_async_all();
-            add_release(task.done, 1);
-        }
+        bulk_wait<0>();
+        fence_async_all();
+        add_release(task.done, 1);
     }
 }
 
@@ -541,14 +588,42 @@ cudaError_t launch_norms(const OrthogonalizeParams& p, cudaStream_t stream) {
     return cudaSuccess;
 }
 
-cudaError_t map_of(CUtensorMap* map, const __nv_bfloat16* base, int rows, int columns, int count) {
+cudaError_t map_of(CUtensorMap* map, CUtensorMapDataType type, const void* base, int rows, int columns, int count) {
     TensorMapDims dims{};
     dims.rank = 3;
     dims.size[0] = columns, dims.size[1] = rows, dims.size[2] = count;
     dims.stride_bytes[0] = uint64_t(columns) * 2, dims.stride_bytes[1] = uint64_t(columns) * rows * 2;
     dims.box[0] = kBox, dims.box[1] = kBox, dims.box[2] = 1;
-    return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
+    return make_tensor_map(map, type, base, dims);
 }
+
+Program program_of(int num_steps, bool paired) {
+    Program program{};
+    int step = 0;
+    while (step < num_steps) {
+        const bool pair = paired && (num_steps - step) % 2 == 0;
+        program.add(kGram, step, 0, 0, 0);
+        program.add(kPolynomial, step, 0, 0, 1);
+        if (pair) {
+            program.add(kSquare, step, 0, 1, 2);
+            program.add(kSquare, step, 1, 2, 0);
+            program.add(kPolynomial, step + 1, 0, 0, 3);
+            program.add(kSquare, step + 1, 3, 1, 2);
+        }
+        program.add(kUpdate, step, pair ? 2 : 1, 0, 0);
+        step += 1 + pair;
+    }
+    program.products[program.length - 1].last = true;
+    return program;
+}
+
+// Tasks of one product of one matrix, of at most `width` tiles each.
+int square_tasks(const GroupMaps& group, int width) {
+    int sum = 0;
+    for (int left = group.narrow_tiles(); left > 0; --left) sum += (left + width - 1) / width;
+    return sum;
+}
+int update_tasks(const GroupMaps& group, int width) { return group.narrow_tiles() * ((group.wide_tiles() + width - 1) / width); }
 
 int num_multiprocessors() {
     int device = 0, count = 0;
@@ -574,7 +649,7 @@ cudaError_t orthogonalize(const OrthogonalizeParams& p, cudaStream_t stream) {
     for (size_t first = 0; first < groups.size() && status == cudaSuccess; first += kOrthogonalizeMaxGroups) {
         Iteration it{};
         it.num_groups = int32_t(std::min<size_t>(kOrthogonalizeMaxGroups, groups.size() - first));
-        it.num_steps = int32_t(p.num_steps);
+        for (bool paired : {false, true}) it.programs[paired] = program_of(int(p.num_steps), paired);
         for (int64_t i = 0; i < 3 * p.num_steps; ++i) it.coefficients[i / 3][i % 3] = float(p.coefficients[i]);
         it.next_task = counters;
         it.done = counters + kOrthogonalizeCounters;
@@ -585,21 +660,24 @@ cudaError_t orthogonalize(const OrthogonalizeParams& p, cudaStream_t stream) {
             GroupMaps& to = it.groups[g];
             to.count = from.count, to.rows = from.rows, to.columns = from.columns, to.first_matrix = matrices;
             matrices += from.count;
-            tiles_per_product += from.count * to.symmetric_tiles();
+            tiles_per_product += from.count * to.square_tiles();
+            // A pair of steps has one Gram matrix and one update less, and three more products of squares.
+            const int gram = to.square_tiles() * to.gram_blocks(), update = to.update_tiles() * to.square_blocks();
+            to.paired = gram + update > 3 * to.square_tiles() * to.square_blocks();
+            it.num_rounds = std::max(it.num_rounds, it.programs[to.paired].length);
             const int m = std::min(from.rows, from.columns);
-            for (int i = 0; i < 2 && status == cudaSuccess; ++i) status = map_of(&to.x[i], from.x[i], from.rows, from.columns, from.count);
-            if (status == cudaSuccess) status = map_of(&to.gram, from.gram, m, m, from.count);
-            if (status == cudaSuccess) status = map_of(&to.poly, from.poly, m, m, from.count);
-            if (status == cudaSuccess) status = map_of(&to.out, from.out, from.rows, from.columns, from.count);
+            constexpr auto kFp16 = CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kBf16 = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+            for (int i = 0; i < 2 && status == cudaSuccess; ++i)
+                status = map_of(&to.x[i], kFp16, from.x[i], from.rows, from.columns, from.count);
+            if (status == cudaSuccess) status = map_of(&to.squares, kFp16, from.squares, m, m, kOrthogonalizeSquares * from.count);
+            if (status == cudaSuccess) status = map_of(&to.out, kBf16, from.out, from.rows, from.columns, from.count);
         }
         if (status != cudaSuccess) return status;
         it.width = tiles_per_product >= 2 * num_multiprocessors() ? 2 : 1;
-        for (int product : {kGram, kPoly, kUpdate})
-            for (int g = 0; g < it.num_groups; ++g) {
-                const int tasks = it.groups[g].tasks(product, it.width);
-                it.tasks_per_step += it.groups[g].count * tasks;
-                it.segments[product * it.num_groups + g] = {it.tasks_per_step, product, g, tasks};
-            }
+        for (int g = 0; g < it.num_groups; ++g) {
+            it.groups[g].square_tasks = square_tasks(it.groups[g], it.width);
+            it.groups[g].update_tasks = update_tasks(it.groups[g], it.width);
+        }
         status = cudaMemsetAsync(counters, 0, sizeof(uint32_t) * (kOrthogonalizeCounters + matrices), stream);
         if (status != cudaSuccess) return status;
         orthogonalize_kernel<<<num_multiprocessors(), kThreads, kSharedBytes, stream>>>(it);

@@ -1,19 +1,26 @@
 // Newton-Schulz orthogonalisation of many matrices. Per matrix, m = min(rows, columns):
 //
 //     X_0 = M / |M|_F
-//     gram = X X^T  (tall: X^T X)             m x m, symmetric
-//     poly = b gram + c gram gram             m x m, symmetric
-//     X   <- a X + poly X  (tall: X poly)     and again, with the next (a, b, c)
+//     R = X X^T  (tall: X^T X)                m x m, symmetric
+//     P = a I + b R + c R R                   m x m, symmetric
+//     X <- P X  (tall: X P)                   and again, with the next (a, b, c)
 //
-// gram, poly and X are rounded to bf16, once each; everything between is fp32. The norm is summed in fp64, so that
-// neither tiny nor huge entries leave its range; a zero matrix stays zero.
+// Where X is so much longer than wide that products of m x m matrices are cheap, two steps share one Gram matrix:
 //
-// The products of all matrices are the tasks of one persistent kernel: 128 x 128 tiles, in the order step, product,
-// matrix. A task waits until its matrix's previous product is complete; other matrices' tiles fill the wait. Of the
-// symmetric products only the tiles on and above the diagonal are computed, and stored twice. Tall matrices are never
-// transposed: the tensor cores read either order.
+//     R, P as above;  U = R P,  R' = P U;  P' = a' I + b' R' + c' R' R';  Q = P' P,  X <- Q X
+//
+// Every one of these is a polynomial of R, so all are symmetric and commute. An odd number of steps begins with a single one.
+// Everything is rounded to fp16 once, and the result to bf16; sums are fp32. With fp16 both forms are closer to the exact iteration
+// than either is in bf16. A third step on the same Gram matrix would not be: where R is nearly singular, its rounding grows by a^2 per
+// step. The norm is summed in fp64, so that neither tiny nor huge entries leave its range; a zero matrix stays zero.
+//
+// The products of all matrices are the tasks of one persistent kernel: 128 x 128 tiles, in the order product, matrix. A task waits
+// until its matrix's previous product is complete; other matrices' tiles fill the wait. Of a symmetric product only the tiles on and
+// below the diagonal are computed and stored: whoever needs one above it reads the mirror image, in the tensor cores' other order.
+// For the same reason tall matrices are never transposed.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -23,15 +30,14 @@ namespace pgolf {
 // One matrix of the input: contiguous, 16-byte aligned.
 struct OrthogonalizeInput {
     const void* matrix;
-    __nv_bfloat16* x;  // where X_0 goes: its place in the group's x[0]
+    __half* x;  // where X_0 goes: its place in the group's x[0]
     int64_t elements;
 };
 
 // All matrices of one shape, one behind the other in each buffer.
 struct OrthogonalizeGroup {
-    __nv_bfloat16* x[2];  // [count, rows, columns], workspace; X of even and odd steps
-    __nv_bfloat16* gram;  // [count, m, m], workspace
-    __nv_bfloat16* poly;  // [count, m, m], workspace
+    __half* x[2];         // [count, rows, columns], workspace; X after an even and an odd number of updates
+    __half* squares;      // [kOrthogonalizeSquares, count, m, m], workspace
     __nv_bfloat16* out;   // [count, rows, columns]
     int32_t count, rows, columns;  // rows and columns are multiples of 8
 };
@@ -49,6 +55,7 @@ struct OrthogonalizeParams {
 };
 
 constexpr int kOrthogonalizeMaxSteps = 16;
+constexpr int kOrthogonalizeSquares = 4;     // m x m matrices in use at a time
 constexpr int kOrthogonalizeMaxGroups = 16;  // per launch; more are served by more launches
 constexpr int kOrthogonalizeCounters = 1;    // the queue's, before one per matrix
 

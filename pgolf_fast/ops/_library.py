@@ -63,24 +63,24 @@ def _say_composite(name: str, device_index: int, reason: str) -> None:
     log.warning("%s: composite torch path on %s (%s)", name, torch.cuda.get_device_name(device_index), reason)
 
 
-_composite_only = False
+_allowed: tuple[str, ...] | None = None  # what the names of the kernels that may run begin with; None: all may
 
 
 @contextlib.contextmanager
-def composite():
-    """Inside, every GPU takes the composite path: what kernels are compared with."""
-    global _composite_only
-    before, _composite_only = _composite_only, True
+def composite(but: tuple[str, ...] = ()):
+    """Inside, every GPU takes the composite path: what kernels are compared with. Kernels whose names begin as one of `but` still run."""
+    global _allowed
+    before, _allowed = _allowed, but
     try:
         yield
     finally:
-        _composite_only = before
+        _allowed = before
 
 
 @torch.compiler.assume_constant_result
 def uses_kernel(name: str, device: torch.device) -> bool:
     """Whether `torch.ops.pgolf_fast_sm90.<name>` serves tensors on `device`; False: the composite path does."""
-    if _composite_only:
+    if _allowed is not None and not name.startswith(_allowed):
         return False
     index = device.index if device.index is not None else torch.cuda.current_device()
     if _capability(index) != (9, 0):

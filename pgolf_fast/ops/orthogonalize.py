@@ -8,9 +8,14 @@ iterated in float64, as the truth that tests compare with. The published runs
 divide by |M|_F + 1e-7; here a matrix of any magnitude is orthogonalised alike,
 and a zero matrix stays zero.
 
-The kernel serves matrices whose rows and columns are multiples of 8, all of
-them in one persistent launch; other shapes take the composite, batched by shape.
+The kernel rounds the input to bfloat16 too but iterates in float16, which is
+closer to the truth and lets two steps of a long matrix share one Gram matrix.
+It serves matrices whose rows and columns are multiples of 8, all of them in one
+persistent launch, with coefficients that stay inside float16's range; others
+take the composite, batched by shape.
 """
+
+import functools
 
 import torch
 
@@ -18,6 +23,7 @@ from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import library, require, require_device, require_dtype
 
 MAX_STEPS = 16  # of the kernel
+SQUARES = 4  # kOrthogonalizeSquares
 
 # Per step (a, b, c); a shorter table repeats its last row.
 COEFFICIENTS = {
@@ -32,7 +38,6 @@ COEFFICIENTS = {
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
-
 
 
 def _normalized(x):
@@ -108,16 +113,30 @@ def _iterate_batched(batch, steps):
     return x.mT if tall else x
 
 
+@functools.cache
+def _fits_float16(coefficients):
+    """Whether products of singular values and polynomials stay below 2^15, wherever a singular value begins between 0 and 1."""
+    values = [i / 256 for i in range(257)]
+    for a, b, c in _steps(coefficients):
+        polynomials = [a + b * v**2 + c * v**4 for v in values]
+        values = [v * p for v, p in zip(values, polynomials)]
+        if max(map(abs, polynomials)) > 100 or max(map(abs, values)) > 16:
+            return False
+    return True
+
+
 def _kernel_serves(members, coefficients):
     first = members[0]
-    fits = first.shape[1] % 8 == 0 and first.shape[2] % 8 == 0 and first.dtype != torch.float64 and len(coefficients) <= 3 * MAX_STEPS
+    fits = first.shape[1] % 8 == 0 and first.shape[2] % 8 == 0 and first.dtype != torch.float64
+    fits = fits and len(coefficients) <= 3 * MAX_STEPS and _fits_float16(tuple(coefficients))
     return fits and sum(m.numel() for m in members) > 0 and _library.uses_kernel("orthogonalize", first.device)
 
 
 def _kernel(groups, coefficients):
     """All matrices of one dtype: `groups` of equal shapes."""
-    outputs, x0, x1 = ([_new_result(members) for members in groups] for _ in range(3))
-    gram, poly = ([o.new_empty(o.shape[0], min(o.shape[1:]), min(o.shape[1:])) for o in outputs] for _ in range(2))
+    outputs = [_new_result(members) for members in groups]
+    x0, x1 = ([torch.empty_like(o, dtype=torch.float16) for o in outputs] for _ in range(2))
+    squares = [x.new_empty(SQUARES, x.shape[0], min(x.shape[1:]), min(x.shape[1:])) for x in x0]
     aligned = lambda m: m if m.is_contiguous() and m.data_ptr() % 16 == 0 else m.clone(memory_format=torch.contiguous_format)  # noqa: E731
     matrices = [aligned(m) for members in groups for m in members if m.shape[0] > 0]
     counters = outputs[0].new_empty(sum(m.shape[0] for m in matrices) + len(groups), dtype=torch.int32)
@@ -125,7 +144,7 @@ def _kernel(groups, coefficients):
     partial_sums = outputs[0].new_empty(sums, dtype=torch.float64)
     # NOTE: the kernel divides b by c.
     coefficients = [v if i % 3 < 2 or abs(v) > 1e-20 else 1e-20 for i, v in enumerate(coefficients)]
-    torch.ops.pgolf_fast_sm90.orthogonalize(matrices, coefficients, outputs, x0, x1, gram, poly, counters, partial_sums)
+    torch.ops.pgolf_fast_sm90.orthogonalize(matrices, coefficients, outputs, x0, x1, squares, counters, partial_sums)
     return outputs
 
 

@@ -1,0 +1,22 @@
+"""Which path a tensor takes."""
+
+from pathlib import Path
+
+import torch
+
+from pgolf_fast.ops import _library
+
+
+def test_composite_leaves_only_the_named_kernels(monkeypatch):
+    monkeypatch.setattr(_library, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_library, "_file", Path("built"))
+    monkeypatch.setattr(_library, "has_kernel", lambda name: True)
+    gpu = torch.device("cuda", 0)
+    uses = lambda: [name for name in ("qkv_forward", "qkv_backward", "product_forward") if _library.uses_kernel(name, gpu)]  # noqa: E731
+    assert len(uses()) == 3
+    with _library.composite():
+        assert uses() == []
+        with _library.composite(but=("qkv",)):
+            assert uses() == ["qkv_forward", "qkv_backward"]
+        assert uses() == []
+    assert len(uses()) == 3
