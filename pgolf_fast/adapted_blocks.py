@@ -1,4 +1,4 @@
-"""The blocks of fused_blocks.py with low-rank adapters, for weights that do not learn: the backward makes the gradients of the adapters alone.
+"""The blocks of fused_blocks.py with low-rank adapters, for weights that do not learn: the backward makes the adapters' gradients alone.
 
 model.py states the same mathematics in plain torch; the tests hold the two against each other.
 """
@@ -111,9 +111,9 @@ class _Backward(fused_blocks.Backward):
         # The ops add to these gradients too.
         self.unwanted_gain, self.unwanted_gate = (None if w is None else torch.zeros_like(w[0]) for w in (weights.q_gain, weights.gate))
 
-    def spread(self, d):
-        """A gradient at the wanted positions as one at all of them; one at all, or none, as it is."""
-        if d is None or d.shape[0] == self.plan.tokens.numel():
+    def spread(self, i, d):
+        """What the last visit has at the wanted positions, as a gradient at all of them."""
+        if d is None or self.positions is None or i + 1 < len(self.plan.visits):
             return d
         index = self.positions[..., None].expand(-1, -1, d.shape[1])
         # NOTE: added, because padded positions repeat one that is wanted.
@@ -121,11 +121,11 @@ class _Backward(fused_blocks.Backward):
 
     def two_lanes(self, i, block, dlane0, dlane1):
         dlane0, dlane1, dskip = super().two_lanes(i, block, dlane0, dlane1)
-        return dlane0, self.spread(dlane1), dskip
+        return dlane0, self.spread(i, dlane1), dskip
 
     def unmix_entered(self, i, block, entered, dmixed, dn, dstream, dskip):
         """As the base's, without the gradient of x0."""
-        dmixed, dstream, dskip = (self.spread(d) for d in (dmixed, dstream, dskip))
+        dmixed, dstream, dskip = (self.spread(i, d) for d in (dmixed, dstream, dskip))
         coefficients = self.weights.mix[i, entered.rows]
         accumulate = [dstream, dskip][: len(coefficients)]
         scale = self.plan.norm_scale(block)
@@ -146,7 +146,7 @@ class _Backward(fused_blocks.Backward):
         found["o_up"] = torch.bmm(saved.low_o.mT, rows)
         dlow_o = torch.bmm(rows, adapter.o_up.mT)
         q, k, v = fused_blocks.heads(qkv, config, plan.tokens)
-        dy, y = (part.view(q.shape) for part in (self.spread(project_backward(dout, self.operands.o[block])), y))
+        dy, y = (part.view(q.shape) for part in (self.spread(i, project_backward(dout, self.operands.o[block])), y))
         xsa, scale = fused_blocks.is_xsa(config, block), config.head_dim**-0.5
         dqkv, dgate = ops.xsa_attention_bwd_packed(dy, q, k, v, gate, y, lse, own, plan.cu_seqlens, plan.max_seqlen, xsa, scale)
         dqkv = dqkv.view_as(qkv)
@@ -154,11 +154,11 @@ class _Backward(fused_blocks.Backward):
 
         dlow, place = torch.empty_like(saved.low), 0
         widths = {"q_up": config.model_dim, "k_up": config.kv_dim, "v_up": config.kv_dim}
-        for (name, d) in zip(widths, _batched(dqkv, batch).split(list(widths.values()), dim=-1)):
+        for name, d in zip(widths, _batched(dqkv, batch).split(list(widths.values()), dim=-1)):
             torch.bmm(d, getattr(adapter, name).mT, out=dlow[..., place : place + rank])
             found[name] = torch.bmm(saved.low[..., place : place + rank].mT, d)
             place += rank
-        dlow[..., place:] = _batched(self.spread(dlow_o.flatten(0, 1)), batch)
+        dlow[..., place:] = _batched(self.spread(i, dlow_o.flatten(0, 1)), batch)
         found["attention_down"] = torch.bmm(_batched(n, batch).mT, dlow)
 
         dn = project_backward(dqkv, self.operands.qkv[block])
