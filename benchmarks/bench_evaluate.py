@@ -5,8 +5,8 @@
     python -m benchmarks.bench_evaluate --recipe gepa-598 --artifact model.pglf --data FOLDER --positions 62021632 --save
 
 The evaluators are those of `pgolf eval`, after their warm-up; loading is not in it. Without an artifact the model has random weights;
-without data the tokens follow Zipf's law. Kept are scores_RECIPE, of an artifact and a text, or evaluate_RECIPE, of which only the times mean
-something; the README's table of scores is made of the former.
+without data the tokens follow Zipf's law. Kept are scores_RECIPE, of an artifact and a text, or evaluate_RECIPE, of which only the times
+mean something; the README's table of scores is made of the former.
 A published time is that of the whole split of 62,023,616 scores; its rate per GPU is the scores over seconds times GPUs.
 """
 

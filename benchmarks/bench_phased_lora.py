@@ -1,13 +1,13 @@
 """Seconds of one chunk step of phased LoRA TTT (score 48 predictions of 64 documents, adapt), by row length.
 
-    python -m benchmarks.bench_phased_lora [--eager] [--kernels]         steps on random ids, of replayed graphs
-                                                                         --eager: also of the model launched kernel by kernel
-                                                                         --kernels: where the longest step's time goes
+    python -m benchmarks.bench_phased_lora                               steps on random ids, of replayed graphs
+        --eager      also of the model launched kernel by kernel
+        --kernels    where the longest step's time goes
     python -m benchmarks.bench_phased_lora --artifact FILE --data FOLDER scores of the shorter documents, without and with adaptation
-                                                                         --save: keep either in benchmarks/results
+        --save       keep either in benchmarks/results
 
-PR #1934's pass: 18,100 steps, 1.02 G tokens read, 518 s on 8 H100, which is 0.246 M tokens/s a GPU; at its steady rate, without waiting for the
-longest documents, 0.52 M.
+PR #1934's pass: 18,100 steps, 1.02 G tokens read, 518 s on 8 H100, which is 0.246 M tokens/s a GPU; at its steady rate, without waiting
+for the longest documents, 0.52 M.
 """
 
 import argparse
@@ -69,7 +69,9 @@ def step_times(evaluator, model_called, length) -> dict[int, float]:
 
 
 def show(name, times, rows) -> list[dict]:
-    found = [{"form": name, "rows": rows, "row_tokens": row, "ms": ms, "million_tokens_per_s": rows * row / ms / 1e3} for row, ms in times.items()]
+    found = []
+    for row, ms in times.items():
+        found.append({"form": name, "rows": rows, "row_tokens": row, "ms": ms, "million_tokens_per_s": rows * row / ms / 1e3})
     for step in found:
         print(f"{name:16} rows {rows:3} x {step['row_tokens']:5}: {step['ms']:8.2f} ms, {step['million_tokens_per_s']:.3f} M tokens/s")
     return found
@@ -113,7 +115,8 @@ def score_text(artifact, data, config, length, at_most, prefix_documents, device
             pass
         result = referee.result()
         seconds, score = time.perf_counter() - begin, result.score
-        print(f"{name:20} {score.nats_per_token:.6f} nats/token, {score.bits_per_byte:.6f} bpb, {seconds:.1f} s, {result.versions} versions of the weights", flush=True)
+        figures = f"{score.nats_per_token:.6f} nats/token, {score.bits_per_byte:.6f} bpb, {seconds:.1f} s"
+        print(f"{name:20} {figures}, {result.versions} versions of the weights", flush=True)
         row = {"weights": "artifact", "evaluator": f"phased-lora, {name}", "nats_per_token": score.nats_per_token}
         scores.append(row | {"bits_per_byte": score.bits_per_byte, "scoring_s": seconds, "versions": result.versions})
         del evaluator, referee  # before the next one takes as much memory

@@ -373,7 +373,9 @@ class GPT(nn.Module):
         _, normed = mix_norm([self.stream(tokens, positions=positions, adapters=adapters, **how)])
         return self._head(normed, targets, reduction, adapters)
 
-    def stream(self, tokens, *, positions=None, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None, adapters=None):
+    def stream(
+        self, tokens, *, positions=None, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None, adapters=None
+    ):
         """The residual stream after the last block, [B, T, C] or at some positions [B, S, C].
 
         cu_seqlens  int32 [documents + 1] for packed documents (then B = 1): they confine attention; what

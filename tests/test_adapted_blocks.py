@@ -85,12 +85,14 @@ def test_a_second_backward_says_why_it_cannot():
 def test_agreement_on_the_device(chosen):
     """Logits and every gradient are at most twice as far from float32 as the plain blocks' in bfloat16."""
     config = dataclasses.replace(published("caseops-1934"), bf16_tensors=())
-    (tokens, _), how = tokens_of(config, 2, 200), {"positions": random_positions(2, 200)} if chosen else {}
+    tokens, _ = tokens_of(config, 2, 200)
+    how = {"positions": random_positions(2, 200)} if chosen else {}
     weight = torch.randn(2, 5 if chosen else 200, config.vocab_size)
     exact = trained_like(config, "cpu", torch.float32).requires_grad_(False)
     truth = next(both_ways(exact, random_adapters(exact, 2, rank=32), tokens, weight, **how))
     model = trained_like(config, "cuda", torch.bfloat16).requires_grad_(False)
-    peer, ours = both_ways(model, random_adapters(model, 2, rank=32), tokens.cuda(), weight.cuda(), **{name: p.cuda() for name, p in how.items()})
+    how = {name: positions.cuda() for name, positions in how.items()}
+    peer, ours = both_ways(model, random_adapters(model, 2, rank=32), tokens.cuda(), weight.cuda(), **how)
     assert relative_error(ours[0], truth[0]) <= 2 * relative_error(peer[0], truth[0]) + 1e-3
     for key, gradient in truth[1].items():
         error, allowed = relative_error(ours[1][key], gradient), 2 * relative_error(peer[1][key], gradient) + 1e-2

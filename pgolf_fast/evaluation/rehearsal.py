@@ -9,7 +9,7 @@ from pgolf_fast.evaluation.referee import Evaluator, Referee
 
 
 def rehearse(evaluator: Evaluator, num_positions: int) -> None:
-    """The first two chunks of a stream of random ids through the evaluator, so that kernels and graphs are ready; its state is then as before."""
+    """The first two chunks of a stream of random ids through the evaluator; its state is then as before."""
     model = evaluator.model
     tokens = np.random.default_rng(0).integers(2, model.config.vocab_size, num_positions + 1).astype(np.uint16)
     synthetic = Validation(tokens, np.ones(num_positions, np.uint16), np.zeros(0, np.int64), False)
