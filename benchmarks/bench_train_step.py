@@ -6,6 +6,9 @@
 The step is the trainer's own: forward, backward, collectives, update, averaged weights, from batches that lie on the device; the
 loader is not in it. Tokens follow Zipf's law, documents are log-normal. `--peer` adds the composite model under torch.compile with
 the same optimizer, in the same process.
+
+Milliseconds are of the slowest rank. On several GPUs a second contestant is the same step with every GPU for itself, all of them at
+once: what lies between the two is what sharing costs, less what it saves of Muon.
 """
 
 import contextlib
@@ -14,6 +17,7 @@ import json
 import os
 import statistics
 import time
+from unittest import mock
 
 import torch
 from rich import box
@@ -35,6 +39,7 @@ from pgolf_fast.step import GraphedStep, Step
 from pgolf_fast.train import PEAK_FLOPS, flops_per_token
 
 BATCHES = 4
+PROFILED_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +77,18 @@ def synthetic_batches(settings, device) -> list[Batch]:
     return found
 
 
-def time_steps(step: Step, batches, plan, count) -> list[float]:
-    """Milliseconds of each of `count` steps, after the two that initialise and capture and one more."""
+def first_steps(step: Step, batches, plan) -> float:
+    """Seconds of the two steps that initialise and capture and of one more."""
+    begin = time.perf_counter()
     for i in range(3):
         step.run([batches[i % BATCHES]], plan)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def time_steps(step: Step, batches, plan, count) -> list[float]:
+    """Milliseconds of each of `count` steps."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     for i, mark in enumerate(marks):
         mark.record()
         if i < count:
@@ -86,18 +97,28 @@ def time_steps(step: Step, batches, plan, count) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in zip(marks, marks[1:])]
 
 
-def kernel_table(step: Step, batches, plan, steps=3) -> list[dict]:
-    """Milliseconds and launches of each kernel in a step, the largest first."""
+def profiled_steps(step: Step, batches, plan):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for i in range(steps):
+        for i in range(PROFILED_STEPS):
             step.run([batches[i % BATCHES]], plan)
         torch.cuda.synchronize()
-    rows = [{"kernel": e.key, "ms": e.self_device_time_total / 1e3 / steps, "launches": e.count / steps} for e in profile.key_averages()]
-    return sorted((row for row in rows if row["ms"] > 0), key=lambda row: -row["ms"])
+    return profile
+
+
+def kernel_table(profile) -> list[dict]:
+    """Milliseconds and launches of each kernel in a step, the largest first."""
+    found = [(e.key, e.self_device_time_total / 1e3 / PROFILED_STEPS, e.count / PROFILED_STEPS) for e in profile.key_averages()]
+    return [{"kernel": key, "ms": ms, "launches": count} for key, ms, count in sorted(found, key=lambda row: -row[1]) if ms > 0]
+
+
+def collectives(profile) -> list[tuple[str, float]]:
+    """Name and milliseconds of every launch of NCCL, in the order of the launches."""
+    launches = sorted((e for e in profile.events() if e.name.startswith("nccl")), key=lambda e: e.time_range.start)
+    return [(e.name, e.self_device_time_total / 1e3) for e in launches]
 
 
 def contestants(config, settings, device):
-    """Name to a function that builds a step, ours first."""
+    """Name to a function that builds a step and one that makes the context it is built and run in; ours first."""
 
     def build(kind, compiled=False):
         model = GPT(settings.model, settings.train.seed, device)
@@ -106,9 +127,11 @@ def contestants(config, settings, device):
             model.forward = torch.compile(model.forward)
         return kind(model, optimizer, settings.train.seq_len)
 
-    found = {"ours": lambda: build(GraphedStep)}
+    found = {"ours": (lambda: build(GraphedStep), contextlib.nullcontext)}
+    if dist.world_size() > 1:
+        found["each GPU alone"] = (found["ours"][0], lambda: mock.patch.object(dist, "world_size", lambda: 1))
     if config.peer:
-        found["torch.compile"] = lambda: build(Step, compiled=True)
+        found["torch.compile"] = (lambda: build(Step, compiled=True), _library.composite)
     return found
 
 
@@ -121,20 +144,16 @@ def measure(name, config, device) -> list[dict]:
         lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches]).double()
         context = ((lengths * (lengths - 1)).sum() / 2 / lengths.sum()).item()
     rows = []
-    for contestant, build in contestants(config, settings, device).items():
+    for contestant, (build, surroundings) in contestants(config, settings, device).items():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with _library.composite() if contestant == "torch.compile" else contextlib.nullcontext():
+        with surroundings():
             step = build()
             for looped in (False, True) if settings.model.num_loops else (False,):
                 plan = StepPlan(1.0, 0.95, looped, False, False)
-                begin = time.perf_counter()
+                first_steps_s, ready_s = first_steps(step, batches, plan), process_age_s()
                 samples = time_steps(step, batches, plan, config.steps)
-                ready_s = time.perf_counter() - begin - sum(samples) / 1e3
-                slowest = torch.tensor(statistics.median(samples), device=device)
-                dist.max_(slowest)
-                ms = slowest.item()
-                tokens = shapes.TOKENS * dist.world_size()
+                ms, tokens = statistics.median(samples), shapes.TOKENS * dist.world_size()
                 row = {
                     "recipe": name,
                     "contestant": contestant,
@@ -144,31 +163,46 @@ def measure(name, config, device) -> list[dict]:
                     "mean_context": context,
                     "ms": ms,
                     "ms_p80": sorted(samples)[int(0.8 * len(samples))],
-                    "first_steps_s": ready_s,
+                    "launch_to_timed_step_s": ready_s,
+                    "first_steps_s": first_steps_s,
                     "tokens_per_s": tokens / ms * 1e3,
                     "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
                     "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
                 }
                 if peak:
                     row["mfu"] = flops_per_token(settings.model, context, looped) * shapes.TOKENS / ms * 1e3 / peak
-                if config.profile and contestant == "ours":
-                    row["kernels"] = kernel_table(step, batches, plan)
+                if contestant == "ours" and (config.profile or dist.world_size() > 1):
+                    profile = profiled_steps(step, batches, plan)
+                    row |= {"kernels": kernel_table(profile), "collectives": collectives(profile)}
                 rows.append(row)
+            step.close()
             del step
-    return rows
+    return [across_ranks(same) for same in zip(*dist.gather_objects(rows))]
 
 
-def show(rows, console):
+def across_ranks(same) -> dict:
+    """One row of every rank's: the slowest one's, with the times of all. Of each collective the rank counts that came last and had nobody
+    to wait for."""
+    row = max(same, key=lambda row: row["ms"]) | {"ms_by_rank": [row["ms"] for row in same]}
+    launches = list(zip(*(r["collectives"] for r in same), strict=True)) if row.pop("collectives", None) else []
+    row["nccl_ms"] = sum(min(ms for _, ms in launch) for launch in launches) / PROFILED_STEPS
+    return row
+
+
+def show(rows, profile, console):
     table = Table(title="training step", title_justify="left", box=box.SIMPLE)
-    for heading in ("recipe", "contestant", "visits", "GPUs", "ms/step", "M tokens/s", "MFU", "GiB", "first steps, s"):
+    for heading in ("recipe", "contestant", "visits", "GPUs", "ms/step", "NCCL, ms", "M tokens/s", "MFU", "GiB", "first steps, s"):
         table.add_column(heading, justify="left" if heading in ("recipe", "contestant") else "right", no_wrap=True)
     for row in rows:
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
-        speed = (f"{row['ms']:.2f}", f"{row['tokens_per_s'] / 1e6:.2f}", mfu, f"{row['memory_gib']:.1f}", f"{row['first_steps_s']:.1f}")
-        table.add_row(row["recipe"], row["contestant"], str(row["visits"]), str(row["gpus"]), *speed)
+        nccl = f"{row['nccl_ms']:.2f}" if row["nccl_ms"] else "-"
+        speed = (f"{row['ms']:.2f}", nccl, f"{row['tokens_per_s'] / 1e6:.2f}", mfu)
+        rest = (f"{row['memory_gib']:.1f}", f"{row['first_steps_s']:.1f}")
+        table.add_row(row["recipe"], row["contestant"], str(row["visits"]), str(row["gpus"]), *speed, *rest)
     console.print(table)
+    console.print(f"first timed step {rows[0]['launch_to_timed_step_s']:.1f} s after launch")
     for row in rows:
-        if "kernels" not in row:
+        if not profile or "kernels" not in row:
             continue
         total = sum(kernel["ms"] for kernel in row["kernels"])
         console.print(f"{row['recipe']}, {row['visits']} visits: {total:.2f} ms of kernels in {row['ms']:.2f} ms")
@@ -182,12 +216,9 @@ def run(config: TrainStep, console: Console) -> list[dict]:
     if not torch.cuda.is_available():
         raise UserError("bench step: no CUDA GPU is visible here")
     device = dist.start("cuda")
-    launched_s = process_age_s()
     rows = [row for name in config.recipe for row in measure(name, config, device)]
-    for row in rows:
-        row["launch_to_device_s"] = launched_s
     if dist.rank() == 0:
-        show(rows, console)
+        show(rows, config.profile, console)
         if config.save:
             bench.RESULTS.mkdir(exist_ok=True)
             slug = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")

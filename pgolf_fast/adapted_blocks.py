@@ -146,9 +146,9 @@ class _Backward(fused_blocks.Backward):
         found["o_up"] = torch.bmm(saved.low_o.mT, rows)
         dlow_o = torch.bmm(rows, adapter.o_up.mT)
         q, k, v = fused_blocks.heads(qkv, config, plan.tokens)
-        dy, y = (part.view(q.shape) for part in (self.spread(i, project_backward(dout, self.operands.o[block])), y))
-        xsa, scale = fused_blocks.is_xsa(config, block), config.head_dim**-0.5
-        dqkv, dgate = ops.xsa_attention_bwd_packed(dy, q, k, v, gate, y, lse, own, plan.cu_seqlens, plan.max_seqlen, xsa, scale)
+        y, xsa, scale = y.view(q.shape), fused_blocks.is_xsa(config, block), config.head_dim**-0.5
+        dout, documents = self.spread(i, dout), (plan.cu_seqlens, plan.max_seqlen)
+        dqkv, dgate = ops.xsa_output_bwd(dout, self.operands.o[block], q, k, v, gate, y, lse, own, *documents, xsa, scale)
         dqkv = dqkv.view_as(qkv)
         ops.qkv_backward(dqkv, qkv, rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.unwanted_gain)
 

@@ -12,9 +12,10 @@ _LOADED_AT = time.perf_counter()
 
 
 def process_age_s() -> float:
-    """Seconds since the operating system started this process; since this module was loaded where it does not say."""
+    """Seconds since this process or the torchrun above it was started; since this module was loaded where the system does not say."""
+    launched = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     try:
-        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+        with open(f"/proc/{launched}/stat") as stat, open("/proc/uptime") as uptime:
             started = int(stat.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
             return float(uptime.read().split()[0]) - started
     except (OSError, ValueError, IndexError):

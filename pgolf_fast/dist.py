@@ -17,11 +17,18 @@ def start(device_type="cuda") -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        # NVLink multicast stays off: a process that dies with it on can take the GPUs of its host out of service.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return device
 
 
 def stop():
+    """Leave the other processes, at the end of a run that went well; after an error just exit, and torchrun ends the others.
+
+    NOTE: NCCL waits, without end, for every CUDA graph that holds a collective; also where a process exits without this call.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from pgolf_fast.ops import _library, attn_gate  # noqa: F401  defines its ops
+from pgolf_fast.ops import _library, attn_gate, xsa_output  # noqa: F401  defines their ops
 from pgolf_fast.ops._library import accumulation_dtype
 from pgolf_fast.ops.fused_mlp import ACTIVATIONS
 from pgolf_fast.ops.mix_norm import KERNEL_WIDTH as MIX_WIDTH
@@ -294,10 +294,10 @@ class Backward:
         config, plan = self.config, self.plan
         add_weight_gradient(self.gradients.o[block], dx1, saved.y)
         q, k, v = heads(saved.qkv, config, plan.tokens)
-        dy, y = (rows.view(q.shape) for rows in (project_backward(dx1, self.operands.o[block]), saved.y))
-        xsa, scale = is_xsa(config, block), config.head_dim**-0.5
-        dqkv, dgate = ops.xsa_attention_bwd_packed(
-            dy, q, k, v, saved.gate, y, saved.lse, saved.own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
+        y, xsa, scale = saved.y.view(q.shape), is_xsa(config, block), config.head_dim**-0.5
+        documents = plan.cu_seqlens, plan.max_seqlen
+        dqkv, dgate = ops.xsa_output_bwd(
+            dx1, self.operands.o[block], q, k, v, saved.gate, y, saved.lse, saved.own, *documents, xsa, scale
         )
         dqkv = dqkv.view_as(saved.qkv)
         dv = dqkv[:, -config.kv_dim :]

@@ -122,12 +122,13 @@ class MuonBank:
         self.momentum = torch.zeros((padded // ranks, *param.shape[-2:]), dtype=dtype, device=param.device)
         self.shape_factor = math.sqrt(max(1.0, param.shape[-2] / param.shape[-1]))
 
-    def reduce(self, scale):
-        """Start adding up `scale * grad`; each rank receives its own matrices. One rank takes its gradient as it is, unscaled."""
-        if dist.world_size() == 1:
-            self.shard, arrival = self.grad, dist.DONE
-        else:
-            self.shard, arrival = dist.sum_shard((scale * self.grad).to(self.momentum.dtype))
+    def reduce(self, scale=None):
+        """Start adding up `scale * grad` in muon_dtype, as the published runs do; each rank receives its own matrices."""
+        travelling = self.grad
+        if dist.world_size() > 1 and (scale is not None or self.grad.dtype != self.momentum.dtype):
+            travelling = torch.empty_like(self.grad, dtype=self.momentum.dtype)
+            torch.mul(self.grad, 1.0 if scale is None else scale, out=travelling)
+        self.shard, arrival = dist.sum_shard(travelling)
         return arrival
 
     def gather(self, update):
@@ -236,17 +237,19 @@ class Optimizer:
             for buffer, total in zip(self.buffers, self.sums):
                 buffer.copy_(total)
                 total.zero_()
-        # What the gradients are multiplied by where they are next read.
-        scale = self.one
+        # What the gradients are multiplied by where they are next read: on one rank by the update, on several before they travel.
+        scale, own_clip = self.one, None
         if self._clips("piece") and self.sums is None:
-            scale = self._clip_factor(gradient_norm(self.buffers))
+            own_clip = self._clip_factor(gradient_norm(self.buffers))
+            if dist.world_size() == 1:
+                scale = own_clip
+            else:
+                _scale_each(self.adam_grads, own_clip)
         # Reduce, the large banks first.
         banks = dict(sorted(self.banks.items(), key=lambda item: -item[1].grad.numel()))
-        if dist.world_size() > 1:
-            _scale_each(self.adam_grads, scale)
-        _wait([bank.reduce(scale) for bank in banks.values()] + [dist.sum_(grad) for grad in self.adam_grads])
+        _wait([bank.reduce(own_clip) for bank in banks.values()] + [dist.sum_(grad) for grad in self.adam_grads])
         shards = [bank.shard for bank in banks.values()]
-        scale = (self.one if dist.world_size() > 1 else scale) / (self.num_micro_batches * dist.world_size())
+        scale = scale / (self.num_micro_batches * dist.world_size())
         if self._clips("global"):
             scale = scale * self._clip_factor(scale * self._norm_over_ranks(shards))
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from pgolf_fast import dist
 from pgolf_fast.data import Batch
 from pgolf_fast.errors import UserError
 
@@ -30,7 +31,7 @@ class Step:
         self.loss_sum = torch.zeros((), device=next(model.parameters()).device)
 
     def run(self, batches: list[Batch], plan) -> torch.Tensor:
-        """The mean loss of the micro-batches, on the device."""
+        """The mean loss of all ranks' micro-batches, on the device. These are this rank's."""
         self.optimizer.set(plan)
         self.loss_sum.zero_()
         for batch in batches:
@@ -38,6 +39,9 @@ class Step:
             self.micro_batch(batch, Mode(plan.looped, plan.fake_quant, entries))
         self.update()
         return self.loss_sum / len(batches)
+
+    def close(self):
+        """No step follows: what dist.stop would wait for goes."""
 
     def micro_batch(self, batch: Batch, mode: Mode):
         if batch.cu_seqlens is None:
@@ -52,7 +56,9 @@ class Step:
         self.loss_sum += loss.detach()
 
     def update(self):
+        arrival = dist.mean_(self.loss_sum)
         self.optimizer.step()
+        arrival.wait()
 
 
 class GraphedStep(Step):
@@ -79,6 +85,9 @@ class GraphedStep(Step):
 
     def update(self):
         self._replay("update", super().update)
+
+    def close(self):
+        self.graphs.clear()
 
     def _replay(self, key, launch):
         if key not in self.seen:

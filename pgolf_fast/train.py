@@ -136,7 +136,7 @@ class Trainer:
     # -- one step
 
     def take_step(self, batches, plan):
-        """The mean loss of this rank's micro-batches stays on the device."""
+        """The mean loss stays on the device."""
         return self.steps.run(batches, plan)
 
     def warm_up(self):
@@ -191,10 +191,15 @@ class Trainer:
 
     def run(self, progress=None) -> Result:
         """`progress(step, loss, ms_per_step)` is called as losses come in."""
-        with self.clock.phase("warm-up"):
-            self.warm_up()
-        if self.resume:
-            self.restore()
+        with contextlib.closing(self.steps):  # after an error too: a rank that cannot exit keeps the others waiting
+            with self.clock.phase("warm-up"):
+                self.warm_up()
+            if self.resume:
+                self.restore()
+            self.train(progress)
+            return self.finish()
+
+    def train(self, progress):
         iterations, every = self.recipe.schedule.iterations, self.config
         self.log.line(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
         self.log.line(f"world_size:{dist.world_size()} grad_accum_steps:{self.parts}")
@@ -235,7 +240,6 @@ class Trainer:
             self.drain(window, progress)
         if self.step < iterations:
             self.log.line(f"stopping_early: wallclock_cap train_time:{1e3 * self.clock.elapsed_s:.0f}ms step:{self.step}/{iterations}")
-        return self.finish()
 
     def receive(self, window, progress):
         """The oldest loss still on its way; stops the run if it is not finite."""
@@ -394,7 +398,7 @@ class Trainer:
 
 
 class _Losses:
-    """Losses on their way from the device, oldest first; each is the mean over all ranks."""
+    """Losses on their way from the device, oldest first."""
 
     def __init__(self, device):
         self.device, self.queue, self.last = device, deque(), math.nan
@@ -404,8 +408,6 @@ class _Losses:
         return len(self.queue)
 
     def put(self, step, loss):
-        arrival = dist.mean_(loss)
-        arrival.wait()
         if self.device.type != "cuda":
             self.queue.append((step, loss, None))
             return

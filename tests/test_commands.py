@@ -38,6 +38,15 @@ def test_settings_may_stand_on_either_side_of_an_option(tmp_path):
     assert done.returncode == 2 and "/nowhere" in done.stderr and "Unrecognized" not in done.stdout + done.stderr
 
 
+def test_on_several_gpus_it_ends_as_its_processes_do(tmp_path):
+    """Two processes on the CPU, for which nobody counts GPUs."""
+    arguments = ["pgolf", "train", "--gpus", "2", "--device", "cpu", "--runs", str(tmp_path), "train.data=/nowhere"]
+    code = f"import sys, torch; torch.cuda.device_count = lambda: 2; sys.argv = {arguments}; from pgolf_fast.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert "/nowhere" in done.stderr and "was the first to end with an error (2)" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_reader_that_stops_early_is_no_error():
     command = [sys.executable, "-m", "pgolf_fast", "recipes", "caseops-1934", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -85,6 +94,7 @@ def test_bench_names_the_ops_it_knows():
 
 
 def test_package_import_is_light():
-    code = "import sys, pgolf_fast; print([m for m in ('rich', 'tyro', 'sentencepiece', 'zstandard', 'safetensors') if m in sys.modules])"
+    heavy = ("rich", "tyro", "sentencepiece", "zstandard", "safetensors", "torch._dynamo")
+    code = f"import sys, pgolf_fast; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]"

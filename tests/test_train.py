@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pgolf_fast import checkpoint, export, recipe, runlog, shards
+from pgolf_fast import checkpoint, dist, export, recipe, runlog, shards, train
 from pgolf_fast.artifact import pack
 from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
@@ -88,6 +90,12 @@ def weights(folder):
     return checkpoint.load(folder / "model.safetensors")[0]
 
 
+def assert_equal_runs(one, other):
+    assert losses(one) == losses(other)
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+
+
 def test_the_loss_falls_and_the_folder_tells_the_run(data, tmp_path):
     result = make(data, tmp_path / "run", "schedule.iterations=40", "schedule.warmdown_iters=10", "train.val_every=20").run()
     seen = losses(tmp_path / "run")
@@ -142,9 +150,7 @@ def test_resuming_is_exact(data, tmp_path, averaging):
     with pytest.raises(ZeroDivisionError):
         stopped.run()
     make(data, tmp_path / "stopped", *settings, resume=True).run()
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
-    for name, tensor in weights(tmp_path / "straight").items():
-        assert torch.equal(tensor, weights(tmp_path / "stopped")[name]), name
+    assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_killed_twenty_times_it_ends_as_if_never(data, tmp_path):
@@ -166,9 +172,7 @@ def test_killed_twenty_times_it_ends_as_if_never(data, tmp_path):
             kills += 1
         os.waitpid(child, 0)
     assert kills == 20
-    assert losses(folder) == losses(tmp_path / "straight")
-    for name, tensor in weights(tmp_path / "straight").items():
-        assert torch.equal(tensor, weights(folder)[name]), name
+    assert_equal_runs(tmp_path / "straight", folder)
 
 
 def test_no_run_ends_past_its_cap(data, tmp_path):
@@ -217,26 +221,41 @@ def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
         make(data, tmp_path / "file" / "run")
 
 
-def run_ranks(data, folder, world_size):
-    """The run under torchrun's environment, one process a rank."""
-    code = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from tests import test_train as t\n"
-        "from pgolf_fast import dist\n"
-        "import pgolf_fast.train\n"
-        "pgolf_fast.train.load_validation = t.bytes_validation\n"
-        "from pathlib import Path\n"
-        "t.make(sys.argv[1], Path(sys.argv[2])).run(); dist.stop()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}", "--no-python"]
-    done = subprocess.run([*command, sys.executable, "-c", code, str(data), str(folder)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+def train_rank(make, data, folder, *overrides, resume=False, lost=None):
+    """The whole run in this process. The second rank may be `lost` before its sixth step: "killed", or "failed" by an error of its own."""
+    torch.set_num_threads(1)
+    train.load_validation = bytes_validation
+    trainer = make(data, Path(folder), *overrides, resume=resume)
+    take_step = trainer.take_step
+
+    def take_step_or_leave(batches, plan):
+        if dist.rank() == 1 and trainer.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL) if lost == "killed" else 1 / 0
+        return take_step(batches, plan)
+
+    if lost:
+        trainer.take_step = take_step_or_leave
+    trainer.run()
+    dist.stop()
+
+
+def command(module, data, folder, *overrides, ranks, **how):
+    """What runs a test module's `make` and train_rank in one process a rank."""
+    code = f"import sys; from tests import {module}, test_train as t; t.train_rank({module}.make, *sys.argv[1:], **{how})"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
+    return [*(launcher if ranks > 1 else []), sys.executable, "-c", code, str(data), str(folder), *overrides]
+
+
+def run_ranks(*args, module="test_train", **how):
+    done = subprocess.run(command(module, *args, **how), capture_output=True, text=True, timeout=240)
+    assert (done.returncode == 0) == ("lost" not in how), done.stderr[-2000:]
+    return done
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_work_and_not_the_result(data, tmp_path, world_size):
     make(data, tmp_path / "one").run()
-    run_ranks(data, tmp_path / "many", world_size)
+    run_ranks(data, tmp_path / "many", ranks=world_size)
     one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
     assert one.keys() == many.keys()
     # The first loss differs by the order of one float32 sum. From then on Newton-Schulz, which rounds to bfloat16, makes more of it.
@@ -245,6 +264,24 @@ def test_ranks_share_the_work_and_not_the_result(data, tmp_path, world_size):
         assert many[step] == pytest.approx(loss, abs=2e-3), step
     final = [next(e for e in runlog.events(tmp_path / name) if e["event"] == "end")["val_loss"] for name in ("one", "many")]
     assert final[0] == pytest.approx(final[1], abs=2e-3)
+
+
+def a_lost_rank_ends_the_run_and_resuming_is_exact(data, tmp_path, lost, ranks=2, module="test_train"):
+    settings, how = ("train.deterministic=true", "train.checkpoint_every=1"), {"ranks": ranks, "module": module}
+    with ThreadPoolExecutor() as beside:
+        straight = beside.submit(run_ranks, data, tmp_path / "straight", *settings, **how)
+        done = run_ranks(data, tmp_path / "lost", *settings, lost=lost, **how)
+    straight.result()
+    assert ("ZeroDivisionError" in done.stderr) == (lost == "failed")
+    assert not (tmp_path / "lost" / "model.safetensors").exists()
+    assert checkpoint.load(checkpoint.latest(tmp_path / "lost" / "checkpoints"))[1]["step"] <= 5
+    run_ranks(data, tmp_path / "lost", *settings, resume=True, **how)
+    assert_equal_runs(tmp_path / "straight", tmp_path / "lost")
+
+
+@pytest.mark.parametrize("lost", ["killed", "failed"])
+def test_a_lost_rank_ends_the_run_and_resuming_is_exact(data, tmp_path, lost):
+    a_lost_rank_ends_the_run_and_resuming_is_exact(data, tmp_path, lost)
 
 
 def test_flops_match_the_published_arithmetic():

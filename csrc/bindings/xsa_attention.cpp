@@ -82,14 +82,14 @@ void fwd(Tensor q, Tensor k, Tensor v, optional<Tensor> gate, optional<Tensor> c
     check_launch(xsa_attention_fwd(p, device.stream), "xsa_attention_fwd");
 }
 
-void bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, optional<Tensor> gate, Tensor out, Tensor lse, Tensor own,
+void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tensor> gate, Tensor out, Tensor lse, Tensor own,
          optional<Tensor> cu_seqlens, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats, Tensor plan,
          Tensor plan_keys, bool xsa, double scale) {
     XsaAttentionBwdParams p{};
     XsaAttentionParams& f = p.fwd;
     f = params(q, k, v, gate, cu_seqlens, out, lse, own, plan, xsa, scale);
     p.keys = plan_rows(plan_keys, "plan_keys", f, kXsaKeysPerBlock);
-    p.grad_out = head_rows(grad_out, "grad_out", f.batch, f.tokens, f.q_heads);
+    if (grad_out) p.grad_out = head_rows(*grad_out, "grad_out", f.batch, f.tokens, f.q_heads);
     p.dq = head_rows(dq, "dq", f.batch, f.tokens, f.q_heads);
     p.dk = head_rows(dk, "dk", f.batch, f.tokens, f.kv_heads);
     p.dv = head_rows(dv, "dv", f.batch, f.tokens, f.kv_heads);
@@ -110,7 +110,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
         "xsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) own,"
         " Tensor(d!) plan, bool xsa, float scale) -> ()");
     m.def(
-        "xsa_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
+        "xsa_attention_bwd(Tensor? grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
         " Tensor? cu_seqlens, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy, Tensor(f!) stats,"
         " Tensor(g!) plan, Tensor(h!) plan_keys, bool xsa, float scale) -> ()");
 }

@@ -44,7 +44,7 @@ struct RowScaled : Plain {
     struct Fetched {
         float rstd[2];
     };
-    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int m) {
+    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int, int m) {
         if (p.rstd == nullptr) return {};
         return {{__ldg(p.rstd + min(row, m - 1)), __ldg(p.rstd + min(row + 8, m - 1))}};
     }

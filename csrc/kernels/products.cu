@@ -28,9 +28,6 @@ struct ForwardResidualSquares : ForwardResidual {
     struct Arguments {
         float* row_sums;
     };
-    static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int) { return {}; }
-    template <int kCount>
-    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[kCount], int, int, int) {}
     static __device__ __forceinline__ float row_term(uint32_t sum, uint32_t) {
         const float low = __uint_as_float(sum << 16), high = __uint_as_float(sum & 0xffff0000u);
         return fmaf(low, low, high * high);
@@ -48,6 +45,12 @@ __global__ void row_rstd_kernel(const ProductParams p, int tiles) {
 struct Backward : Forward {
     static constexpr int kBMajor = kMajorMN;
 };
+
+// Wider tiles, which waste less at a layer's width, where K is long enough to store a tile in two passes under the next.
+struct BackwardLong : Backward {
+    static constexpr int kBlockN = 256;
+};
+constexpr int kLongK = gemm::Layout<BackwardLong>::kLeastKBlocks * gemm::kBlockK;
 
 struct Weight : Forward {
     static constexpr int kBlockN = 256, kAMajor = kMajorMN, kBMajor = kMajorMN;
@@ -71,7 +74,9 @@ cudaError_t product_forward(const ProductParams& p, cudaStream_t stream) {
     row_rstd_kernel<<<(p.m + 255) / 256, 256, 0, stream>>>(p, product_column_tiles(p.n));
     return cudaGetLastError();
 }
-cudaError_t product_backward(const ProductParams& p, cudaStream_t stream) { return launch<Backward>(p, stream); }
+cudaError_t product_backward(const ProductParams& p, cudaStream_t stream) {
+    return p.k >= kLongK ? launch<BackwardLong>(p, stream) : launch<Backward>(p, stream);
+}
 cudaError_t product_weight(const ProductParams& p, cudaStream_t stream) { return launch<Weight>(p, stream); }
 
 }  // namespace pgolf

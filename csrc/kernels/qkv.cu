@@ -32,7 +32,7 @@ struct Qkv : gemm::PlainOp {
     struct Fetched {
         uint32_t cos[2], sin[2];  // of the two rows, pairs
     };
-    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int) {
+    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int, int) {
         Fetched fetched;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

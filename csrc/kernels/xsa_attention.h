@@ -71,7 +71,7 @@ cudaError_t xsa_attention_fwd(const XsaAttentionParams& p, cudaStream_t stream);
 struct XsaAttentionBwdParams {
     XsaAttentionParams fwd;    // as given to the forward; out, lse and own are inputs now
     XsaPlan keys;              // scratch
-    HeadRows grad_out;
+    HeadRows grad_out;         // data null: dy, stats, dgate and dv's direct part have been written (xsa_output.h)
     HeadRows dq, dk, dv;
     GateRows dgate;
     HeadRows dy;               // scratch, [B, T, Hq, 64]

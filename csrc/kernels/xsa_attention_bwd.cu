@@ -445,11 +445,13 @@ cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t strea
     if (status == cudaSuccess) status = allow_shared(reinterpret_cast<const void*>(xsa_attention_dq_kernel), kQueryShared);
     if (status != cudaSuccess) return status;
 
-    // Tiles reach past a document's end into places that no token has: they must hold numbers.
-    status = cudaMemsetAsync(p.stats, 0, sizeof(float) * f.batch * f.q_heads * 2 * p.stats_width, stream);
-    if (status != cudaSuccess) return status;
-    constexpr int kRows = kPrepareThreads / kRowLanes;
-    xsa_attention_prepare_kernel<<<dim3((f.tokens + kRows - 1) / kRows, f.kv_heads, f.batch), kPrepareThreads, 0, stream>>>(p);
+    if (p.grad_out.data != nullptr) {
+        // Tiles reach past a document's end into places that no token has: they must hold numbers.
+        status = cudaMemsetAsync(p.stats, 0, sizeof(float) * f.batch * f.q_heads * 2 * p.stats_width, stream);
+        if (status != cudaSuccess) return status;
+        constexpr int kRows = kPrepareThreads / kRowLanes;
+        xsa_attention_prepare_kernel<<<dim3((f.tokens + kRows - 1) / kRows, f.kv_heads, f.batch), kPrepareThreads, 0, stream>>>(p);
+    }
     const int key_blocks = f.cu_seqlens != nullptr ? xsa_plan_capacity(f.tokens, f.documents, kXsaKeysPerBlock) - 1
                                                    : (f.tokens + kXsaKeysPerBlock - 1) / kXsaKeysPerBlock;
     const int batches = f.cu_seqlens != nullptr ? 1 : f.batch;

@@ -38,6 +38,8 @@ class Bench:
     """step: recipes, in turn."""
     gpus: int = 0
     """step: run on this many GPUs of this machine; 0: as launched."""
+    steps: int = 30
+    """step: timed steps of each phase."""
     profile: bool = False
     """step: add the table of kernels."""
     peer: bool = False
@@ -78,7 +80,8 @@ def run(config: Bench, console: Console) -> tuple[dict, int]:
     benchmarks = _benchmarks()
     if config.ops == ("step",):
         step = importlib.import_module("benchmarks.bench_train_step")
-        return {"steps": step.run(step.TrainStep(config.recipe, config.gpus, profile=config.profile, peer=config.peer, save=config.save), console)}, 0
+        wanted = step.TrainStep(config.recipe, config.gpus, config.steps, config.peer, config.profile, config.save)
+        return {"steps": step.run(wanted, console)}, 0
     known = benchmarks.op_names()
     for op in config.ops:
         if op not in known:

@@ -11,6 +11,9 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from pgolf_fast import dist, recipe
 from pgolf_fast.errors import UserError
@@ -37,12 +40,23 @@ class Train:
     """Print the result as JSON."""
 
 
-def under_torchrun(gpus: int) -> None:
-    """Replaces this process by torchrun with the same arguments; its processes have a LOCAL_RANK and so do not come here again."""
+def under_torchrun(gpus: int):
+    """Runs this command in one process a GPU, which have a LOCAL_RANK and so do not come here again, and exits when they have.
+
+    torchrun is called and not started: a process of its own would import torch once more before its workers do.
+    """
     if gpus > torch.cuda.device_count():
         raise UserError(f"gpus: {gpus} asked for, {torch.cuda.device_count()} visible here")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "-m", "pgolf_fast", *sys.argv[1:]]
-    os.execv(sys.executable, command)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, which it would announce
+    try:
+        torchrun.main(["--standalone", f"--nproc_per_node={gpus}", "-m", "pgolf_fast", *sys.argv[1:]])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"pgolf: rank {rank} was the first to end with an error ({failure.exitcode}); what it said is above", file=sys.stderr)
+        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
+    raise SystemExit(0)
 
 
 def run(config: Train, console: Console) -> tuple[dict, int]:
@@ -60,20 +74,18 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
     bar = Progress(
         TextColumn(resolved.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console
     )
-    try:
-        trainer = Trainer(resolved, folder, device, echo=console.print if first else lambda text: None, resume=config.resume)
-        task = bar.add_task("steps", total=resolved.recipe.schedule.iterations, text="")
+    trainer = Trainer(resolved, folder, device, echo=console.print if first else lambda text: None, resume=config.resume)
+    task = bar.add_task("steps", total=resolved.recipe.schedule.iterations, text="")
 
-        def progress(step, loss, ms_per_step):
-            bar.update(task, completed=step, text=f"loss {loss:.4f}  {ms_per_step:.1f} ms/step")
+    def progress(step, loss, ms_per_step):
+        bar.update(task, completed=step, text=f"loss {loss:.4f}  {ms_per_step:.1f} ms/step")
 
-        if first and console.is_terminal:
-            with bar:
-                result = trainer.run(progress)
-        else:
-            result = trainer.run()
-    finally:
-        dist.stop()
+    if first and console.is_terminal:
+        with bar:
+            result = trainer.run(progress)
+    else:
+        result = trainer.run()
+    dist.stop()
     return {
         "folder": str(result.folder),
         "steps": result.steps,

@@ -77,7 +77,6 @@ def composite(but: tuple[str, ...] = ()):
         _allowed = before
 
 
-@torch.compiler.assume_constant_result
 def uses_kernel(name: str, device: torch.device) -> bool:
     """Whether `torch.ops.pgolf_fast_sm90.<name>` serves tensors on `device`; False: the composite path does."""
     if _allowed is not None and not name.startswith(_allowed):
@@ -92,6 +91,10 @@ def uses_kernel(name: str, device: torch.device) -> bool:
         _say_composite(name, index, "the library holds no such kernel")
         return False
     return True
+
+
+# NOTE: what torch.compiler.assume_constant_result does, which would also import the compiler: 1.5 s of every process's start.
+uses_kernel._dynamo_marked_constant = True
 
 
 # A kernel cannot raise. Where it meets an index out of range it leaves (row + 1, index, bound) in pinned host

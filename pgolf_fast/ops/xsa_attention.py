@@ -193,16 +193,24 @@ def _bwd_packed_cuda(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seq
     return dqkv, _bwd_into(dqkv.split(heads, dim=2), grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale)
 
 
-def _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale):
-    """Writes the gradients of q, k and v, which may be strided, and returns the gate's."""
+def _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale, weight=None):
+    """Writes the gradients of q, k and v, which may be strided, and returns the gate's. With a `weight`, grad_out is that of the
+    output projection (xsa_output.py)."""
     q, k, v, cu_seqlens = _kernel_inputs(q, k, v, gate, cu_seqlens)
-    grad_out = _kernel_rows(grad_out, "grad_out")
     dy = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if gate is not None else None
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     stats_width = -(-q.shape[1] // 4) * 4 + 4 * documents
     stats = torch.empty((q.shape[0] * q.shape[2], 2, stats_width), dtype=torch.float32, device=q.device)
     plan, plan_keys = (_plan_space(q, cu_seqlens, tokens) for tokens in (_queries_per_block(q, k), KEYS_PER_BLOCK))
+    if weight is None:
+        grad_out = _kernel_rows(grad_out, "grad_out")
+    else:
+        places = None if cu_seqlens is None else torch.empty(q.shape[1], dtype=torch.int32, device=q.device)
+        torch.ops.pgolf_fast_sm90.xsa_output_bwd(
+            grad_out, weight, out, v, gate, lse, own, cu_seqlens, *gradients, dgate, dy, stats, places, xsa
+        )
+        grad_out = None
     torch.ops.pgolf_fast_sm90.xsa_attention_bwd(
         grad_out, q, k, v, gate, out, lse, own, cu_seqlens, *gradients, dgate, dy, stats, plan, plan_keys, xsa, scale
     )

@@ -9,27 +9,31 @@
 //              [ warpgroup 1: 64 rows ]     B: kBlockN columns, half from each CTA
 //     CTA 1    [ the next 128 rows    ]     staging for C (and the auxiliary tile)
 //
-// Four stages, the most that fit: a stage is consumed in 768 clocks (192 columns) or 1024 (256), and one is still being read
-// when the next is.
-// 192 columns leave registers for two accumulators: the result of one tile is computed, staged and stored under the
-// products of the next, and the auxiliary tile comes into the same staging area before. 256 columns,
-// for a long K, are staged in two passes between two tiles.
+// Four stages (five of 128 columns), the most that fit: a stage is consumed in 512 clocks (128 columns), 768 (192) or 1024 (256),
+// and one is still being read when the next is.
+// The result of one tile is computed, staged and stored under the products of the next, and the auxiliary tile comes into the same
+// staging area before. 128 or 192 columns leave registers for two accumulators. 256 columns, for a long K, do not: they are rounded
+// between two tiles and staged in two passes.
 // Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
 //
 // What varies is the Op:
-//     kBlockN                     192 or 256
+//     kBlockN                     128, 192 or 256
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
-//     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value. With 192 columns
-//                                 the auxiliary tile comes through the staging area; with 256 the threads load it themselves
+//     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value. With 256 columns
+//                                 the accumulator has been rounded to bf16
 //     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with all its
 //                                 accumulators before they are staged
+//     kSideBlocks, stage()        column blocks of a second pair of matrices, read and written with each tile (Side); stage() then
+//                                 turns accumulators, auxiliary tile and side blocks into what is stored, in kStageSteps steps
 //     kRowSums, row_term()        what a stored pair and its auxiliary pair add to a sum per row and column tile, in Arguments::row_sums
 //                                 [column tiles, m]
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
 //                                 tiles is then cut into one equal share per cluster, so that a few tiles with a long K
 //                                 (a weight gradient) keep every multiprocessor busy; the order of the additions varies.
 #pragma once
+#include <type_traits>
+
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/wgmma.cuh"
 
@@ -37,10 +41,9 @@ namespace pgolf::gemm {
 
 constexpr int kBlockM = 128, kBlockK = 64;
 constexpr int kCluster = 2;
-constexpr int kStages = 4;
 constexpr int kConsumers = 2;                       // warpgroups
 constexpr int kThreads = 128 * (kConsumers + 1);    // the last warpgroup produces
-constexpr int kLeastKBlocks = 8;                    // of an overlapped tile; a shorter K is padded with the copy engine's zeros
+constexpr int kPassKBlocks = 8;                     // under which a pass is staged
 constexpr int kColumnBlock = 64;                    // columns of one swizzled row of 128 bytes
 constexpr int kStagingBlockBytes = 64 * 128;        // 64 rows of one column block
 
@@ -48,27 +51,30 @@ enum Output { kStoreBf16, kAddFp32, kAddFp32Transposed };
 
 template <class Op>
 struct Layout {
-    static_assert(Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
-    static_assert(!Op::kRowSums || Op::kBlockN == 192, "summed over one pass");
+    static_assert(Op::kBlockN == 128 || Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
+    static_assert(!Op::kRowSums || Op::kBlockN < 256, "summed over one pass");
+    static constexpr int kStages = Op::kBlockN == 128 ? 5 : 4;
     static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
     static constexpr int kStageABytes = kBlockM * kBlockK * 2;
     static constexpr int kStageBytes = kStageABytes + Op::kBlockN * kBlockK * 2;
     static constexpr bool kStaged = Op::kOutput == kStoreBf16;
-    static constexpr bool kOverlapped = kStaged && Op::kBlockN == 192;  // results of a tile under the products of the next
-    static_assert(!kOverlapped || !Op::kTransformA, "no registers left for it");
-    static constexpr bool kAuxStaged = Op::kHasAux && kOverlapped, kAuxLoaded = Op::kHasAux && !kOverlapped;
-    static constexpr int kPasses = Op::kBlockN == 256 ? 2 : 1;
-    static constexpr int kPassBlocks = kStaged ? kColumnBlocks / kPasses : 0;  // column blocks staged at a time, per warpgroup
+    static constexpr bool kHeldRounded = Op::kBlockN == 256;
+    static_assert(!kStaged || kHeldRounded || !Op::kTransformA, "no registers left for it");
+    static constexpr bool kAuxStaged = kStaged && Op::kHasAux;
+    static constexpr int kPasses = kHeldRounded ? 2 : 1;
+    static constexpr int kLeastKBlocks = kStaged ? kPasses * kPassKBlocks : 1;  // a shorter K is padded with the copy engine's zeros
+    static constexpr int kPassBlocks = kStaged ? kColumnBlocks / kPasses : 0;   // column blocks staged at a time, per warpgroup
+    static_assert(Op::kSideBlocks == 0 || kAuxStaged, "side blocks come with the auxiliary tile");
+    static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
     // Both together are what 384 threads start with, 168 each.
     static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-    static constexpr int kStagingBytes = kConsumers * kPassBlocks * kStagingBlockBytes;
+    static constexpr int kStagingBytes = kConsumers * kStagedBlocks * kStagingBlockBytes;
     static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + 256;
 };
 
 struct Maps {
-    CUtensorMap a, b, c, aux;
+    CUtensorMap a, b, c, aux, side_in, side_out;
     float* c_fp32;  // where the output is added to, contiguous rows
-    const __nv_bfloat16* aux_rows;  // for threads that load it
 };
 
 struct Shape {
@@ -78,10 +84,14 @@ struct Shape {
 // What an Op inherits and replaces where it does more.
 struct PlainOp {
     static constexpr bool kTransformA = false, kHasAux = false, kRowSums = false;
+    static constexpr int kSideBlocks = 0;
     struct Arguments {};
     struct Fetched {};
-    static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int) { return {}; }
-    template <int kCount>
+    template <class Arguments>
+    static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int, int) {
+        return {};
+    }
+    template <class Arguments, class Fetched, int kCount>
     static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[kCount], int, int, int) {}
     static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t) { return ptx::pack_bf16(low, high); }
 };
@@ -105,8 +115,7 @@ struct Schedule {
 
     __device__ __forceinline__ explicit Schedule(const Shape& shape) {
         tiles_n = (shape.n + Op::kBlockN - 1) / Op::kBlockN;
-        k_blocks = (shape.k + kBlockK - 1) / kBlockK;
-        if constexpr (Layout<Op>::kOverlapped) k_blocks = max(k_blocks, kLeastKBlocks);
+        k_blocks = max((shape.k + kBlockK - 1) / kBlockK, Layout<Op>::kLeastKBlocks);
         pairs = (shape.m + kCluster * kBlockM - 1) / (kCluster * kBlockM) * tiles_n;
         k_first = 0;
         const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
@@ -145,6 +154,7 @@ struct Schedule {
     }
 };
 
+template <int kStages>
 struct Barriers {
     uint64_t full[kStages], empty[kStages];
     uint64_t aux_full, aux_empty;
@@ -154,6 +164,7 @@ struct Barriers {
 __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk16) { return row * 128 + ((chunk16 ^ (row & 7)) << 4); }
 
 // Position in a ring of stages.
+template <int kStages>
 struct Ring {
     int stage = 0;
     uint32_t phase = 0;
@@ -165,26 +176,37 @@ struct Ring {
     }
 };
 
+// First column of a staged block of a tile: of the tile itself, or of the side blocks after it.
 template <class Op>
-__device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging, Barriers& bars) {
+__device__ __forceinline__ int staged_column(const Work& tile, int block) {
+    constexpr int kOwn = Layout<Op>::kColumnBlocks;
+    return block < kOwn ? tile.n0 + block * kColumnBlock : tile.n0 / Op::kBlockN * Op::kSideBlocks * kColumnBlock + (block - kOwn) * kColumnBlock;
+}
+
+template <class Op>
+__device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, uint8_t* staging,
+                                        Barriers<Layout<Op>::kStages>& bars) {
     using L = Layout<Op>;
     constexpr int kBlockN = Op::kBlockN;
     const uint32_t rank = ptx::cluster_rank();
     Schedule<Op> schedule(shape);
     Work work;
-    Ring ring;
+    Ring<L::kStages> ring;
     Work before;
     bool has_before = false;
     uint32_t aux_parity = 0;
 
-    auto load_aux = [&](const Work& tile) {
+    auto load_aux = [&](const Work& tile, int pass) {
         ptx::mbarrier_wait(&bars.aux_empty, aux_parity);
         aux_parity ^= 1;
         ptx::mbarrier_arrive_expect(&bars.aux_full, L::kStagingBytes);
 #pragma unroll
-        for (int i = 0; i < kConsumers * L::kColumnBlocks; ++i)
-            ptx::tma_load_2d(staging + i * kStagingBlockBytes, &maps.aux, &bars.aux_full, tile.n0 + i % L::kColumnBlocks * kColumnBlock,
-                             tile.m0 + i / L::kColumnBlocks * 64);
+        for (int group = 0; group < kConsumers; ++group)
+#pragma unroll
+            for (int block = 0; block < L::kStagedBlocks; ++block)
+                ptx::tma_load_2d(staging + (group * L::kStagedBlocks + block) * kStagingBlockBytes,
+                                 block < L::kPassBlocks ? &maps.aux : &maps.side_in, &bars.aux_full,
+                                 staged_column<Op>(tile, pass * L::kPassBlocks + block), tile.m0 + group * 64);
     };
 
     while (schedule.next(work)) {
@@ -213,12 +235,17 @@ __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, ui
                                                n0 + block * kColumnBlock, kb * kBlockK + rank * half, 3);
             }
             // The auxiliary tile of the tile before, whose result is due under this one; the ring is fed first.
-            if (L::kAuxStaged && kb == min(kStages, work.k_end) - 1 && has_before) load_aux(before);
+            if (L::kAuxStaged && has_before) {
+#pragma unroll
+                for (int pass = 0; pass < L::kPasses; ++pass)
+                    if (kb == pass * kPassKBlocks + L::kStages - 1) load_aux(before, pass);
+            }
         }
         before = work;
         has_before = true;
     }
-    if (L::kAuxStaged && has_before) load_aux(before);
+    if (L::kAuxStaged && has_before)
+        for (int pass = 0; pass < L::kPasses; ++pass) load_aux(before, pass);
 }
 
 // Adds a warpgroup's accumulators to float32 C. `row`, `column`: of this thread's first element.
@@ -249,31 +276,25 @@ struct Consumer {
     const typename Op::Arguments& arguments;
     uint8_t* stages;
     uint8_t* staging;  // this warpgroup's
-    Barriers& bars;
+    Barriers<L::kStages>& bars;
     const int group, warp, lane;
     const uint32_t lane_row, lane_chunk;  // row and 16-byte column chunk that this lane addresses in a 16 x 16 block
-    Ring ring;
+    Ring<L::kStages> ring;
     int unreleased = -1;  // the stage that the newest product but one reads
     float row_sums[2];
     uint32_t aux_parity = 0;
 
     // `group` is broadcast, so that the compiler keeps descriptors in uniform registers.
     __device__ __forceinline__ Consumer(const Maps& maps, const Shape& shape, const typename Op::Arguments& arguments, uint8_t* stages,
-                                        uint8_t* staging, Barriers& bars)
+                                        uint8_t* staging, Barriers<L::kStages>& bars)
         : maps(maps), shape(shape), arguments(arguments), stages(stages), bars(bars), group(__shfl_sync(0xffffffffu, threadIdx.x / 128, 0)),
           warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), lane_row(warp * 16 + (lane / 8 % 2) * 8 + lane % 8), lane_chunk(lane / 16) {
-        this->staging = staging + group * L::kPassBlocks * kStagingBlockBytes;
+        this->staging = staging + group * L::kStagedBlocks * kStagingBlockBytes;
     }
 
     __device__ __forceinline__ bool leads() const { return threadIdx.x % 128 == 0; }
 
-    // Waits until all products but the newest are done, and gives their stage back to both producers.
-    __device__ __forceinline__ void release_finished() {
-        wgmma::wait<1>();
-        release();
-        unreleased = ring.stage;
-        ring.next();
-    }
+    // Gives a stage whose products are done back to both producers.
     __device__ __forceinline__ void release() {
         if (unreleased >= 0 && lane == 0) {
             ptx::mbarrier_arrive(&bars.empty[unreleased]);
@@ -281,8 +302,9 @@ struct Consumer {
         }
     }
 
-    // Issues the products of the next stage. `a` is where A passes through registers; the caller alternates between two.
-    __device__ __forceinline__ void multiply(float (&acc)[kAccumulators], uint32_t (&a)[4][4], bool accumulate) {
+    // Issues the products of the next stage. `a` is where A passes through registers: half of a stage, while products read the other.
+    using OperandA = uint32_t[2][2][4];
+    __device__ __forceinline__ void multiply(float (&acc)[kAccumulators], OperandA& a, bool accumulate) {
         ptx::mbarrier_wait(&bars.full[ring.stage], ring.phase);
         uint8_t* stage_a = stages + ring.stage * L::kStageBytes + group * 64 * 128;  // 64 rows of m, or 64 k of this group's 64 m
         uint8_t* stage_b = stages + ring.stage * L::kStageBytes + L::kStageABytes;
@@ -292,28 +314,42 @@ struct Consumer {
         if constexpr (Op::kTransformA) {
             const uint32_t base = ptx::smem_u32(stage_a);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if constexpr (Op::kAMajor == wgmma::kMajorK)
-                    ptx::ldmatrix_x4(base + swizzled(lane_row, 2 * i + lane_chunk), a[i][0], a[i][1], a[i][2], a[i][3]);
-                else  // rows are k: 8 x 8 blocks in the order (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8)
-                    ptx::ldmatrix_x4_transposed(base + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2), a[i][0], a[i][1],
-                                                a[i][2], a[i][3]);
+            for (int half = 0; half < 2; ++half) {
 #pragma unroll
-                for (int r = 0; r < 4; ++r) a[i][r] = Op::operand_a(a[i][r]);
+                for (int step = 0; step < 2; ++step) {
+                    const int i = 2 * half + step;
+                    uint32_t(&to)[4] = a[half][step];
+                    if constexpr (Op::kAMajor == wgmma::kMajorK)
+                        ptx::ldmatrix_x4(base + swizzled(lane_row, 2 * i + lane_chunk), to[0], to[1], to[2], to[3]);
+                    else  // rows are k: 8 x 8 blocks in the order (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8)
+                        ptx::ldmatrix_x4_transposed(base + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2), to[0], to[1],
+                                                    to[2], to[3]);
+#pragma unroll
+                    for (int r = 0; r < 4; ++r) to[r] = Op::operand_a(to[r]);
+                }
+                wgmma::fence();
+#pragma unroll
+                for (int step = 0; step < 2; ++step) {
+                    const int i = 2 * half + step;
+                    const uint32_t(&from)[4] = a[half][step];
+                    wgmma::mma<Op::kBMajor>(acc, from[0], from[1], from[2], from[3], wgmma::advance(b, i * kBStep), accumulate || i > 0);
+                }
+                wgmma::commit();
+                wgmma::wait<1>();
+                if (half == 0) release();
             }
-            wgmma::fence();
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                wgmma::mma<Op::kBMajor>(acc, a[i][0], a[i][1], a[i][2], a[i][3], wgmma::advance(b, i * kBStep), accumulate || i > 0);
         } else {
             const uint64_t a = Op::kAMajor == wgmma::kMajorK ? wgmma::descriptor(stage_a) : wgmma::descriptor_mn_major(stage_a, kBlockK * 128);
             wgmma::fence();
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 wgmma::mma<Op::kAMajor, Op::kBMajor>(acc, wgmma::advance(a, i * kAStep), wgmma::advance(b, i * kBStep), accumulate || i > 0);
+            wgmma::commit();
+            wgmma::wait<1>();
+            release();
         }
-        wgmma::commit();
-        release_finished();
+        unreleased = ring.stage;
+        ring.next();
     }
 
     // The staging area is this warpgroup's again: the last store has read it. An auxiliary tile may come in.
@@ -333,38 +369,40 @@ struct Consumer {
         }
     }
     __device__ __forceinline__ int row_of(const Work& work) const { return work.m0 + group * 64 + warp * 16 + lane / 4; }
-    __device__ __forceinline__ typename Op::Fetched fetch(const Work& work) const { return Op::fetch(arguments, row_of(work), shape.m); }
+    __device__ __forceinline__ typename Op::Fetched fetch(const Work& work) const { return Op::fetch(arguments, row_of(work), work.n0, shape.m); }
     // All accumulators of a tile are final.
     __device__ __forceinline__ void finish(float (&acc)[kAccumulators], const Work& work, const typename Op::Fetched& fetched) {
         Op::finish(arguments, fetched, acc, row_of(work), work.n0, shape.m);
         if constexpr (Op::kRowSums) row_sums[0] = row_sums[1] = 0.f;
     }
-    // Auxiliary pairs at the places of the accumulators of 16 columns; what lies outside stays as it is, and will not be stored.
-    using AuxPairs = uint32_t[4];
-    __device__ __forceinline__ void load_aux(AuxPairs& aux, const Work& work, int pass, int i) const {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const int m = row_of(work) + r % 2 * 8, n = work.n0 + (pass * kChunks + i) * 16 + r / 2 * 8;
-            if (m < shape.m && n < shape.n)
-                aux[r] = __ldg(reinterpret_cast<const unsigned*>(maps.aux_rows + (int64_t(m) * shape.n + n + lane % 4 * 2)));
-        }
-    }
+    // What is left of a finished tile under the products of the next: the accumulators, or pairs of them rounded.
+    using Held = std::conditional_t<L::kHeldRounded, uint32_t[kAccumulators / 2], float[kAccumulators]>;
 
-    // Result of 16 columns, into the staging area.
-    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i) {
-        AuxPairs aux = {};
-        if constexpr (L::kAuxStaged) ptx::ldmatrix_x4(chunk_address(i), aux[0], aux[1], aux[2], aux[3]);
-        stage_chunk(acc, pass, i, aux);
+    // Result of a pass, into the staging area: step `step` of kStageSteps.
+    static constexpr int kStageSteps = 4;
+    __device__ __forceinline__ void stage_step(const Held& held, int pass, int step, const Work& work, typename Op::Fetched& fetched) {
+        if constexpr (Op::kSideBlocks > 0) {
+            Op::stage(arguments, fetched, held, step, row_of(work), work.n0, shape.m, [&](int block, int i) { return chunk_address(4 * block + i); });
+        } else {
+            constexpr int kPerStep = kChunks / kStageSteps;
+#pragma unroll
+            for (int c = 0; c < kPerStep; ++c) stage_chunk(held, pass, step * kPerStep + c);
+        }
     }
     __device__ __forceinline__ uint32_t chunk_address(int i) const {
         return ptx::smem_u32(staging) + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
     }
-    __device__ __forceinline__ void stage_chunk(const float (&acc)[kAccumulators], int pass, int i, const AuxPairs& aux) {
-        const int j = 8 * (pass * kChunks + i);
-        uint32_t out[4];
+    // Result of 16 columns.
+    __device__ __forceinline__ void stage_chunk(const Held& held, int pass, int i) {
+        uint32_t aux[4] = {}, out[4];
+        if constexpr (L::kAuxStaged) ptx::ldmatrix_x4(chunk_address(i), aux[0], aux[1], aux[2], aux[3]);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            out[r] = Op::result(acc[j + 2 * r], acc[j + 2 * r + 1], aux[r]);
+            const int pair = 4 * (pass * kChunks + i) + r;
+            if constexpr (L::kHeldRounded)
+                out[r] = Op::result(__uint_as_float(held[pair] << 16), __uint_as_float(held[pair] & 0xffff0000u), aux[r]);
+            else
+                out[r] = Op::result(held[2 * pair], held[2 * pair + 1], aux[r]);
             if constexpr (Op::kRowSums) row_sums[r % 2] += Op::row_term(out[r], aux[r]);
         }
         ptx::stmatrix_x4(chunk_address(i), out[0], out[1], out[2], out[3]);
@@ -385,95 +423,80 @@ struct Consumer {
         ptx::named_sync(1 + group, 128);
         if (leads()) {
 #pragma unroll
-            for (int block = 0; block < L::kPassBlocks; ++block)
-                ptx::tma_store_2d(&maps.c, staging + block * kStagingBlockBytes, work.n0 + (pass * L::kPassBlocks + block) * kColumnBlock,
-                                  work.m0 + group * 64);
+            for (int block = 0; block < L::kStagedBlocks; ++block)
+                ptx::tma_store_2d(block < L::kPassBlocks ? &maps.c : &maps.side_out, staging + block * kStagingBlockBytes,
+                                  staged_column<Op>(work, pass * L::kPassBlocks + block), work.m0 + group * 64);
             ptx::bulk_commit();
         }
     }
 
-    // Everything of one tile, then its result.
+    // All products of a tile, added to C.
     __device__ __forceinline__ void run_in_turn() {
         Schedule<Op> schedule(shape);
         Work work;
         while (schedule.next(work)) {
             float acc[kAccumulators];
-            uint32_t a[2][4][4];
-#pragma unroll 2
-            for (int i = 0; i < work.k_end - work.k_begin; ++i) multiply(acc, a[i % 2], i > 0);
-            wgmma::wait<0>();
-            wgmma::pin(acc);
-            release();
-            unreleased = -1;
-            if constexpr (L::kStaged) {
-                AuxPairs aux[kChunks] = {};
-                if constexpr (L::kAuxLoaded) {
-#pragma unroll
-                    for (int i = 0; i < kChunks; ++i) load_aux(aux[i], work, 0, i);
-                }
-                finish(acc, work, fetch(work));
-#pragma unroll
-                for (int pass = 0; pass < L::kPasses; ++pass) {
-                    offer_staging();
-                    await_staging();
-#pragma unroll
-                    for (int i = 0; i < kChunks; ++i) {
-                        stage_chunk(acc, pass, i, aux[i]);
-                        if (L::kAuxLoaded && pass + 1 < L::kPasses) load_aux(aux[i], work, pass + 1, i);
-                    }
-                    store(work, pass);
-                }
-            } else {
-                add_fp32<Op>(acc, maps.c_fp32, work.m0 + group * 64 + warp * 16 + lane / 4, work.n0 + lane % 4 * 2, shape);
-            }
+            products(acc, work);
+            drain(acc);
+            add_fp32<Op>(acc, maps.c_fp32, work.m0 + group * 64 + warp * 16 + lane / 4, work.n0 + lane % 4 * 2, shape);
         }
     }
 
-    // Products of a tile into `acc`, and nothing else.
-    __device__ __forceinline__ void first_tile(float (&acc)[kAccumulators], const Work& work) {
-        uint32_t unused[4][4];
-        for (int i = 0; i < work.k_end; ++i) multiply(acc, unused, i > 0);
+    __device__ __forceinline__ void products(float (&acc)[kAccumulators], const Work& work) {
+        OperandA a;
+        for (int i = work.k_begin; i < work.k_end; ++i) multiply(acc, a, i > work.k_begin);
     }
-    // Products of `work` into `acc`; under them the result of the tile `before` from `finished`.
-    // The staging area is offered at the first k block and taken at the fifth, in time for an auxiliary tile to arrive.
-    __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, float (&finished)[kAccumulators],
-                                                    const Work& before) {
-        constexpr int kTaken = 4, kStored = kLeastKBlocks, kChunksPerStep = kChunks / (kStored - kTaken);
-        uint32_t unused[4][4];
-        const typename Op::Fetched fetched = fetch(before);
-        multiply(acc, unused, false);
-        wgmma::pin(finished);  // its last product is done: the wait was for all but the newest
-        offer_staging();
-#pragma unroll
-        for (int i = 1; i < kTaken; ++i) multiply(acc, unused, true);
-        finish(finished, before, fetched);
-        await_staging();
-#pragma unroll
-        for (int i = kTaken; i < kStored; ++i) {
-            multiply(acc, unused, true);
-#pragma unroll
-            for (int c = 0; c < kChunksPerStep; ++c) stage_chunk(finished, 0, (i - kTaken) * kChunksPerStep + c);
-        }
-        store(before, 0);
-        for (int i = kStored; i < work.k_end; ++i) multiply(acc, unused, true);
-    }
-    __device__ __forceinline__ void last_result(float (&acc)[kAccumulators], const Work& work) {
+    __device__ __forceinline__ void drain(float (&acc)[kAccumulators]) {
         wgmma::wait<0>();
         wgmma::pin(acc);
         release();
-        offer_staging();
-        finish(acc, work, fetch(work));
-        await_staging();
-#pragma unroll
-        for (int i = 0; i < kChunks; ++i) stage_chunk(acc, 0, i);
-        store(work, 0);
+        unreleased = -1;
     }
-    __device__ __forceinline__ void run_overlapped() {
+    // Products of `work` into `acc`; under them the result of the tile `before`, of which `held` is left.
+    // The staging area is offered at the first k block of a pass and taken at the fifth, in time for an auxiliary tile to arrive.
+    __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, Held& held, const Work& before) {
+        OperandA a;
+        typename Op::Fetched fetched = fetch(before);
+#pragma unroll
+        for (int pass = 0; pass < L::kPasses; ++pass) {
+            multiply(acc, a, pass > 0);
+            if constexpr (!L::kHeldRounded) wgmma::pin(held);  // its last product is done: the wait was for all but the newest
+            offer_staging();
+#pragma unroll
+            for (int i = 1; i < kPassKBlocks - kStageSteps; ++i) multiply(acc, a, true);
+            if constexpr (!L::kHeldRounded) finish(held, before, fetched);
+            await_staging();
+#pragma unroll
+            for (int step = 0; step < kStageSteps; ++step) {
+                multiply(acc, a, true);
+                stage_step(held, pass, step, before, fetched);
+            }
+            store(before, pass);
+        }
+        for (int i = L::kLeastKBlocks; i < work.k_end; ++i) multiply(acc, a, true);
+    }
+    __device__ __forceinline__ void last_result(Held& held, const Work& work) {
+        typename Op::Fetched fetched = fetch(work);
+        if constexpr (!L::kHeldRounded) {
+            drain(held);
+            finish(held, work, fetched);
+        }
+#pragma unroll
+        for (int pass = 0; pass < L::kPasses; ++pass) {
+            offer_staging();
+            await_staging();
+#pragma unroll
+            for (int step = 0; step < kStageSteps; ++step) stage_step(held, pass, step, work, fetched);
+            store(work, pass);
+        }
+    }
+    // Two accumulators in turn.
+    __device__ __forceinline__ void run_alternating() {
         Schedule<Op> schedule(shape);
         float even[kAccumulators], odd[kAccumulators];
         Work work, before;
         if (!schedule.next(work)) return;
-        first_tile(even, work);
+        products(even, work);
         while (true) {
             before = work;
             if (!schedule.next(work)) return last_result(even, before);
@@ -483,12 +506,32 @@ struct Consumer {
             overlapped_tile(even, work, odd, before);
         }
     }
+    // One accumulator, rounded between two tiles.
+    __device__ __forceinline__ void run_rounding() {
+        Schedule<Op> schedule(shape);
+        float acc[kAccumulators];
+        uint32_t held[kAccumulators / 2];
+        Work work, before;
+        if (!schedule.next(work)) return;
+        products(acc, work);
+        while (true) {
+            drain(acc);
+            finish(acc, work, fetch(work));
+#pragma unroll
+            for (int i = 0; i < kAccumulators / 2; ++i) held[i] = ptx::pack_bf16(acc[2 * i], acc[2 * i + 1]);
+            before = work;
+            if (!schedule.next(work)) return last_result(held, before);
+            overlapped_tile(acc, work, held, before);
+        }
+    }
 
     __device__ __forceinline__ void run() {
-        if constexpr (L::kOverlapped)
-            run_overlapped();
-        else
+        if constexpr (!L::kStaged)
             run_in_turn();
+        else if constexpr (L::kHeldRounded)
+            run_rounding();
+        else
+            run_alternating();
         if (leads()) ptx::bulk_wait<0>();
     }
 };
@@ -499,8 +542,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     extern __shared__ uint8_t raw[];
     // NOTE: 1024-aligned in the shared window, which is the same in both CTAs of the cluster.
     uint8_t* stages = raw + (1024 - ptx::smem_u32(raw) % 1024) % 1024;
+    constexpr int kStages = Layout<Op>::kStages;
     uint8_t* staging = stages + kStages * Layout<Op>::kStageBytes;
-    Barriers& bars = *reinterpret_cast<Barriers*>(staging + Layout<Op>::kStagingBytes);
+    auto& bars = *reinterpret_cast<Barriers<kStages>*>(staging + Layout<Op>::kStagingBytes);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
             ptx::mbarrier_init(&bars.full[s], 1);
@@ -527,10 +571,18 @@ inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int6
     return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
 }
 
+// A second pair of matrices that travels with the tiles: kSideBlocks column blocks of each for every tile of columns.
+struct Side {
+    const void* in;
+    void* out;
+    int columns;
+    int64_t in_stride, out_stride;  // elements from row to row
+};
+
 // A, B as their majors say; C [m, n] bf16, or float32 [m, n] or [n, m] that is added to; aux [m, n]; all with contiguous rows.
 template <class Op>
 cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream,
-                   const typename Op::Arguments& arguments = {}) {
+                   const typename Op::Arguments& arguments = {}, const Side& side = {}) {
     if (shape.m == 0 || shape.k == 0) return cudaSuccess;
     constexpr int kSharedBytes = Layout<Op>::kSharedBytes;
     Maps maps{};
@@ -541,8 +593,11 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
         status = Op::kBMajor == wgmma::kMajorK ? map_2d(&maps.b, b, shape.n, shape.k, shape.k, Op::kBlockN / kCluster)
                                                : map_2d(&maps.b, b, shape.k, shape.n, shape.n, kBlockK / kCluster);
     if (status == cudaSuccess && Layout<Op>::kStaged) status = map_2d(&maps.c, c, shape.m, shape.n, shape.n, 64);
-    maps.aux_rows = static_cast<const __nv_bfloat16*>(aux);
     if (status == cudaSuccess && Layout<Op>::kAuxStaged) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
+    if (Op::kSideBlocks > 0) {
+        if (status == cudaSuccess) status = map_2d(&maps.side_in, side.in, shape.m, side.columns, side.in_stride, 64);
+        if (status == cudaSuccess) status = map_2d(&maps.side_out, side.out, shape.m, side.columns, side.out_stride, 64);
+    }
     int device = 0, sms = 0;
     if (status == cudaSuccess) status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
