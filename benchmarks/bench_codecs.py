@@ -30,8 +30,8 @@ TABLE_FILE = Path(__file__).parent / "CODECS.md"
 HEADING = f"""# Codecs
 
 Written by `python -m benchmarks.bench_codecs --save`, on {os.cpu_count()} cores of {platform.machine()}; scales and float tensors included. SYNTHETIC: Gaussian
-weights. The others are trained models, by the artifacts of `benchmarks/bench_quantize.py`: briefly (150 to 300 steps of 98,304 tokens), so that
-their rows lie on the scale's floor and take fewer bits than a full run's. The default codec is the smallest of all and the fastest to pack.
+weights. The others are trained models, by the artifacts of `benchmarks/bench_quantize.py`: briefly, so that the rows of the SP1024 ones lie on
+the scale's floor and take fewer bits than a full run's. The default codec is the smallest of all and the fastest to pack.
 
 """
 COLUMNS = ["| model | codec | bytes | bits per weight | pack, CPU s | unpack, CPU s |", "|---|---|---:|---:|---:|---:|"]
@@ -77,7 +77,7 @@ def models(arguments):
     """(label, quantized tensors)"""
     for path in arguments.artifact:
         loaded = artifact.unpack(path.read_bytes())
-        yield loaded.metadata.get("recipe", path.name), loaded.tensors
+        yield path.stem, loaded.tensors
     for family, table in () if arguments.artifact else MODELS:
         tensors, _ = quantize(synthetic_state(family), PUBLISHED[table], plain_rounding=True)
         yield f"SYNTHETIC {family}, {table}", tensors

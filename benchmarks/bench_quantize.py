@@ -1,8 +1,12 @@
-"""What quantization costs a run, in bits per byte, bytes and seconds: python -m benchmarks.bench_quantize RUN... [--data FOLDER] [--save]
+"""What quantization costs a run, in bits per byte, bytes and seconds.
+
+    python -m benchmarks.bench_quantize RUN... [--data FOLDER] [--fit] [--save]
 
 For each run of `pgolf train`: validation of the weights as trained, as quantized, and as read back from the packed artifact, which must
 agree with the quantized ones in every bit. All three in the same pass over the same rows, plain float32 losses. Seconds are wall time;
 quantizing is timed twice, the first time with whatever a process does once. Artifacts are left in the runs' folders.
+
+--fit: also the search for the least loss, at the published table's own bytes, and under the cap with the code counted wrapped and strict.
 """
 
 import argparse
@@ -19,6 +23,8 @@ from pgolf_fast.bpb import BitsPerByte, Score
 from pgolf_fast.commands.pack import ARTIFACT
 from pgolf_fast.commands.quantize import choose_device
 from pgolf_fast.data import Validation, load_validation, pack_segments
+from pgolf_fast.errors import UserError
+from pgolf_fast.fit import Search
 from pgolf_fast.ledger import CAP_BYTES, count_code, forecast_bytes, ledger, own_sources
 
 # Bits per byte after quantization minus before, of runs of full length.
@@ -104,11 +110,40 @@ def measure(folder: Path, data: Path | None, device: torch.device) -> dict:
     }
 
 
+def measure_fits(folder: Path, data: Path | None, device: torch.device, published_bytes: int) -> dict:
+    """The search's seconds, and per room what it found, scored on validation, which it has not seen."""
+    run = export.read_run(folder)
+    validation = load_validation(data or run.recipe.train.data, run.recipe.train.seq_len)
+    search, search_s = timed(lambda: Search(run, device, data))
+    code = count_code(own_sources())
+    fits = []
+    rooms = (("wrapped", code.wrapped, CAP_BYTES), ("as published", 0, published_bytes), ("strict", code.strict, CAP_BYTES))
+    for room, code_bytes, cap in rooms:
+        try:
+            found, fit_s = timed(lambda: search.fit(cap - code_bytes))
+        except UserError as error:
+            print(f"  fit, {room}: {error}")
+            continue
+        (folder / f"fit-{room.replace(' ', '-')}.pglf").write_bytes(found.artifact)
+        size, chosen = len(found.artifact), found.chosen.choice
+        row = {"room": room, "artifact": size, "code": code_bytes, "total": size + code_bytes, "published_table": chosen == found.tried[0]}
+        row["bpb"] = score(export.build_model(run.recipe, found.chosen.tensors, device), validation, run.recipe.train).bits_per_byte
+        row["train_rise"] = chosen.loss - search.unquantized_loss
+        row["tried"] = [{"bytes": round(c.bytes), "train_rise": c.loss - search.unquantized_loss} for c in found.tried]
+        fits.append(row | {"schemes": {name: s.short() for name, s in zip(search.searched, chosen.schemes)}, "seconds": fit_s})
+        rise = f"rise on training text {row['train_rise']:.5f}, published table {row['tried'][0]['train_rise']:.5f}"
+        print(f"  fit, {room}: {size:,} + {code_bytes:,} = {row['total']:,}  bpb {row['bpb']:.5f}  {rise}")
+        print(f"  in {fit_s:.1f} s after {search_s:.1f} s", flush=True)
+    predicted = [(round(c.bytes), c.loss - search.unquantized_loss) for c in search.frontier[::20]]
+    return {"search_s": search_s, "rooms": fits, "predicted": predicted}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--fit", action="store_true")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
@@ -119,11 +154,19 @@ def main():
         print(f"  quantizing twice gives the same bits: {row['quantizing_repeats_exactly']}")
         print(f"  bpb {row['bpb']}  gap {row['gap_bpb']:.4f} (published {row['published_gap_bpb']})\n  seconds: {seconds}", flush=True)
         if arguments.save:
-            slug = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
-            command = " ".join(["python -m benchmarks.bench_quantize", *sys.argv[1:]])
-            trained = json.loads((folder / "machine.json").read_text())["command"]
-            record = {"environment": environment(device) | {"command": command}, "train_command": " ".join(["pgolf", *trained[1:]]), **row}
-            (RESULTS / f"quantize_{row['recipe']}.{slug}.json").write_text(json.dumps(record, indent=1) + "\n")
+            save(row, folder, device)
+        if arguments.fit:
+            row["fit"] = measure_fits(folder, arguments.data, device, row["bytes"]["artifact"])
+            if arguments.save:
+                save(row, folder, device)
+
+
+def save(row: dict, folder: Path, device: torch.device) -> None:
+    slug = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
+    command = " ".join(["python -m benchmarks.bench_quantize", *sys.argv[1:]])
+    trained = json.loads((folder / "machine.json").read_text())["command"]
+    record = {"environment": environment(device) | {"command": command}, "train_command": " ".join(["pgolf", *trained[1:]]), **row}
+    (RESULTS / f"quantize_{row['recipe']}.{slug}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -83,29 +83,43 @@ def step_table(folder: Path = RESULTS) -> str:
     return "\n".join(lines) if len(lines) > 2 else "No step is stored yet."
 
 
-def score_table(folder: Path = RESULTS) -> str:
-    """Quantization's cost and the evaluators' gain, of briefly trained models."""
+def quantization_table(folder: Path = RESULTS) -> str:
+    """Briefly trained models by their published tables, and where a search under the cap was run, by what it found."""
     lines = [
-        "| recipe | weights, evaluator | nats per token | bits per byte | tokens | scoring, s | artifact, bytes |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| recipe | trained, s | bits per byte | quantized | rise | published rise | artifact, bytes "
+        "| `--fit 16000000`: rise | artifact and wrapped code, bytes |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for path in sorted(folder.glob("quantize_*.json")):
         run = json.loads(path.read_text())
-        for weights, size in (("trained", "-"), ("quantized", f"{run['bytes']['artifact']:,}")):
-            lines.append(f"| {run['recipe']} | {weights}, plain | {run['loss'][weights]:.4f} | {run['bpb'][weights]:.4f} | all | - | {size} |")
-        scores = folder / path.name.replace("quantize_", "scores_")
-        evaluated = json.loads(scores.read_text()) if scores.exists() else {"scores": ()}
-        for row in evaluated["scores"]:
-            if row["evaluator"] == "plain":
-                continue
+        trained, quantized = run["bpb"]["trained"], run["bpb"]["quantized"]
+        published = "not logged" if run["published_gap_bpb"] is None else f"{run['published_gap_bpb']:.4f}"
+        fitted = [room for room in run.get("fit", {"rooms": ()})["rooms"] if room["room"] == "wrapped"]
+        found = f"{fitted[0]['bpb'] - trained:.4f} | {fitted[0]['total']:,}" if fitted else "- | -"
+        lines.append(
+            f"| {run['recipe']} | {run['train_s']:.0f} | {trained:.4f} | {quantized:.4f} | {quantized - trained:.4f} | {published} "
+            f"| {run['bytes']['artifact']:,} | {found} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else "No quantization is stored yet."
+
+
+def score_table(folder: Path = RESULTS) -> str:
+    """What evaluators make of the artifacts of briefly trained models."""
+    lines = [
+        "| recipe | run | weights, evaluator | nats per token | bits per byte | tokens | scoring, s |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for path in sorted(folder.glob("scores_*.json")):
+        run = json.loads(path.read_text())
+        for row in run["scores"]:
             lines.append(
-                f"| {run['recipe']} | quantized, {row['evaluator']} | {row['nats_per_token']:.4f} | {row['bits_per_byte']:.4f} "
-                f"| {evaluated['tokens']:,} | {row['scoring_s']:.1f} | |"
+                f"| {run['recipe']} | {run['run'].split(',')[0]} | {row['weights']}, {row['evaluator']} | {row['nats_per_token']:.4f} "
+                f"| {row['bits_per_byte']:.4f} | {run['tokens']:,} | {row['scoring_s']:.1f} |"
             )
     return "\n".join(lines) if len(lines) > 2 else "No score is stored yet."
 
 
-TABLES = {"scores": score_table, "steps": step_table, "parity": parity_table, "kernels": lambda: kernel_table(kernel_results())}
+TABLES = {"quantization": quantization_table, "scores": score_table, "steps": step_table, "parity": parity_table, "kernels": lambda: kernel_table(kernel_results())}
 
 
 def rewrite(text: str) -> str:

@@ -1,16 +1,17 @@
 """The quantization of least loss whose artifact fits a number of bytes.
 
-Every integer rule of the recipe's table (attention, MLP, token table) may take any variant of its scheme: clip, step, bits. Three stages:
+Every matrix of integers may leave its recipe's table for a variant of its own scheme: clip, step, bits. Three stages:
 
-    proxy     each variant of each rule by plain rounding of some rows: squared error of the weights, bytes by the entropy of the codes
-    predict   loss = unquantized + sum over the rules of slope x squared error, each slope measured with that rule alone quantized as published
-    measure   the best few predictions under the cap, and the published table, quantized in full (GPTQ, corrections)
+    rises    of each matrix: how far it alone, quantized as published, moves the loss
+    predict  of each variant: the rise, in proportion to the squared error of plain rounding; bytes, by the entropy of the codes.
+             From the coarsest of all, one step finer at a time: the step that buys most loss per byte
+    measure  the published table and the best few predictions under the cap, quantized in full (GPTQ, corrections)
 
-All losses are of the same rows of training text, kept out of calibration; validation is not read. The same input gives the same choice.
+The codec is the default one, the smallest on every model measured. All losses are of training text, kept out of calibration; validation is
+not read. The same input gives the same choice.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,144 +23,155 @@ from pgolf_fast import artifact
 from pgolf_fast.calibrate import Windows
 from pgolf_fast.errors import UserError
 from pgolf_fast.export import Run, calibrate, metadata, model_of, needs_hessians
-from pgolf_fast.quantize import Codes, QuantConfig, QuantizedTensors, Rule, Scheme, TensorError, dequantize, quantize
+from pgolf_fast.quantize import QuantConfig, QuantizedTensors, Rule, Scheme, TensorError, dequantize, quantize
 
 NUM_ROWS = 128  # of train.seq_len tokens, that losses are measured on
-NUM_MEASURED = 6
-ROWS_APART = 8  # of a matrix, in the proxies: a processor would take minutes for all
-LEAST_RISE = 1e-5  # nats per token: what those rows can tell
+NUM_ROWS_OF_RISES = 32
+NUM_MEASURED = 3
+ROWS_APART = 8  # of a matrix, in predictions: a processor would take minutes for all
 
 
 @dataclass(frozen=True)
 class Choice:
-    schemes: tuple[Scheme, ...]  # of the searched rules, in the table's order
+    schemes: tuple[Scheme, ...]  # of the searched matrices, in the model's order
     bytes: float
     loss: float  # nats per token
 
 
 @dataclass(frozen=True)
-class Fit:
-    rules: QuantConfig
+class Measured:
+    choice: Choice
     tensors: QuantizedTensors
     errors: list[TensorError]
-    searched: tuple[Rule, ...]
-    unquantized_loss: float
-    frontier: list[Choice]  # as predicted: no other choice is smaller and better
-    measured: list[Choice]  # the published table first
-    chosen: Choice
 
 
-def fit(
-    run: Run,
-    device: torch.device | str,
-    room_bytes: int,
-    data: Path | None = None,
-    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
-) -> Fit:
-    """`room_bytes` is what the artifact may take, code not counted."""
-    rules, train = run.recipe.quantize.rules(), run.recipe.train
-    if needs_hessians(run, rules):
-        hessians, windows = calibrate(run, device, data, progress)
-    else:
-        hessians, windows = None, Windows(data or train.data, train.seq_len, run.recipe.model.vocab_size)
-    rows = windows.take(NUM_ROWS)
-    model = model_of(run.recipe, device)
-    state = {name: t.to(device) for name, t in run.state.items()}
+@dataclass(frozen=True)
+class Fit:
+    chosen: Measured
+    artifact: bytes
+    tried: list[Choice]  # as measured; the published table first
 
-    def loss(weights):
-        model.load_published(weights)
-        return mean_loss(model, rows)
 
-    published = {name: rules.rule_of(name, t) for name, t in state.items()}
-    own = {rule: {name: t for name, t in state.items() if published[name] == rule} for rule in rules.rules if rule in published.values()}
-    searched = [rule for rule in own if hasattr(rule.scheme, "variants")]
-    described = metadata(run.name, run.recipe)
-    unquantized = loss(state)
-    as_published = artifact.estimate_bytes(quantize(state, rules, plain_rounding=True)[0], described)
-    options = [_options(rule.scheme, own[rule], lambda weights: loss(state | weights) - unquantized, progress) for rule in searched]
-    frontier = _combine(options, as_published, unquantized)
+class Search:
+    """Of one run: Search(run, device).fit(room_bytes), for any number of rooms."""
 
-    def measure(schemes):
-        chosen = _with(rules, searched, schemes)
-        tensors, errors = quantize(state, chosen, hessians)
-        return chosen, tensors, errors, Choice(schemes, artifact.estimate_bytes(tensors, described), loss(dequantize(tensors)))
+    def __init__(
+        self,
+        run: Run,
+        device: torch.device | str,
+        data: Path | None = None,
+        progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+    ):
+        self.rules, train = run.recipe.quantize.rules(), run.recipe.train
+        if needs_hessians(run, self.rules):
+            self.hessians, windows = calibrate(run, device, data, progress)
+        else:
+            self.hessians, windows = None, Windows(data or train.data, train.seq_len, run.recipe.model.vocab_size)
+        self.rows = windows.take(NUM_ROWS)
+        self.model = model_of(run.recipe, device)
+        self.state = {name: t.to(device) for name, t in run.state.items()}
+        self.metadata, self.progress = metadata(run.name, run.recipe), progress
+        published = {name: self.rules.rule_of(name, t).scheme for name, t in self.state.items()}
+        self.searched = tuple(name for name, scheme in published.items() if hasattr(scheme, "variants"))
+        self.published = self.measure(tuple(published[name] for name in self.searched))
+        self.frontier = self._frontier()  # as predicted, by rising bytes and falling loss
 
-    tried = [measure(tuple(rule.scheme for rule in searched))]
-    ratio = tried[0][3].bytes / as_published  # of bytes as measured to bytes as predicted: GPTQ and corrections differ a little from rounding
-    candidates = list(frontier)
-    for i in range(NUM_MEASURED):
-        candidates = [c for c in candidates if ratio * c.bytes <= room_bytes]
-        if candidates:
-            best = candidates.pop()
-            tried.append(measure(best.schemes))
-            ratio = tried[-1][3].bytes / best.bytes
-        progress("measuring", i + 1, NUM_MEASURED)
-    for chosen, tensors, errors, choice in sorted(tried, key=lambda t: t[3].loss):
-        # The forecast is right to a few hundredths of a percent: what is far over need not be packed.
-        if choice.bytes <= 1.01 * room_bytes and len(artifact.pack(tensors, metadata=described)) <= room_bytes:
-            return Fit(chosen, tensors, errors, tuple(searched), unquantized, frontier, [t[3] for t in tried], choice)
-    least = math.ceil(frontier[0].bytes)
-    raise UserError(f"fit: nothing found under {room_bytes:,} bytes beside the code; the smallest choice is forecast at {least:,}: use a smaller model")
+    def losses(self, weights, num_rows: int = NUM_ROWS) -> torch.Tensor:
+        self.model.load_published(weights)
+        return token_losses(self.model, self.rows[:num_rows])
+
+    def measure(self, schemes: tuple[Scheme, ...]) -> Measured:
+        chosen = tuple(Rule((name,), scheme) for name, scheme in zip(self.searched, schemes))
+        tensors, errors = quantize(self.state, dataclasses.replace(self.rules, rules=chosen + self.rules.rules), self.hessians)
+        loss = self.losses(dequantize(tensors)).mean().item()
+        return Measured(Choice(schemes, artifact.estimate_bytes(tensors, self.metadata), loss), tensors, errors)
+
+    def _frontier(self) -> list[Choice]:
+        before, weights, options = self.losses(self.state), dequantize(self.published.tensors), []
+        self.unquantized_loss = before.mean().item()
+        for i, (name, scheme) in enumerate(zip(self.searched, self.published.choice.schemes)):
+            alone = self.losses(self.state | {name: weights[name]}, NUM_ROWS_OF_RISES)
+            options.append(predict(self.state[name], scheme, rise_of_loss(alone - before[: len(alone)])))
+            self.progress("predicting", i + 1, len(self.searched))
+        # Right from matrix to matrix and too large in all, for text is not drawn from the model: what the table measured scales them.
+        measured, estimated = self.published.choice.loss - self.unquantized_loss, sum(of_matrix[0].loss for of_matrix in options)
+        scale = measured / estimated if measured > 0 else 1.0
+        options = [[dataclasses.replace(c, loss=scale * c.loss) for c in of_matrix] for of_matrix in options]
+        rest_bytes = self.published.choice.bytes - sum(of_matrix[0].bytes for of_matrix in options)
+        return cheapest_first([hull(of_matrix) for of_matrix in options], rest_bytes, self.unquantized_loss)
+
+    def fit(self, room_bytes: int) -> Fit:
+        """`room_bytes` is what the artifact may take, code not counted."""
+        tried = [self.published]
+        ratio = 1.0  # of bytes as measured to bytes as predicted: the coder sees more than histograms
+        for i in range(NUM_MEASURED):
+            known = [one.choice.schemes for one in tried]
+            fitting = [c for c in self.frontier if ratio * c.bytes <= room_bytes and c.schemes not in known]
+            if fitting:
+                tried.append(self.measure(fitting[-1].schemes))
+                ratio = tried[-1].choice.bytes / fitting[-1].bytes
+            self.progress("measuring", i + 1, NUM_MEASURED)
+        for one in sorted(tried, key=lambda one: one.choice.loss):
+            # The forecast is right to a few hundredths of a percent: what is far over need not be packed.
+            if one.choice.bytes <= 1.01 * room_bytes and len(packed := artifact.pack(one.tensors, metadata=self.metadata)) <= room_bytes:
+                return Fit(one, packed, [t.choice for t in tried])
+        least = math.ceil(self.frontier[0].bytes)
+        remedy = f"the smallest choice is forecast at {least:,}: use a smaller model"
+        raise UserError(f"fit: nothing found under {room_bytes:,} bytes beside the code; {remedy}")
 
 
 @torch.inference_mode()
-def mean_loss(model, rows: torch.Tensor, rows_at_a_time: int = 32) -> float:
-    """Nats per token, in plain float32 losses."""
-    total = 0.0
-    for part in rows.to(model.tok_emb.device).split(rows_at_a_time):
-        total += model(part[:, :-1], part[:, 1:], reduction="none").sum(dtype=torch.float64).item()
-    return total / rows[:, 1:].numel()
+def token_losses(model, rows: torch.Tensor, rows_at_a_time: int = 32) -> torch.Tensor:
+    """Nats of every token, in plain float32 losses; float64 [tokens]."""
+    parts = rows.to(model.tok_emb.device).split(rows_at_a_time)
+    return torch.cat([model(part[:, :-1], part[:, 1:], reduction="none").flatten() for part in parts]).double()
 
 
-def _options(scheme, own, rise_of, progress) -> list[Choice]:
-    """One rule's variants, the published one first: bytes, and the rise of the loss as predicted."""
+def rise_of_loss(changes: torch.Tensor) -> float:
+    """Of the mean loss, from every token's change: half their mean square.
 
-    def rounded(tensors, variant):
-        return quantize(tensors, QuantConfig((Rule(("*",), variant),)), plain_rounding=True)
-
-    def proxies(variant):
-        tensors, errors = rounded(sample, variant)
-        return _entropy_bytes(tensors, errors), max(_squared_error(errors), 1e-30)
-
-    sample = {name: t[::ROWS_APART] for name, t in own.items()}
-    published, _ = rounded(own, scheme)
-    published_bytes, published_rise = artifact.estimate_bytes(published), max(rise_of(dequantize(published)), LEAST_RISE)
-    entropy, squared_error = proxies(scheme)
-    variants = [scheme, *(v for v in scheme.variants() if v != scheme)]
-    found = []
-    for i, variant in enumerate(variants):
-        own_entropy, own_error = proxies(variant)
-        found.append(Choice((variant,), published_bytes * own_entropy / entropy, published_rise * own_error / squared_error))
-        progress("searching", i + 1, len(variants))
-    return found
+    To second order the same as their mean, where the model's probabilities are true; and free of the mean's noise, tokens that rise against
+    tokens that fall, in which one matrix's share would be lost.
+    """
+    return max(changes.square().mean().item() / 2, 1e-30)
 
 
-def _combine(options: list[list[Choice]], as_published: float, unquantized: float) -> list[Choice]:
-    """The frontier of one variant for every rule; the first of a rule's options is the published one."""
-    rest_bytes = as_published - sum(of_rule[0].bytes for of_rule in options)
-    return _front([
-        Choice(tuple(c.schemes[0] for c in picked), rest_bytes + sum(c.bytes for c in picked), unquantized + sum(c.loss for c in picked))
-        for picked in itertools.product(*map(_front, options))
-    ])
+def predict(matrix: torch.Tensor, published: Scheme, rise: float) -> list[Choice]:
+    """A matrix's variants, the published one first: bytes, and rise of the loss."""
+    sample, found = {"": matrix[::ROWS_APART]}, []
+    for scheme in (published, *(v for v in published.variants() if v != published)):
+        _, (error,) = quantize(sample, QuantConfig((Rule(("*",), scheme),)), plain_rounding=True)
+        found.append(Choice((scheme,), error.entropy_bits * matrix.numel() / 8, max(error.rmse, 1e-30) ** 2))
+    return [dataclasses.replace(c, loss=rise * c.loss / found[0].loss) for c in found]
 
 
-def _squared_error(errors):
-    return sum(e.rmse**2 * math.prod(e.shape) for e in errors)
-
-
-def _entropy_bytes(tensors, errors):
-    return sum(e.entropy_bits * math.prod(e.shape) / 8 + 2 * tensors[e.name].scales.numel() for e in errors if isinstance(tensors[e.name], Codes))
-
-
-def _front(choices: list[Choice]) -> list[Choice]:
-    """By rising bytes and falling loss, without those that another beats."""
+def hull(choices: list[Choice]) -> list[Choice]:
+    """By rising bytes and falling loss, each step buying less per byte than the one before: the others are never worth it."""
     kept = []
     for choice in sorted(choices, key=lambda c: (c.bytes, c.loss)):
-        if not kept or choice.loss < kept[-1].loss:
-            kept.append(choice)
+        if kept and choice.loss >= kept[-1].loss:
+            continue
+        while len(kept) > 1 and _gain(kept[-2], kept[-1]) <= _gain(kept[-1], choice):
+            kept.pop()
+        kept.append(choice)
     return kept
 
 
-def _with(rules: QuantConfig, searched: list[Rule], schemes: tuple[Scheme, ...]) -> QuantConfig:
-    chosen = dict(zip(searched, schemes))
-    return dataclasses.replace(rules, rules=tuple(dataclasses.replace(r, scheme=chosen.get(r, r.scheme)) for r in rules.rules))
+def cheapest_first(hulls: list[list[Choice]], rest_bytes: float, loss: float) -> list[Choice]:
+    """From every matrix at its smallest: the steps along all hulls, those that buy most per byte first."""
+    steps = [(_gain(a, b), i, b) for i, of_matrix in enumerate(hulls) for a, b in zip(of_matrix, of_matrix[1:])]
+    picked = [of_matrix[0] for of_matrix in hulls]
+    found = [_together(picked, rest_bytes, loss)]
+    for _, i, finer in sorted(steps, key=lambda step: -step[0]):
+        picked[i] = finer
+        found.append(_together(picked, rest_bytes, loss))
+    return found
+
+
+def _together(picked: list[Choice], rest_bytes: float, loss: float) -> Choice:
+    return Choice(tuple(c.schemes[0] for c in picked), rest_bytes + sum(c.bytes for c in picked), loss + sum(c.loss for c in picked))
+
+
+def _gain(coarse: Choice, fine: Choice) -> float:
+    """Nats per byte."""
+    return (coarse.loss - fine.loss) / (fine.bytes - coarse.bytes)

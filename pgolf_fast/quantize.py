@@ -70,7 +70,7 @@ class TensorError:
 
 
 # A scheme's `variants`, where it has any, are what a search over bytes and loss may put in its place (fit.py), named by `short`.
-STEPS = (0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # factors on a scale's floor
+STEPS = tuple(2 ** (k / 4) for k in range(-8, 9))  # factors on the published one
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class PercentileRows:
         return f"{self.bits} bits, step {self.scale_floor:.4g}"
 
     def variants(self):
-        for level, factor in itertools.product((31, 63, 127), (*STEPS, 3.0, 4.0)):
+        for level, factor in itertools.product((31, 63, 127), STEPS):
             yield dataclasses.replace(self, level=level, scale_floor=self.scale_floor * factor)
 
     def __call__(self, w):
@@ -209,25 +209,28 @@ class Gptq:
         return (2 * self.level).bit_length()
 
     def short(self):
-        return f"{self.bits} bits, clip {self.clip_sigmas:g}"
+        return f"{self.bits} bits, step {self.clip_sigmas / self.level:.3g} sigma"
 
     def variants(self):
-        for bits, clip in itertools.product((5, 6, 7, 8), (5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 16.0, 18.0, 20.0)):
-            yield dataclasses.replace(self, level=2 ** (bits - 1) - 1, clip_sigmas=clip)
+        """At 8 bits, where a coarse step leaves codes unused: the entropy coder charges nothing for them, and no weight is clipped."""
+        for factor in STEPS:
+            yield dataclasses.replace(self, level=127, clip_sigmas=factor * self.clip_sigmas * 127 / self.level)
 
     def scales(self, w):
         """fp16 [rows]; a row too small for an fp16 scale gets 0 and becomes zeros."""
         return _fits((self.clip_sigmas * w.std(dim=1) / self.level).half(), w)
 
-    def __call__(self, matrices: list[torch.Tensor], hessians: list[torch.Tensor] | None) -> list[tuple[Codes, int]]:
-        """Matrices of one shape together; without Hessians, plain rounding with the same scales."""
-        scales = [self.scales(w) for w in matrices]
-        if hessians is None:
-            codes = [_round_stored(w, s[:, None], self.level)[0] for w, s in zip(matrices, scales)]
-        else:
-            codes = gptq(torch.stack(matrices), torch.stack(hessians), torch.stack(scales).float(), self.level, self.damping, self.block)
-        limits = [(self.level + 0.5) * s.float()[:, None] for s in scales]
-        return [(Codes(c, s), int((w.abs() > limit).sum())) for w, c, s, limit in zip(matrices, codes, scales, limits)]
+
+def round_together(schemes: list[Gptq], matrices: list[torch.Tensor], hessians: list[torch.Tensor] | None) -> list[tuple[Codes, int]]:
+    """Matrices of one shape, by schemes that differ in their clips alone; without Hessians, plain rounding with the same scales."""
+    scales = [scheme.scales(w) for scheme, w in zip(schemes, matrices)]
+    level, damping, block = schemes[0].level, schemes[0].damping, schemes[0].block
+    if hessians is None:
+        codes = [_round_stored(w, s[:, None], level)[0] for w, s in zip(matrices, scales)]
+    else:
+        codes = gptq(torch.stack(matrices), torch.stack(hessians), torch.stack(scales).float(), level, damping, block)
+    limits = [(level + 0.5) * s.float()[:, None] for s in scales]
+    return [(Codes(c, s), int((w.abs() > limit).sum())) for w, c, s, limit in zip(matrices, codes, scales, limits)]
 
 
 @dataclass(frozen=True)
@@ -378,24 +381,25 @@ def quantize(
     """
     schemes = {name: config.rule_of(name, tensor).scheme for name, tensor in state.items()}
     source = {name: _source(name, tensor, schemes[name]) for name, tensor in state.items()}
-    results, gptq_shapes = {}, {}  # (scheme, shape, device) to names: these go through GPTQ together
+    results, together = {}, {}  # what GPTQ's matrices must share to go through it together, to their names
     done, total = 0, sum(w.numel() for w in source.values())
     for name, w in source.items():
         if isinstance(schemes[name], Gptq):
-            gptq_shapes.setdefault((schemes[name], w.shape, w.device), []).append(name)
+            alike = dataclasses.replace(schemes[name], clip_sigmas=1.0)
+            together.setdefault((alike, w.shape, w.device), []).append(name)
         else:
             results[name] = _naming(name, schemes[name], w)
             done += w.numel()
             progress(done, total)
-    for (scheme, _, _), names in gptq_shapes.items():
+    for names in together.values():
         given = None if plain_rounding else [_hessian(name, source[name], hessians) for name in names]
         label = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more of its shape"
-        results |= zip(names, _naming(label, scheme, [source[n] for n in names], given))
+        results |= zip(names, _naming(label, round_together, [schemes[n] for n in names], [source[n] for n in names], given))
         done += sum(source[n].numel() for n in names)
         progress(done, total)
     tensors = {name: results[name][0] for name in state}
     if config.lqer:
-        corrected = [name for names in gptq_shapes.values() for name in names]
+        corrected = [name for names in together.values() for name in names]
         tensors |= _low_rank_corrections(config.lqer, source, {name: tensors[name] for name in corrected})
     errors = [_error(name, source[name], schemes[name], tensors[name], results[name][1]) for name in state]
     return tensors, errors

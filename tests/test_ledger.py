@@ -4,14 +4,17 @@ import functools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.states import synthetic_state
 from pgolf_fast.artifact import pack
 from pgolf_fast.errors import UserError
-from pgolf_fast.ledger import CAP_BYTES, CodeBytes, code_files, count_code, forecast_bytes, ledger, wrap
+from pgolf_fast.ledger import CAP_BYTES, CodeBytes, code_files, count_code, forecast_bytes, ledger, own_sources, wrap
 from pgolf_fast.quantize import PUBLISHED, Gptq, quantize
+from pgolf_fast.shards import shard_name, write_shard
+from tests import corpus
 from tests.fuzz_artifact import example
 
 
@@ -58,6 +61,27 @@ def test_the_wrapped_script_runs(submission, tmp_path_factory):
     script.write_bytes(wrap(files, "train_gpt.py"))
     done = subprocess.run([sys.executable, script, "--seed", "1"], capture_output=True, text=True, env={"PYTHONIOENCODING": "utf-8"})
     assert done.stdout == "naïve ['--seed', '1']\n", done.stderr
+
+
+def test_own_sources_are_all_that_a_submission_runs(tmp_path):
+    """Wrapped, with nothing else at hand: from training to a score. Data tools, audits and reports are not among them."""
+    sources = own_sources()
+    assert {"csrc/kernels/softcap_ce.cu", "pgolf_fast/recipes/base.toml", "setup.py", "pgolf_fast/ops/__init__.py"} < sources.keys()
+    assert not [name for name in sources if any(part in name for part in ("audit", "report", "data_build", "bench", "tests"))]
+    script = tmp_path / "train_gpt.py"
+    script.write_bytes(wrap(sources, next(iter(sources))))
+    assert script.stat().st_size == count_code(sources).wrapped
+    tokenizer = corpus.tokenizer(False)
+    tokenizer.save(tmp_path / "tokenizer.model")
+    for split in ("train", "val"):
+        ids = [np.array([1, *tokenizer.encode(text)], np.uint16) for text in corpus.texts()]
+        write_shard(tmp_path / shard_name(split, 0), np.concatenate(ids)[:2049])
+    small = ["model_dim=32", "num_heads=2", "num_kv_heads=1", "num_layers=2", "rope_dims=8", "ve_layers=1", f"vocab_size={corpus.VOCAB_SIZE}"]
+    short = ["seq_len=64", "batch_tokens=256", "micro_batches=1", "data=.", "run_id=run"]
+    settings = ["schedule.iterations=1", *(f"model.{value}" for value in small), *(f"train.{value}" for value in short)]
+    for verb in (["train", "--recipe", "base", "--runs", ".", *settings], ["quantize", "run"], ["pack", "run"], ["eval", "run", "--data", "."]):
+        done = subprocess.run([sys.executable, "-I", script, *verb], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("table,family", [("legal-ttt-691", "sp1024-s"), ("gptq-lite-379", "sp1024-s"), ("gepa-598", "sp1024-g"), ("caseops-1934", "caseops")])

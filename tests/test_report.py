@@ -41,14 +41,20 @@ def test_steps_stand_beside_the_published_script_on_as_many_gpus(tmp_path):
     assert "| caseops-1934 | 11 | 2 | 42.6 | - | - |" in table and "99.9" not in table
 
 
-def test_scores_stand_under_what_quantization_cost(tmp_path):
-    both = {"trained": 2.5, "quantized": 2.6}
-    (tmp_path / "quantize_r.json").write_text(json.dumps({"recipe": "r", "loss": both, "bpb": both, "bytes": {"artifact": 1234567}}))
-    scores = [{"evaluator": name, "nats_per_token": 2.4, "bits_per_byte": 1.4, "scoring_s": 3.0} for name in ("plain", "sliding")]
-    (tmp_path / "scores_r.json").write_text(json.dumps({"tokens": 1000, "scores": scores}))
-    table = report.score_table(tmp_path)
-    assert "| r | quantized, plain | 2.6000 | 2.6000 | all | - | 1,234,567 |" in table
-    assert "| r | quantized, sliding | 2.4000 | 1.4000 | 1,000 | 3.0 | |" in table and table.count("plain") == 2
+def test_quantization_stands_beside_the_published_rise(tmp_path):
+    run = {"recipe": "r", "train_s": 54.3, "bpb": {"trained": 1.25, "quantized": 1.2575}, "published_gap_bpb": 0.0081, "bytes": {"artifact": 1234567}}
+    rooms = [{"room": "strict", "bpb": 9.0, "total": 1}, {"room": "wrapped", "bpb": 1.2515, "total": 15_900_000}]
+    (tmp_path / "quantize_r.json").write_text(json.dumps(run | {"fit": {"rooms": rooms}}))
+    (tmp_path / "quantize_s.json").write_text(json.dumps(run | {"recipe": "s", "published_gap_bpb": None}))
+    table = report.quantization_table(tmp_path)
+    assert "| r | 54 | 1.2500 | 1.2575 | 0.0075 | 0.0081 | 1,234,567 | 0.0015 | 15,900,000 |" in table
+    assert "| s | 54 | 1.2500 | 1.2575 | 0.0075 | not logged | 1,234,567 | - | - |" in table
+
+
+def test_scores_name_their_run(tmp_path):
+    scores = [{"weights": "artifact", "evaluator": "sliding", "nats_per_token": 2.4, "bits_per_byte": 1.4, "scoring_s": 3.0}]
+    (tmp_path / "scores_r.json").write_text(json.dumps({"recipe": "r", "run": "300 steps, as another", "tokens": 1000, "scores": scores}))
+    assert "| r | 300 steps | artifact, sliding | 2.4000 | 1.4000 | 1,000 | 3.0 |" in report.score_table(tmp_path)
 
 
 def test_only_the_text_between_the_markers_changes(monkeypatch):

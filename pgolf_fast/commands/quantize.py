@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from pgolf_fast import artifact, export, fit
 from pgolf_fast.errors import UserError
-from pgolf_fast.ledger import count_code, own_sources
+from pgolf_fast.ledger import CAP_BYTES, count_code, own_sources
 from pgolf_fast.quantize import PUBLISHED, TensorError, quantize
 
 QUANTIZED = "quantized.pglf"  # in the run's folder, uncompressed
@@ -38,7 +38,9 @@ class Quantize:
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
     fit: Annotated[int | None, tyro.conf.arg(metavar="BYTES")] = None
-    """Of a run: search clips, steps and bits for the least loss on training text under so many bytes, code counted as wrapped; 16000000 is the cap."""
+    """Of a run: search clips, steps and bits for the least loss on training text under so many bytes, code and all; 16000000 is the cap."""
+    strict: bool = False
+    """Of a fit: leave room for every source file as it is, not for the one script that wraps them."""
     plain_rounding: bool = False
     """Round to nearest what GPTQ would round, without calibration."""
     table: Literal[tuple(PUBLISHED)] | None = None
@@ -113,6 +115,8 @@ def quantize_run(config, console):
         if getattr(config, argument):
             raise UserError(f"{argument}: of a checkpoint only; a run is quantized as its recipe says, into its own folder")
     source = export.read_run(config.source)
+    if config.strict and not config.fit:
+        raise UserError("strict: of a fit only: say how many bytes with --fit; pgolf pack --strict gates an artifact as it is")
     if config.fit and config.plain_rounding:
         raise UserError("fit: searches with GPTQ, not with plain rounding; leave one of the two out")
     searched = {}
@@ -145,40 +149,45 @@ def quantize_run(config, console):
 
 def fit_run(config, source, progress, console) -> tuple[export.Quantized, dict]:
     """The search's outcome as a quantization, and its record; prints the frontier."""
-    code_bytes = count_code(own_sources()).wrapped
+    code = count_code(own_sources())
+    code_bytes = code.strict if config.strict else code.wrapped
+    if code_bytes >= config.fit:
+        raise UserError(f"fit: the code alone takes {code_bytes:,} bytes of {config.fit:,}; the challenge's cap is {CAP_BYTES}")
     begin = time.perf_counter()
-    found = fit.fit(source, choose_device(config.device), config.fit - code_bytes, config.data, progress)
+    search = fit.Search(source, choose_device(config.device), config.data, progress)
+    found = search.fit(config.fit - code_bytes)
     seconds = time.perf_counter() - begin
-    console.print(frontier_table(found, code_bytes))
+    console.print(frontier_table(search, found, code_bytes))
     console.print(f"searched and measured in {seconds:.1f} s, on training text")
+    record = {"cap_bytes": config.fit, "code_bytes": code_bytes, "seconds": seconds, **fit_record(search, found)}
+    return export.Quantized(found.chosen.tensors, found.chosen.errors, calibrate_s=seconds, quantize_s=0.0), record
 
+
+def fit_record(search: fit.Search, found: fit.Fit) -> dict:
     def row(choice):
-        schemes = {" ".join(rule.patterns): repr(scheme) for rule, scheme in zip(found.searched, choice.schemes)}
+        schemes = {name: scheme.short() for name, scheme in zip(search.searched, choice.schemes)}
         return {"bytes": round(choice.bytes), "loss": choice.loss, "schemes": schemes}
 
-    record = {"cap_bytes": config.fit, "code_bytes": code_bytes, "unquantized_loss": found.unquantized_loss, "chosen": row(found.chosen)}
-    record |= {"measured": list(map(row, found.measured)), "frontier": list(map(row, found.frontier))}
-    return export.Quantized(found.tensors, found.errors, calibrate_s=seconds, quantize_s=0.0), record
+    record = {"artifact_bytes": len(found.artifact), "unquantized_loss": search.unquantized_loss, "chosen": row(found.chosen.choice)}
+    return record | {"measured": list(map(row, found.tried)), "frontier": [(round(c.bytes), c.loss) for c in search.frontier]}
 
 
-def frontier_table(found: fit.Fit, code_bytes: int, predictions: int = 10) -> Table:
-    """Some of the predicted frontier, evenly spread, then what was measured."""
-    table = Table(title=f"bytes, {code_bytes:,} of wrapped code with them, and rise of the loss by quantization", title_justify="left", box=box.SIMPLE)
+def frontier_table(search: fit.Search, found: fit.Fit, code_bytes: int, predictions: int = 10) -> Table:
+    """Some of the predicted frontier, evenly spread, and what was measured."""
+    title = f"bytes with {code_bytes:,} of code, rise of the loss"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for heading in ("", "bytes", "nats per token"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for rule in found.searched:
-        table.add_column(rule.patterns[0].removeprefix("blocks.*."))
-    step = max(1, len(found.frontier) // predictions)
-    rows = [("predicted", c) for c in found.frontier[step - 1 :: step]]
-    rows += [("chosen" if c is found.chosen else "measured", c) for c in sorted(found.measured, key=lambda c: c.bytes)]
-    for label, choice in rows:
-        rise = f"{choice.loss - found.unquantized_loss:+.5f}"
-        table.add_row(label, f"{choice.bytes + code_bytes:,.0f}", rise, *(s.short() for s in choice.schemes))
+    step = max(1, len(search.frontier) // predictions)
+    labels = {found.tried[0]: "published", found.chosen.choice: "chosen"}
+    rows = [("predicted", c) for c in search.frontier[step - 1 :: step]] + [(labels.get(c, "measured"), c) for c in found.tried]
+    for label, choice in sorted(rows, key=lambda row: row[1].bytes):
+        table.add_row(label, f"{choice.bytes + code_bytes:,.0f}", f"{choice.loss - search.unquantized_loss:+.5f}")
     return table
 
 
 def quantize_checkpoint(config, console):
-    if config.fit:
+    if config.fit or config.strict:
         raise UserError("fit: of a run's folder only: the search measures losses on its training text")
     if config.table is None:
         raise UserError(f"table: say whose schemes to use for a checkpoint: {', '.join(PUBLISHED)}; a run's folder says it itself")
