@@ -49,6 +49,8 @@ class Evaluate:
     """Whose model and settings."""
     artifact: Path | None = None
     """A model of that recipe, instead of random weights."""
+    run: str = ""
+    """Which run the artifact is of, as the README's table shall say; its file's name if left out."""
     data: Path | None = None
     """Validation text, instead of random tokens."""
     evaluator: tuple[str, ...] = ()
@@ -138,6 +140,7 @@ def main() -> None:
     if config.save:
         command = " ".join(["python -m benchmarks.bench_evaluate", *sys.argv[1:]])
         kept = {"environment": bench.environment(device) | {"command": command}, "recipe": config.recipe, "tokens": rows[0]["tokens"]}
+        kept["run"] = config.run or (config.artifact.name if config.artifact else "random weights")
         kind = "scores" if config.artifact and config.data else "evaluate"
         (bench.RESULTS / f"{kind}_{config.recipe}.h200.json").write_text(json.dumps(kept | {"scores": rows}, indent=1) + "\n")
 

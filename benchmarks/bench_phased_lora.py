@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -137,12 +138,13 @@ def main():
     parser.add_argument("--device", default="cuda", help="with --artifact: cpu or cuda")
     parser.add_argument("--first", type=int, default=10**9, help="with --artifact: so many documents")
     parser.add_argument("--prefix-documents", type=int, default=64, help="with --artifact: documents of the pauses")
+    parser.add_argument("--run", default="", help="with --artifact: which run it is of, as the README's table shall say; else the file's name")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     config = PhasedLoraConfig(batch_documents=options.documents, row_multiple=options.row_multiple, lanes=options.lanes)
     if options.artifact:
         found = score_text(options.artifact, options.data, config, options.length, options.first, options.prefix_documents, options.device)
-        return save("scores_caseops-1934", found) if options.save else None
+        return save("scores_caseops-1934", found | {"run": options.run or Path(options.artifact).name}) if options.save else None
     model, steps = random_model("cuda"), []
     if options.eager:
         evaluator = PhasedLora(model, config)
