@@ -138,7 +138,9 @@ def main():
     parser.add_argument("--device", default="cuda", help="with --artifact: cpu or cuda")
     parser.add_argument("--first", type=int, default=10**9, help="with --artifact: so many documents")
     parser.add_argument("--prefix-documents", type=int, default=64, help="with --artifact: documents of the pauses")
-    parser.add_argument("--run", default="", help="with --artifact: which run it is of, as the README's table shall say; else the file's name")
+    parser.add_argument(
+        "--run", default="", help="with --artifact: which run it is of, as the README's table shall say; else the file's name"
+    )
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     config = PhasedLoraConfig(batch_documents=options.documents, row_multiple=options.row_multiple, lanes=options.lanes)

@@ -112,7 +112,7 @@ class Adapters(nn.Module):
 
 
 def _adamw_(value, moment, working, gradient, steps, scale, lr, beta2, epsilon, weight_decay):
-    """AdamW with beta1 = 0, whose first moment is the gradient itself, and which so needs no store for it. `working` is scale times `value`."""
+    """AdamW with beta1 = 0, whose first moment is the gradient itself and needs no store. `working` is scale times `value`."""
     slope = scale * gradient.float()
     moment.mul_(beta2).add_((1 - beta2) * slope * slope)
     root = moment.sqrt() / (1 - beta2**steps).sqrt()

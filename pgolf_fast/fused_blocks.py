@@ -296,9 +296,7 @@ class Backward:
         q, k, v = heads(saved.qkv, config, plan.tokens)
         y, xsa, scale = saved.y.view(q.shape), is_xsa(config, block), config.head_dim**-0.5
         documents = plan.cu_seqlens, plan.max_seqlen
-        dqkv, dgate = ops.xsa_output_bwd(
-            dx1, self.operands.o[block], q, k, v, saved.gate, y, saved.lse, saved.own, *documents, xsa, scale
-        )
+        dqkv, dgate = ops.xsa_output_bwd(dx1, self.operands.o[block], q, k, v, saved.gate, y, saved.lse, saved.own, *documents, xsa, scale)
         dqkv = dqkv.view_as(saved.qkv)
         dv = dqkv[:, -config.kv_dim :]
         ops.qkv_backward(dqkv, saved.qkv, saved.rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.gradients.q_gain[block])
@@ -333,7 +331,7 @@ def activation_index(config):
 
 
 def _mix(coefficients, tensors, norm_scale=None):
-    """Each tensor (but those that are None, at the end) times its row of coefficients, summed; and the norm of the sum if it has a scale."""
+    """Each tensor (but those that are None, at the end) times its row of coefficients, summed; the norm of the sum if it has a scale."""
     tensors = [t for t in tensors if t is not None]
     mixed, normed, rstd = ops.mix_norm_fwd(tensors, coefficients[: len(tensors)], list(range(len(tensors))), norm_scale)
     return Mix(tensors, rstd), mixed, normed

@@ -546,9 +546,15 @@ class GPT(nn.Module):
     def _fused_visits(self, context, looped, fake_quant, adapters, positions):
         visits = self.visits[looped]
         plan = fused_blocks.Plan(
-            visits, self.config, context.x0.shape[:2], context.cos.squeeze(1), context.sin.squeeze(1), tuple(context.values), context.cu_seqlens,
-            context.max_seqlen or context.x0.shape[1],
-        )  # fmt: skip
+            visits,
+            self.config,
+            tokens=context.x0.shape[:2],
+            cos=context.cos.squeeze(1),
+            sin=context.sin.squeeze(1),
+            value_blocks=tuple(context.values),
+            cu_seqlens=context.cu_seqlens,
+            max_seqlen=context.max_seqlen or context.x0.shape[1],
+        )
         packed, coefficients = self._packed(fake_quant), self._coefficients(visits)
         weights = fused_blocks.Weights(**packed, q_gain=self.q_gain, **coefficients)
         values = list(context.values.values())
@@ -617,4 +623,3 @@ class GPT(nn.Module):
         rows = zip(h.flatten(0, 1).split(SCORED_ROWS), targets.flatten().split(SCORED_ROWS))
         losses = [F.cross_entropy(capped(linear(h_rows, table), cap), t_rows, reduction="none") for h_rows, t_rows in rows]
         return torch.cat(losses).view(targets.shape)
-

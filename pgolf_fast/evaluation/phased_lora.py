@@ -48,7 +48,9 @@ class PhasedLoraConfig:
     beta2: float = setting(0.999, "of their AdamW, whose beta1 is 0", "TTT_BETA2")
     epsilon: float = setting(1e-10, "of their AdamW")
     weight_decay: float = setting(1.0, "of their AdamW, times lr per step", "TTT_WEIGHT_DECAY")
-    prefix_documents: int = setting(2000, "scored documents after which the last pause comes, and which it learns from", "PHASED_TTT_PREFIX_DOCS")
+    prefix_documents: int = setting(
+        2000, "scored documents after which the last pause comes, and which it learns from", "PHASED_TTT_PREFIX_DOCS"
+    )
     phases: int = setting(3, "pauses, at equal parts of prefix_documents", "PHASED_TTT_NUM_PHASES")
     global_lr: float = setting(0.001, "of all weights at a pause, falling along a cosine", "GLOBAL_TTT_LR")
     global_momentum: float = setting(0.9, "of that SGD", "GLOBAL_TTT_MOMENTUM")
@@ -59,8 +61,14 @@ class PhasedLoraConfig:
         require = requirer("lora")
         for field in ("lanes", "window_tokens", "chunk_tokens", "batch_documents", "row_multiple", "rank", "global_chunk_tokens"):
             require(getattr(self, field) > 0, field, f"expected at least 1, got {getattr(self, field)}")
-        require(self.chunk_tokens <= self.window_tokens, "chunk_tokens", f"{self.chunk_tokens} do not fit into a window of {self.window_tokens}")
-        require(self.global_chunk_tokens % self.lanes == 0, "global_chunk_tokens", f"{self.global_chunk_tokens} is no multiple of the {self.lanes} lanes")
+        require(
+            self.chunk_tokens <= self.window_tokens, "chunk_tokens", f"{self.chunk_tokens} do not fit into a window of {self.window_tokens}"
+        )
+        require(
+            self.global_chunk_tokens % self.lanes == 0,
+            "global_chunk_tokens",
+            f"{self.global_chunk_tokens} is no multiple of the {self.lanes} lanes",
+        )
         require(self.beta2 < 1, "beta2", f"expected below 1, got {self.beta2}")
 
 
@@ -142,7 +150,9 @@ class PhasedLora:
 
     def __init__(self, model, config: PhasedLoraConfig):
         if config.lanes % dist.world_size():
-            raise UserError(f"lora.lanes: {config.lanes} lanes cannot be shared by {dist.world_size()} ranks; use a multiple of {dist.world_size()}")
+            raise UserError(
+                f"lora.lanes: {config.lanes} lanes cannot be shared by {dist.world_size()} ranks; use a multiple of {dist.world_size()}"
+            )
         self.weights, self.config = model, config
         self.device = model.tok_emb.device
         on_gpu = self.device.type == "cuda"
@@ -264,7 +274,9 @@ class PhasedLora:
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], state: dict) -> None:
         self.phase, self.round = state["phase"], state["round"]
-        self.lane_down = {int(name.removeprefix("lane.")): down.to(self.device) for name, down in tensors.items() if name.startswith("lane.")}
+        self.lane_down = {
+            int(name.removeprefix("lane.")): down.to(self.device) for name, down in tensors.items() if name.startswith("lane.")
+        }
         if self.phase:
             for name, p in self.weights.named_parameters():
                 p.copy_(tensors[f"weight.{name}"])

@@ -16,15 +16,14 @@ from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, library
 
 HEAD_DIM, ROTATED = 64, 16  # of the kernel
 
-# n [M, C], weight [(Hq + 2 Hk) D, C], gain [Hq] in the accumulation dtype, cos and sin [positions, half]; row r is at position r % positions.
+# n [M, C], weight [(Hq + 2 Hk) D, C], gain [Hq] in the accumulation dtype, cos and sin [positions, half]; row r is at position
+# r % positions.
 # qkv [M, (Hq + 2 Hk) D], rstd [M, Hq + Hk] in the accumulation dtype
 library.define("qkv_forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int kv_heads) -> (Tensor qkv, Tensor rstd)")
 # The same of a product that is made already, in place: of raw [M, (Hq + 2 Hk) D]. Returns rstd.
 library.define("qkv_normalize(Tensor(a!) qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads) -> Tensor")
 # dqkv holds the gradients of q, k and v, and afterwards that of raw; dgain is added to.
-library.define(
-    "qkv_backward(Tensor(a!) dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(b!) dgain) -> ()"
-)
+library.define("qkv_backward(Tensor(a!) dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(b!) dgain) -> ()")
 
 
 def qkv_ref(n, weight, gain, cos, sin, kv_heads):

@@ -9,7 +9,14 @@ from tests.compare import assert_within, relative_error
 ops = torch.ops.pgolf_fast
 # (rows, width, query heads, KV heads, positions): rows at the seams of the product's tiles (64, 128, 256) and of the backward's
 # CTAs (8); heads that fill whole tiles of three and that do not; rows that wrap around the positions.
-SHAPES = [(1, 64, 1, 1, 1), (65, 64, 2, 1, 65), (129, 72, 3, 2, 50), (256, 512, 8, 4, 128), (1031, 512, 8, 4, 2048), (20000, 512, 8, 8, 2000)]
+SHAPES = [
+    (1, 64, 1, 1, 1),
+    (65, 64, 2, 1, 65),
+    (129, 72, 3, 2, 50),
+    (256, 512, 8, 4, 128),
+    (1031, 512, 8, 4, 2048),
+    (20000, 512, 8, 8, 2000),
+]
 
 
 def draw(rows, width, q_heads, kv_heads, positions, device, dtype=torch.bfloat16, head=64, rotated=16):
