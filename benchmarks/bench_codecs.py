@@ -29,9 +29,9 @@ from pgolf_fast.quantize import PUBLISHED, quantize
 TABLE_FILE = Path(__file__).parent / "CODECS.md"
 HEADING = f"""# Codecs
 
-Written by `python -m benchmarks.bench_codecs --save`, on {os.cpu_count()} cores of {platform.machine()}; scales and float tensors included. SYNTHETIC: Gaussian
-weights. The others are trained models, by the artifacts of `benchmarks/bench_quantize.py`: briefly, so that the rows of the SP1024 ones lie on
-the scale's floor and take fewer bits than a full run's. The default codec is the smallest of all and the fastest to pack.
+Written by `python -m benchmarks.bench_codecs --save`, on {os.cpu_count()} cores of {platform.machine()}; scales and float tensors included.
+SYNTHETIC: Gaussian weights. The others are trained models, by the artifacts of `benchmarks/bench_quantize.py`: briefly, so that the rows of
+the SP1024 ones lie on the scale's floor and take fewer bits than a full run's. The default codec is the smallest and the fastest to pack.
 
 """
 COLUMNS = ["| model | codec | bytes | bits per weight | pack, CPU s | unpack, CPU s |", "|---|---|---:|---:|---:|---:|"]

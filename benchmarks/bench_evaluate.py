@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_evaluate --save
     python -m benchmarks.bench_evaluate --recipe gepa-598 --evaluator score-first-sgd --profile
-    python -m benchmarks.bench_evaluate --artifact model.pglf --data FOLDER
+    python -m benchmarks.bench_evaluate --recipe gepa-598 --artifact model.pglf --data FOLDER --positions 62021632 --save
 
 The evaluators are those of `pgolf eval`, after their warm-up; loading is not in it. Without an artifact the model has random weights;
-without data the tokens follow Zipf's law.
+without data the tokens follow Zipf's law. Kept are scores_RECIPE, of an artifact and a text, or evaluate_RECIPE, of which only the times
+mean something; the README's table of scores is made of the former.
 A published time is that of the whole split of 62,023,616 scores; its rate per GPU is the scores over seconds times GPUs.
 """
 
@@ -25,14 +26,15 @@ from rich.table import Table
 from benchmarks import run as bench
 from pgolf_fast import recipe
 from pgolf_fast.data import Validation, load_validation
-from pgolf_fast.evaluation.evaluate import evaluate, make_evaluator, warm_up
+from pgolf_fast.evaluation.evaluate import evaluate, make_evaluator
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.export import load_model
 from pgolf_fast.model import GPT
 
 SPLIT_SCORES = 62_023_616
-# (recipe, evaluator): seconds and GPUs of the published log; #691's runs also give the sliding time of PR #414, the same model
+# (recipe, evaluator): seconds and GPUs of the published log; the sliding time beside #691 is that of PR #414, the same model
 PUBLISHED = {
+    ("gptq-lite-379", "sliding"): (190.3, 8, "H100"),
     ("legal-ttt-691", "sliding"): (73.1, 8, "H100"),
     ("legal-ttt-691", "score-first-sgd"): (617.0, 8, "H100"),
     ("gepa-598", "score-first-sgd"): (2193.8, 4, "A100"),
@@ -47,10 +49,12 @@ class Evaluate:
     """Whose model and settings."""
     artifact: Path | None = None
     """A model of that recipe, instead of random weights."""
+    run: str = ""
+    """Which run the artifact is of, as the README's table shall say; its file's name if left out."""
     data: Path | None = None
     """Validation text, instead of random tokens."""
-    evaluator: tuple[str, ...] = ("plain", "sliding", "score-first-sgd")
-    """Evaluators, in turn."""
+    evaluator: tuple[str, ...] = ()
+    """Evaluators, in turn; plain, sliding and the recipe's own if left out."""
     positions: int = 1 << 20
     """Positions of the stream."""
     batch_tokens: tuple[int, ...] = (262144,)
@@ -90,18 +94,21 @@ def measure(config: Evaluate, name: str, batch_tokens: int, device) -> dict:
     text = load_validation(config.data, settings.eval.seq_len) if config.data else synthetic(config.positions, settings.model.vocab_size)
     text = first(text, config.positions)
     evaluator = make_evaluator(name, model, settings)
+    torch.cuda.synchronize()
     begin = time.perf_counter()
-    warm_up(evaluator, model, 3 * max(settings.ttt.chunk_tokens, batch_tokens), 0, device)
+    evaluator.warm_up(len(text.document_starts))
     torch.cuda.synchronize()
     warm_up_s = time.perf_counter() - begin
     torch.cuda.reset_peak_memory_stats()
-    outcome = evaluate(evaluator, Referee(model, text, device))
-    row = {"evaluator": name, "batch_tokens": batch_tokens, "positions": len(text), "seconds": outcome.scoring_s, "warm_up_s": warm_up_s}
-    row |= {"positions_per_s": len(text) / outcome.scoring_s, "bits_per_byte": outcome.result.score.bits_per_byte}
+    outcome = evaluate(evaluator, Referee(evaluator.model, text, device))
+    score, seconds = outcome.result.score, outcome.scoring_s
+    row = {"weights": "artifact" if config.artifact else "random", "evaluator": name, "batch_tokens": batch_tokens}
+    row |= {"nats_per_token": score.nats_per_token, "bits_per_byte": score.bits_per_byte, "tokens": score.tokens}
+    row |= {"warm_up_s": warm_up_s, "scoring_s": seconds, "tokens_per_s": score.tokens / seconds}
     row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if published := PUBLISHED.get((config.recipe, name)):
         seconds, gpus, kind = published
-        row |= {"published_positions_per_s": SPLIT_SCORES / (seconds * gpus), "published_gpu": kind}
+        row |= {"published_tokens_per_s": SPLIT_SCORES / (seconds * gpus), "published_gpu": kind}
     return row
 
 
@@ -114,25 +121,28 @@ def profile(config: Evaluate, name: str, device) -> str:
 def main() -> None:
     config, console = tyro.cli(Evaluate), Console(width=140)
     device = torch.device("cuda", 0)
-    rows = [measure(config, name, tokens, device) for name in config.evaluator for tokens in config.batch_tokens]
+    evaluators = config.evaluator or tuple(dict.fromkeys(("plain", "sliding", recipe.resolve(config.recipe).recipe.eval.evaluator)))
+    rows = [measure(config, name, tokens, device) for name in evaluators for tokens in config.batch_tokens]
     table = Table(title=f"{config.recipe}, one {torch.cuda.get_device_name()}", title_justify="left", box=box.SIMPLE)
-    headings = "evaluator", "tokens a batch", "positions", "seconds", "positions/s", "published, a GPU"
+    headings = "evaluator", "tokens a batch", "tokens", "seconds", "tokens/s", "published, a GPU"
     headings += "ratio", "bits/byte", "GiB", "warm-up s"
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "evaluator" else "right")
     for r in rows:
-        theirs = r.get("published_positions_per_s")
-        beside = (f"{theirs:,.0f} ({r['published_gpu']})", f"{r['positions_per_s'] / theirs:.2f}") if theirs else ("-", "-")
-        cells = f"{r['batch_tokens']:,}", f"{r['positions']:,}", f"{r['seconds']:.2f}", f"{r['positions_per_s']:,.0f}", *beside
+        theirs = r.get("published_tokens_per_s")
+        beside = (f"{theirs:,.0f} ({r['published_gpu']})", f"{r['tokens_per_s'] / theirs:.2f}") if theirs else ("-", "-")
+        cells = f"{r['batch_tokens']:,}", f"{r['tokens']:,}", f"{r['scoring_s']:.2f}", f"{r['tokens_per_s']:,.0f}", *beside
         table.add_row(r["evaluator"], *cells, f"{r['bits_per_byte']:.5f}", f"{r['memory_gib']:.1f}", f"{r['warm_up_s']:.1f}")
     console.print(table)
     if config.profile:
-        for name in config.evaluator:
+        for name in evaluators:
             console.print(profile(config, name, device), highlight=False, soft_wrap=True)
     if config.save:
         command = " ".join(["python -m benchmarks.bench_evaluate", *sys.argv[1:]])
-        kept = {"environment": bench.environment(device) | {"command": command}, "rows": rows}
-        (bench.RESULTS / f"evaluate_{config.recipe}.h200.json").write_text(json.dumps(kept, indent=1) + "\n")
+        kept = {"environment": bench.environment(device) | {"command": command}, "recipe": config.recipe, "tokens": rows[0]["tokens"]}
+        kept["run"] = config.run or (config.artifact.name if config.artifact else "random weights")
+        kind = "scores" if config.artifact and config.data else "evaluate"
+        (bench.RESULTS / f"{kind}_{config.recipe}.h200.json").write_text(json.dumps(kept | {"scores": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,27 @@
 """Seconds of one chunk step of phased LoRA TTT (score 48 predictions of 64 documents, adapt), by row length.
 
-    python -m benchmarks.bench_phased_lora [--eager] [--kernels]         steps on random ids, of replayed graphs
-                                                                         --eager: also of the model launched kernel by kernel
-                                                                         --kernels: where the longest step's time goes
+    python -m benchmarks.bench_phased_lora                               steps on random ids, of replayed graphs
+        --eager      also of the model launched kernel by kernel
+        --kernels    where the longest step's time goes
     python -m benchmarks.bench_phased_lora --artifact FILE --data FOLDER scores of the shorter documents, without and with adaptation
+        --save       keep either in benchmarks/results
 
-PR #1934's pass: 18,100 steps, 1.02 G tokens read, 518 s on 8 H100, which is 0.246 M tokens/s a GPU; at its steady rate, without waiting for the
-longest documents, 0.52 M.
+PR #1934's pass: 18,100 steps, 1.02 G tokens read, 518 s on 8 H100, which is 0.246 M tokens/s a GPU; at its steady rate, without waiting
+for the longest documents, 0.52 M.
 """
 
 import argparse
 import dataclasses
+import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks import run as bench
 from pgolf_fast import recipe
 from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.evaluation.phased_lora import PhasedLora, PhasedLoraConfig
@@ -64,9 +69,19 @@ def step_times(evaluator, model_called, length) -> dict[int, float]:
     return {row: statistics.median(times) for row, times in found.items()}
 
 
-def show(name, times, rows):
+def show(name, times, rows) -> list[dict]:
+    found = []
     for row, ms in times.items():
-        print(f"{name:10} rows {rows:3} x {row:5}: {ms:8.2f} ms, {rows * row / ms / 1e3:.3f} M tokens/s")
+        found.append({"form": name, "rows": rows, "row_tokens": row, "ms": ms, "million_tokens_per_s": rows * row / ms / 1e3})
+    for step in found:
+        print(f"{name:16} rows {rows:3} x {step['row_tokens']:5}: {step['ms']:8.2f} ms, {step['million_tokens_per_s']:.3f} M tokens/s")
+    return found
+
+
+def save(name, content):
+    command = " ".join(["python -m benchmarks.bench_phased_lora", *sys.argv[1:]])
+    environment = bench.environment(torch.device("cuda", 0)) | {"command": command}
+    (bench.RESULTS / f"{name}.h200.json").write_text(json.dumps({"environment": environment} | content, indent=1) + "\n")
 
 
 def documents_up_to(length, validation, at_most) -> Validation:
@@ -80,7 +95,7 @@ def documents_up_to(length, validation, at_most) -> Validation:
     return Validation(tokens, target_bytes, np.cumsum(lengths) - lengths, validation.has_sidecar)
 
 
-def score_text(artifact, data, config, length, at_most, prefix_documents, device):
+def score_text(artifact, data, config, length, at_most, prefix_documents, device) -> dict:
     """Bits per byte as quantized (adapters that do not learn), with adapters, and with adapters and pauses; the same windows each time."""
     validation = documents_up_to(length, load_validation(data, 1), at_most)
     print(f"{len(validation.document_starts)} documents of up to {length} predictions, {len(validation):,} in all")
@@ -90,9 +105,10 @@ def score_text(artifact, data, config, length, at_most, prefix_documents, device
         "adapters": dataclasses.replace(config, prefix_documents=0),
         "adapters and pauses": dataclasses.replace(config, prefix_documents=prefix_documents),
     }
+    scores = []
     for name, variant in variants.items():
         evaluator = PhasedLora(load_model(artifact, device)[1], variant)
-        evaluator.record(len(validation.document_starts))
+        evaluator.warm_up(len(validation.document_starts))
         referee = Referee(evaluator.model, validation, device)
         referee.running()  # waits for the device
         begin = time.perf_counter()
@@ -100,8 +116,13 @@ def score_text(artifact, data, config, length, at_most, prefix_documents, device
             pass
         result = referee.result()
         seconds, score = time.perf_counter() - begin, result.score
-        print(f"{name:20} {score.nats_per_token:.6f} nats/token, {score.bits_per_byte:.6f} bpb, {seconds:.1f} s, {result.versions} versions of the weights", flush=True)
+        figures = f"{score.nats_per_token:.6f} nats/token, {score.bits_per_byte:.6f} bpb, {seconds:.1f} s"
+        print(f"{name:20} {figures}, {result.versions} versions of the weights", flush=True)
+        row = {"weights": "artifact", "evaluator": f"phased-lora, {name}", "nats_per_token": score.nats_per_token}
+        scores.append(row | {"bits_per_byte": score.bits_per_byte, "scoring_s": seconds, "versions": result.versions})
         del evaluator, referee  # before the next one takes as much memory
+    documents = len(validation.document_starts)
+    return {"recipe": "caseops-1934", "documents": documents, "longest": length, "tokens": len(validation), "scores": scores}
 
 
 def main():
@@ -110,32 +131,41 @@ def main():
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--length", type=int, default=2400, help="predictions of each document")
     parser.add_argument("--row-multiple", type=int, default=512)
+    parser.add_argument("--lanes", type=int, default=8, help="fewer: pauses also between a few batches")
     parser.add_argument("--eager", action="store_true", help="also the model without graphs and compilation")
     parser.add_argument("--artifact")
     parser.add_argument("--data")
     parser.add_argument("--device", default="cuda", help="with --artifact: cpu or cuda")
     parser.add_argument("--first", type=int, default=10**9, help="with --artifact: so many documents")
     parser.add_argument("--prefix-documents", type=int, default=64, help="with --artifact: documents of the pauses")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument(
+        "--run", default="", help="with --artifact: which run it is of, as the README's table shall say; else the file's name"
+    )
+    parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
-    config = PhasedLoraConfig(batch_documents=options.documents, row_multiple=options.row_multiple, compile=not options.no_compile)
+    config = PhasedLoraConfig(batch_documents=options.documents, row_multiple=options.row_multiple, lanes=options.lanes)
     if options.artifact:
-        return score_text(options.artifact, options.data, config, options.length, options.first, options.prefix_documents, options.device)
-    model = random_model("cuda")
+        found = score_text(options.artifact, options.data, config, options.length, options.first, options.prefix_documents, options.device)
+        return save("scores_caseops-1934", found | {"run": options.run or Path(options.artifact).name}) if options.save else None
+    model, steps = random_model("cuda"), []
     if options.eager:
-        evaluator = PhasedLora(model, dataclasses.replace(config))
+        evaluator = PhasedLora(model, config)
         evaluator.model = model
-        show("eager", step_times(evaluator, model, options.length), options.documents)
+        steps += show("kernel by kernel", step_times(evaluator, model, options.length), options.documents)
         del evaluator
     evaluator = PhasedLora(model, config)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    evaluator.record(options.documents)
-    end.record()
     torch.cuda.synchronize()
-    print(f"recorded {len(evaluator.model.recordings)} shapes in {begin.elapsed_time(end) / 1e3:.1f} s")
-    show("replayed", step_times(evaluator, evaluator.model, options.length), options.documents)
-    print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, reserved {torch.cuda.max_memory_reserved() / 2**30:.1f}")
+    begin = time.perf_counter()
+    evaluator.warm_up(options.documents)
+    torch.cuda.synchronize()
+    warm_up_s = time.perf_counter() - begin
+    print(f"warm-up with {len(evaluator.model.recordings)} shapes to record: {warm_up_s:.1f} s")
+    steps += show("replayed", step_times(evaluator, evaluator.model, options.length), options.documents)
+    allocated, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+    print(f"peak memory {allocated:.1f} GiB, reserved {reserved:.1f}")
+    if options.save:
+        memory = {"peak_memory_gib": allocated, "reserved_memory_gib": reserved}
+        save("phased_lora", {"steps": steps, "warm_up_s": warm_up_s, "recorded_shapes": len(evaluator.model.recordings)} | memory)
     if options.kernels:
         evaluator.phase = evaluator.round = 0
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

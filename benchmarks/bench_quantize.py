@@ -77,7 +77,10 @@ def measure(folder: Path, data: Path | None, device: torch.device) -> dict:
     as_trained.load_published(run.state)
     quantized = export.build_model(run.recipe, made.tensors, device)
     same_bits = all(torch.equal(a, b) for a, b in zip(quantized.parameters(), loaded.parameters()))
-    scores = {name: score(m, validation, run.recipe.train) for name, m in (("trained", as_trained), ("quantized", quantized), ("unpacked", loaded))}
+    scores = {
+        name: score(m, validation, run.recipe.train)
+        for name, m in (("trained", as_trained), ("quantized", quantized), ("unpacked", loaded))
+    }
     if not same_bits or scores["quantized"] != scores["unpacked"]:
         raise RuntimeError(f"{folder}: the unpacked model is not the quantized one: {scores}")
 
@@ -96,7 +99,14 @@ def measure(folder: Path, data: Path | None, device: torch.device) -> dict:
         "published_gap_source": source,
         "unpacked_is_quantized_exactly": same_bits,
         "quantizing_repeats_exactly": artifact.same(first.tensors, made.tensors),
-        "bytes": {"artifact": len(packed), "forecast": forecast, "cap": CAP_BYTES, "code": vars(found.code), "weights": found.weights, "metadata": found.metadata},
+        "bytes": {
+            "artifact": len(packed),
+            "forecast": forecast,
+            "cap": CAP_BYTES,
+            "code": vars(found.code),
+            "weights": found.weights,
+            "metadata": found.metadata,
+        },
         "seconds": {
             "calibrate_first": first.calibrate_s,
             "calibrate": made.calibrate_s,

@@ -226,4 +226,3 @@ def run(config: TrainStep, console: Console) -> list[dict]:
             path.write_text(json.dumps({"environment": bench.environment(device), "steps": rows}, indent=1) + "\n")
     dist.stop()
     return rows
-

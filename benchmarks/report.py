@@ -1,7 +1,9 @@
-"""Writes the README's tables from benchmarks/results/*.json.
+"""Writes the README's tables from the results:
 
     python -m benchmarks.report           rewrite the tables between their markers
     python -m benchmarks.report --check   exit 1 if the README does not say what the results say
+
+The results are benchmarks/results/*.json.
 """
 
 import json
@@ -31,11 +33,15 @@ def kernel_table(runs: list[dict]) -> str:
             peer = f"{peers[best]:.1f} ({best})" if best else "-"
             gain = f"{peers[best] / times['ours']:.2f}x" if best else "-"
             share = f"{row['floor_us'] / times['ours']:.2f}"
-            lines.append(f"| {row['op']} | {row['case']} | {times['ours']:.1f} | {peer} | {gain} | {share} | {run['environment']['commit']} |")
+            lines.append(
+                f"| {row['op']} | {row['case']} | {times['ours']:.1f} | {peer} | {gain} | {share} | {run['environment']['commit']} |"
+            )
     if len(lines) == 2:
         return "No GPU results are stored yet."
     devices = sorted({f"{r['environment']['device']}, torch {r['environment']['torch']}" for r in runs})
-    return "\n".join([*lines, "", f"Medians of CUDA-graph replays, random data, contestants interleaved in one process, on {'; '.join(devices)}."])
+    return "\n".join(
+        [*lines, "", f"Medians of CUDA-graph replays, random data, contestants interleaved in one process, on {'; '.join(devices)}."]
+    )
 
 
 def parity_table(folder: Path = RESULTS) -> str:
@@ -44,7 +50,10 @@ def parity_table(folder: Path = RESULTS) -> str:
     for path in sorted(folder.glob("parity_*.json")):
         run = json.loads(path.read_text())
         recipes.setdefault(run["recipe"], []).append(run)
-    lines = ["| recipe | loss after step | ours, by seed | published script, by seed | our mean to the nearest |", "|---|---:|---|---|---:|"]
+    lines = [
+        "| recipe | loss after step | ours, by seed | published script, by seed | our mean to the nearest |",
+        "|---|---:|---|---|---:|",
+    ]
     for recipe, runs in recipes.items():
         runs.sort(key=lambda run: run["seed"])
         for step in dict.fromkeys(step for run in runs for step in run["train_loss"]):
@@ -119,7 +128,13 @@ def score_table(folder: Path = RESULTS) -> str:
     return "\n".join(lines) if len(lines) > 2 else "No score is stored yet."
 
 
-TABLES = {"quantization": quantization_table, "scores": score_table, "steps": step_table, "parity": parity_table, "kernels": lambda: kernel_table(kernel_results())}
+TABLES = {
+    "quantization": quantization_table,
+    "scores": score_table,
+    "steps": step_table,
+    "parity": parity_table,
+    "kernels": lambda: kernel_table(kernel_results()),
+}
 
 
 def rewrite(text: str) -> str:

@@ -61,15 +61,17 @@ def run_op(op: str, device: torch.device, ceilings: Ceilings, budget_s: float, w
     for case in importlib.import_module(f"benchmarks.ops.bench_{op}").cases(device):
         case.contestants = {name: run for name, run in case.contestants.items() if name not in without}
         timings = time_contestants(case, device, budget_s)
-        rows.append({
-            "op": op,
-            "case": case.name,
-            "bytes": case.bytes,
-            "flops": case.flops,
-            "floor_us": ceilings.floor_us(case),
-            "note": case.note,
-            "timings": {name: asdict(t) for name, t in timings.items()},
-        })
+        rows.append(
+            {
+                "op": op,
+                "case": case.name,
+                "bytes": case.bytes,
+                "flops": case.flops,
+                "floor_us": ceilings.floor_us(case),
+                "note": case.note,
+                "timings": {name: asdict(t) for name, t in timings.items()},
+            }
+        )
     return rows
 
 

@@ -46,7 +46,9 @@ def shapes(family: str, layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     return table
 
 
-def synthetic_state(family: str, layers: int = LAYERS, seed: int = 0, sigma: float = 0.18, row_spread: float = 0.3) -> dict[str, torch.Tensor]:
+def synthetic_state(
+    family: str, layers: int = LAYERS, seed: int = 0, sigma: float = 0.18, row_spread: float = 0.3
+) -> dict[str, torch.Tensor]:
     """Matrices: Gaussian rows of standard deviation sigma * exp(row_spread * z). The rest: near 1, as gains are.
 
     With the defaults most rows of the int6 schemes sit on the scale floor, as in the published runs.

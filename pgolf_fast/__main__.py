@@ -6,8 +6,8 @@ Exit codes: 0 done and fine, 1 the thing checked is wrong, 2 wrong usage or inpu
 
 import importlib
 import json
-import re
 import os
+import re
 import sys
 
 import tyro

@@ -30,6 +30,11 @@ class VisitAdapter(NamedTuple):
         q, k, v = q + torch.bmm(for_q, self.q_up), k + torch.bmm(for_k, self.k_up), v + torch.bmm(for_v, self.v_up)
         return q, k, v, lambda y: y + torch.bmm(for_o, self.o_up)
 
+    def scaled(self, attn_scale, mlp_scale):
+        """With the scales of the two output products, [C] each, in the adapters."""
+        o_up, mlp_up = ((up * scale).to(up.dtype) for up, scale in ((self.o_up, attn_scale), (self.mlp_up, mlp_scale)))
+        return self._replace(o_up=o_up, mlp_up=mlp_up)
+
     def correct_mlp(self, y, m):
         return y + torch.bmm(torch.bmm(m, self.mlp_down), self.mlp_up)
 
@@ -107,7 +112,7 @@ class Adapters(nn.Module):
 
 
 def _adamw_(value, moment, working, gradient, steps, scale, lr, beta2, epsilon, weight_decay):
-    """AdamW with beta1 = 0, whose first moment is the gradient itself, and which so needs no store for it. `working` is scale times `value`."""
+    """AdamW with beta1 = 0, whose first moment is the gradient itself and needs no store. `working` is scale times `value`."""
     slope = scale * gradient.float()
     moment.mul_(beta2).add_((1 - beta2) * slope * slope)
     root = moment.sqrt() / (1 - beta2**steps).sqrt()

@@ -68,7 +68,9 @@ def pack(tensors: QuantizedTensors, codec: str = DEFAULT, metadata: dict | None 
     index, matrices, rest = _content(tensors, metadata)
     streams = coder.encode(matrices, rest, **progress)
     packed_index = brotli_compress(index)
-    head = HEAD.pack(MAGIC, VERSION, number, len(packed_index), len(index), len(streams)) + struct.pack(f"<{len(streams)}I", *map(len, streams))
+    head = HEAD.pack(MAGIC, VERSION, number, len(packed_index), len(index), len(streams)) + struct.pack(
+        f"<{len(streams)}I", *map(len, streams)
+    )
     body = head + packed_index + b"".join(streams) + _content_digest(index, [m.codes for m in matrices], rest)
     data = body + _digest(body)
     if not same(unpack(data).tensors, tensors):
@@ -143,7 +145,9 @@ def _unpack(data: bytes) -> Artifact:
     _refuse_unless(names, f"codec {number} is unknown to this version")
     entries, metadata = _parse_index(index)
     layout = _Layout(entries)
-    _refuse_unless(layout.total_bytes <= MAX_DECODED_BYTES, f"declares {layout.total_bytes} bytes of tensors, more than {MAX_DECODED_BYTES}")
+    _refuse_unless(
+        layout.total_bytes <= MAX_DECODED_BYTES, f"declares {layout.total_bytes} bytes of tensors, more than {MAX_DECODED_BYTES}"
+    )
     codes, rest = CODECS[names[0]][1].decode(streams, layout.shapes(), layout.rest_bytes)
     _refuse_unless(_content_digest(index, codes, rest) == digest, "decoded content does not match its checksum")
     return Artifact(_assemble(layout, codes, rest), metadata, names[0])

@@ -23,8 +23,8 @@ SHARDS_APART = 8  # the published run's ranks: rank 0, whose result alone is kep
 class Windows:
     """Rows of training text: the windows of `seq_len` tokens of some shards, each once before any comes again.
 
-    The draws are the published sampler's: per shard a phase and a permutation of its windows; per row a shard, in proportion to the windows that
-    it has left, and the last window of that shard's permutation.
+    The draws are the published sampler's: per shard a phase and a permutation of its windows; per row a shard, in proportion to the
+    windows that it has left, and the last window of that shard's permutation.
     """
 
     def __init__(self, folder, seq_len: int, vocab_size: int | None = None, rank: int = 0):

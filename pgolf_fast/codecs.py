@@ -241,7 +241,9 @@ def _lrzip(options: list[str], data: bytes, expected_size: int | None = None) ->
             done = subprocess.run([*limit, "lrzip", "-q", "-f", *options, "-o", target, source], capture_output=True, timeout=900)
         except subprocess.TimeoutExpired:
             raise ValueError("lrzip took longer than 900 s") from None
-        _expect(done.returncode == 0 and target.exists(), f"lrzip failed: {(done.stderr + done.stdout).decode(errors='replace').strip()[:200]}")
+        _expect(
+            done.returncode == 0 and target.exists(), f"lrzip failed: {(done.stderr + done.stdout).decode(errors='replace').strip()[:200]}"
+        )
         _expect(expected_size in (None, target.stat().st_size), f"lrzip stream does not hold {expected_size} bytes")
         return target.read_bytes()
 

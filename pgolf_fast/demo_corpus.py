@@ -9,7 +9,6 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 from pgolf_fast import tokenizers

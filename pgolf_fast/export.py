@@ -1,9 +1,11 @@
-"""Run folder -> quantized tensors -> artifact -> model.
+"""From a run's folder to an artifact, and back to a model:
 
     run = read_run(folder)               what training left: recipe, final weights, seconds
     quantize_run(run, device)            calibrates where the recipe's table needs it, and quantizes
     metadata(run.name, run.recipe)       goes into the artifact beside the tensors
-    load_model(path, device)             (recipe, model) of an artifact; refuses one of another recipe
+    load_model(path, device)             recipe and model
+
+An artifact of another recipe is refused.
 """
 
 import dataclasses
@@ -90,7 +92,9 @@ def needs_hessians(run: Run, rules: QuantConfig) -> bool:
     return any(isinstance(rules.rule_of(name, t).scheme, Gptq) for name, t in run.state.items())
 
 
-def calibrate(run: Run, device, data: Path | None = None, progress=lambda task, done, total: None) -> tuple[dict[str, torch.Tensor], Windows]:
+def calibrate(
+    run: Run, device, data: Path | None = None, progress=lambda task, done, total: None
+) -> tuple[dict[str, torch.Tensor], Windows]:
     """Hessians of a run's weights on its training text, and the sampler, whose next rows they have not seen."""
     config, train = run.recipe.quantize, run.recipe.train
     windows = Windows(data or train.data, train.seq_len, run.recipe.model.vocab_size)
@@ -168,4 +172,6 @@ def _refuse_another(path, name, settings, expect):
     for field in dataclasses.fields(settings.model):
         found, wanted = getattr(settings.model, field.name), getattr(expect.model, field.name)
         if found != wanted:
-            raise UserError(f"{path}: an artifact of recipe {name}, whose model.{field.name} is {found}, not {wanted}; give the recipe it is of")
+            raise UserError(
+                f"{path}: an artifact of recipe {name}, whose model.{field.name} is {found}, not {wanted}; give the recipe it is of"
+            )

@@ -18,6 +18,7 @@ from pgolf_fast.ops.fused_mlp import ACTIVATIONS
 from pgolf_fast.ops.mix_norm import KERNEL_WIDTH as MIX_WIDTH
 from pgolf_fast.ops.products import add_weight_gradient, project, project_backward, project_residual_rstd
 from pgolf_fast.ops.qkv import kernel_fits as qkv_kernel_fits
+from pgolf_fast.ops.xsa_attention import rows_at, xsa_attention_at
 
 ops = torch.ops.pgolf_fast
 
@@ -62,15 +63,17 @@ def serve(config, x) -> bool:
     return fits and _library.uses_kernel("product_forward", x.device)
 
 
-def run(plan, weights, x0, values):
-    """The stream after the last visit.  x0 [B, T, C]; values: one [B, T, kv_dim] for each of plan.value_blocks"""
+def run(plan, weights, x0, values, positions=None):
+    """The stream after the last visit, [B, T, C].  x0 [B, T, C]; values: one [B, T, kv_dim] for each of plan.value_blocks
+
+    positions  [B, S]: only these of each row, [B, S, C]; not of packed documents
+    """
     x0, values = x0.flatten(0, 1), [v.flatten(0, 1) for v in values]
     weights = Weights(*(None if w is None else w.to(accumulation_dtype(x0.dtype)) for w in weights))
-    if torch.is_grad_enabled():
-        out = _Blocks.apply(plan, x0, *weights, *values)
-    else:
-        out = _Forward(plan, weights, x0, values, tape=None).run()
-    return out.view(*plan.tokens, -1)
+    if not torch.is_grad_enabled():
+        return Forward(plan, weights, x0, values, tape=None, positions=positions).run().view(plan.tokens[0], -1, x0.shape[1])
+    out = _Blocks.apply(plan, x0, *weights, *values).view(*plan.tokens, -1)
+    return out if positions is None else rows_at(out, positions)
 
 
 class _Blocks(torch.autograd.Function):
@@ -78,7 +81,7 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx, plan, x0, *tensors):
         weights, values = Weights(*tensors[: len(Weights._fields)]), tensors[len(Weights._fields) :]
         tape = []
-        forward = _Forward(plan, weights, x0, values, tape)
+        forward = Forward(plan, weights, x0, values, tape)
         out = forward.run()
         ctx.plan, ctx.tape, ctx.operands = plan, tape, forward.operands
         ctx.save_for_backward(*weights)
@@ -87,12 +90,17 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         weights = ctx.saved_tensors
-        if ctx.tape is None:
-            raise RuntimeError("the blocks' activations were freed by the first backward; run the forward again")
-        tape, ctx.tape = ctx.tape, None
-        backward = _Backward(ctx.plan, Weights(*weights), ctx.operands, tape)
-        dx0 = backward.run(dout)
+        backward = Backward(ctx.plan, Weights(*weights), ctx.operands, take_tape(ctx))
+        dx0 = backward.run(dout) + backward.dx0
         return None, dx0, *backward.gradients, *(backward.dvalues.get(block) for block in ctx.plan.value_blocks)
+
+
+def take_tape(ctx):
+    """What the forward left, once."""
+    if ctx.tape is None:
+        raise RuntimeError("the blocks' activations were freed by the first backward; run the forward again")
+    tape, ctx.tape = ctx.tape, None
+    return tape
 
 
 class Operands(NamedTuple):
@@ -110,8 +118,8 @@ class Attended(NamedTuple):
     rstd: torch.Tensor
     gate: torch.Tensor | None
     y: torch.Tensor
-    lse: torch.Tensor
-    own: torch.Tensor
+    lse: torch.Tensor | None  # of all positions only
+    own: torch.Tensor | None
 
 
 class Mix(NamedTuple):
@@ -121,7 +129,7 @@ class Mix(NamedTuple):
     rstd: torch.Tensor
 
 
-def _heads(packed, config, tokens):
+def heads(packed, config, tokens):
     """Queries, keys and values of a packed product, as views [B, T, H, D]."""
     dim, kv = config.model_dim, config.kv_dim
     rows = packed.view(*tokens, -1)
@@ -129,9 +137,13 @@ def _heads(packed, config, tokens):
     return [part.unflatten(-1, (-1, config.head_dim)) for part in parts]
 
 
-class _Forward:
-    def __init__(self, plan, weights, x0, values, tape):
-        self.plan, self.config, self.weights, self.x0, self.tape = plan, plan.config, weights, x0, tape
+class Forward:
+    def __init__(self, plan, weights, x0, values, tape, positions=None):
+        """
+        tape       list that the backward will read; None where there is none
+        positions  [B, S] of each row that are read after the last visit, which makes the others' keys and values alone; None: all
+        """
+        self.plan, self.config, self.weights, self.x0, self.tape, self.positions = plan, plan.config, weights, x0, tape, positions
         self.values = dict(zip(plan.value_blocks, values))
         matrices = (weights.qkv, weights.o, weights.up, weights.down)
         self.operands = Operands(*(w.to(x0.dtype).unbind(0) for w in matrices))
@@ -140,14 +152,19 @@ class _Forward:
         if self.tape is not None:
             self.tape.append(entry)
 
+    def at(self, x, positions):
+        """Rows of x [B T, ..] at the positions, if there are any."""
+        return x if x is None or positions is None else rows_at(x.view(*self.plan.tokens, -1), positions).flatten(0, 1)
+
     def run(self):
         stream, lane1, kept = self.x0, None, []
         for i, visit in enumerate(self.plan.visits):
             skip = kept.pop() if visit.skip is not None else None
+            positions = self.positions if i + 1 == len(self.plan.visits) else None
             if visit.two_lanes:
-                stream, lane1 = self.two_lanes(i, visit.block, stream, stream if lane1 is None else lane1, skip)
+                stream, lane1 = self.two_lanes(i, visit.block, stream, stream if lane1 is None else lane1, skip, positions)
             else:
-                stream = self.sequential(i, visit.block, stream, skip)
+                stream = self.sequential(i, visit.block, stream, skip, positions)
             if visit.first_half:
                 kept.append(stream)
         if lane1 is None:
@@ -155,50 +172,67 @@ class _Forward:
         _, mean, _ = _mix(torch.full_like(self.weights.mix[0, :2], 0.5), (stream, lane1))
         return mean
 
-    def sequential(self, i, block, stream, skip):
-        scale = self.plan.norm_scale(block)
-        entered, x, n = _mix(self.weights.mix[i], (stream, self.x0, skip), scale)
-        attended = self.attend(block, n)
-        x1, rstd1 = project_residual_rstd(attended.y, self.operands.o[block], x)
-        x2, u = self.mlp(block, x1, rstd1, residual=x1)
+    def sequential(self, i, block, stream, skip, positions):
+        entered, x, n = self.enter(i, block, stream, skip)
+        attended = self.attend(i, block, n, positions)
+        x1, rstd1 = self.output(i, block, attended, residual=self.at(x, positions))
+        x2, u = self.mlp(i, block, x1, rstd1, residual=x1)
         self.keep((entered, attended, x1, rstd1, u))
         return x2
 
-    def two_lanes(self, i, block, lane0, lane1, skip):
+    def two_lanes(self, i, block, lane0, lane1, skip, positions):
         """Attention reads lane 0, the MLP lane 1; both write both."""
-        scale = self.plan.norm_scale(block)
-        entered, _, n = _mix(self.weights.mix[i], (lane0, self.x0, skip), scale)
-        attended = self.attend(block, n)
-        attention = project(attended.y, self.operands.o[block])
+        entered, _, n = self.enter(i, block, lane0, skip)
+        attended = self.attend(i, block, n, positions)
+        attention, _ = self.output(i, block, attended, residual=None)
+        lane0, lane1, skip = (self.at(x, positions) for x in (lane0, lane1, skip))
         rstd1 = ops.row_rstd(lane1)
-        mlp, u = self.mlp(block, lane1, rstd1, residual=None)
+        mlp, u = self.mlp(i, block, lane1, rstd1, residual=None)
         left0, out0, _ = _mix(self.weights.lane0[i], (lane0, attention, mlp, skip))
         left1, out1, _ = _mix(self.weights.lane1[i], (lane1, attention, mlp))
         self.keep((entered, attended, lane1, rstd1, u, left0, left1))
         return out0, out1
 
-    def attend(self, block, n):
+    def enter(self, i, block, stream, skip):
+        return _mix(self.weights.mix[i], (stream, self.x0, skip), self.plan.norm_scale(block))
+
+    def attend(self, i, block, n, positions):
+        plan, kv_heads = self.plan, self.config.num_kv_heads
+        qkv, rstd = ops.qkv_forward(n, self.operands.qkv[block], self.weights.q_gain[block], plan.cos, plan.sin, kv_heads)
+        return self.attend_with(block, n, qkv, rstd, positions)
+
+    def attend_with(self, block, n, qkv, rstd, positions):
         config, plan = self.config, self.plan
-        qkv, rstd = ops.qkv_forward(n, self.operands.qkv[block], self.weights.q_gain[block], plan.cos, plan.sin, config.num_kv_heads)
-        q, k, v = _heads(qkv, config, plan.tokens)
+        q, k, v = heads(qkv, config, plan.tokens)
         if block in self.values:
             v += self.values[block].view(v.shape)
         gate = None
         if config.attn_gate:
             gate = ops.attn_gate_fwd(n, self.weights.gate[block], config.attn_gate_scale).view(*plan.tokens, -1)
-        y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, _is_xsa(config, block), config.head_dim**-0.5)
+        xsa, scale = is_xsa(config, block), config.head_dim**-0.5
+        if positions is None:
+            y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, xsa, scale)
+        else:
+            gate = None if gate is None else rows_at(gate, positions)
+            y, lse, own = xsa_attention_at(rows_at(q, positions), k, v, positions, xsa, gate, scale), None, None
         return Attended(n, qkv, rstd, gate, y.flatten(0, 1).flatten(1), lse, own)
 
-    def mlp(self, block, x, rstd, residual):
+    def output(self, i, block, attended, residual):
+        """What attention writes, and with a residual the factors of the sum's norm."""
+        if residual is None:
+            return project(attended.y, self.operands.o[block]), None
+        return project_residual_rstd(attended.y, self.operands.o[block], residual)
+
+    def mlp(self, i, block, x, rstd, residual):
         """Of the norm of x, plus the residual."""
         up, down = self.operands.up[block], self.operands.down[block]
-        y, u = ops.norm_mlp_fwd(x, rstd, self.plan.norm_scale(block), residual, up, down, _activation(self.config))
+        y, u = ops.norm_mlp_fwd(x, rstd, self.plan.norm_scale(block), residual, up, down, activation_index(self.config))
         if self.weights.shift is not None:
             y += self.weights.shift[block].to(y.dtype)
         return y, u
 
 
-class _Backward:
+class Backward:
     def __init__(self, plan, weights, operands, tape):
         self.plan, self.config, self.weights, self.operands, self.tape = plan, plan.config, weights, operands, tape
         self.gradients = Weights(*(None if w is None else torch.zeros_like(w) for w in weights))
@@ -206,7 +240,7 @@ class _Backward:
         self.dvalues = {}
 
     def run(self, dout):
-        """The gradient of x0."""
+        """The gradient of the stream that enters the first visit."""
         visits = self.plan.visits
         dstream, dlane1, dkept = dout, None, []  # dkept: of streams kept for a skip, the first kept at the bottom
         if visits[-1].two_lanes:
@@ -224,20 +258,20 @@ class _Backward:
                 dstream = dstream if from_skip is None else dstream + from_skip
             if visit.two_lanes and not visits[i - 1].two_lanes:
                 dstream, dlane1 = dstream + dlane1, None
-        return self.dx0 + dstream
+        return dstream
 
     def sequential(self, i, block, dx2, from_skip):
         entered, attended, x1, rstd1, u = self.tape.pop()
-        dx1 = self.mlp(block, dx2, dx2, x1, rstd1, u)
-        dn = self.attend(block, dx1, attended)
+        dx1 = self.mlp(i, block, dx2, dx2, x1, rstd1, u)
+        dn = self.attend(i, block, dx1, attended)
         return self.unmix_entered(i, block, entered, dx1, dn, from_skip, None)
 
     def two_lanes(self, i, block, dlane0, dlane1):
         entered, attended, lane1, rstd1, u, left0, left1 = self.tape.pop()
         dlane0, dattention, dmlp, *dskip = self.unmix(i, "lane0", left0, dlane0)
         dlane1, dattention, dmlp = self.unmix(i, "lane1", left1, dlane1, accumulate=[None, dattention, dmlp])
-        dlane1 = self.mlp(block, dmlp, dlane1, lane1, rstd1, u)
-        dn = self.attend(block, dattention, attended)
+        dlane1 = self.mlp(i, block, dmlp, dlane1, lane1, rstd1, u)
+        dn = self.attend(i, block, dattention, attended)
         dlane0, dskip = self.unmix_entered(i, block, entered, None, dn, dlane0, *(dskip or [None]))
         return dlane0, dlane1, dskip
 
@@ -256,15 +290,13 @@ class _Backward:
         getattr(self.gradients, name)[i, : len(rows)] = dcoefficients
         return gradients
 
-    def attend(self, block, dx1, saved):
+    def attend(self, i, block, dx1, saved):
         config, plan = self.config, self.plan
         add_weight_gradient(self.gradients.o[block], dx1, saved.y)
-        q, k, v = _heads(saved.qkv, config, plan.tokens)
-        y, xsa, scale = saved.y.view(q.shape), _is_xsa(config, block), config.head_dim**-0.5
+        q, k, v = heads(saved.qkv, config, plan.tokens)
+        y, xsa, scale = saved.y.view(q.shape), is_xsa(config, block), config.head_dim**-0.5
         documents = plan.cu_seqlens, plan.max_seqlen
-        dqkv, dgate = ops.xsa_output_bwd(
-            dx1, self.operands.o[block], q, k, v, saved.gate, y, saved.lse, saved.own, *documents, xsa, scale
-        )
+        dqkv, dgate = ops.xsa_output_bwd(dx1, self.operands.o[block], q, k, v, saved.gate, y, saved.lse, saved.own, *documents, xsa, scale)
         dqkv = dqkv.view_as(saved.qkv)
         dv = dqkv[:, -config.kv_dim :]
         ops.qkv_backward(dqkv, saved.qkv, saved.rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.gradients.q_gain[block])
@@ -277,27 +309,27 @@ class _Backward:
             ops.attn_gate_bwd(dgate, gate, saved.n, self.weights.gate[block], config.attn_gate_scale, dn, self.gradients.gate[block])
         return dn
 
-    def mlp(self, block, dy, dx, x, rstd, u):
+    def mlp(self, i, block, dy, dx, x, rstd, u):
         """dx, the gradient that x has already, plus that through the norm and the MLP."""
         if self.weights.shift is not None:
             self.gradients.shift[block] += dy.sum(0, dtype=self.gradients.shift.dtype)
         up, down = self.operands.up[block], self.operands.down[block]
         sums = self.gradients.up[block], self.gradients.down[block]
-        scale, activation = self.plan.norm_scale(block), _activation(self.config)
+        scale, activation = self.plan.norm_scale(block), activation_index(self.config)
         return ops.norm_mlp_bwd(dy, x, dx, rstd, scale, u, up, down, activation, *sums)
 
 
-def _is_xsa(config, block):
+def is_xsa(config, block):
     return block >= config.num_layers - config.xsa_last_n
 
 
-def _activation(config):
+def activation_index(config):
     # star_relu2 is relu2 between scaled weights (model.py).
     return ACTIVATIONS.index("leaky_relu2" if config.activation == "leaky_relu2" else "relu2")
 
 
 def _mix(coefficients, tensors, norm_scale=None):
-    """Each tensor (but those that are None, at the end) times its row of coefficients, summed; and the norm of the sum if it has a scale."""
+    """Each tensor (but those that are None, at the end) times its row of coefficients, summed; the norm of the sum if it has a scale."""
     tensors = [t for t in tensors if t is not None]
     mixed, normed, rstd = ops.mix_norm_fwd(tensors, coefficients[: len(tensors)], list(range(len(tensors))), norm_scale)
     return Mix(tensors, rstd), mixed, normed

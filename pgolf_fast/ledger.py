@@ -119,7 +119,9 @@ def count_code(files: dict[str, str]) -> CodeBytes:
 def wrap(files: dict[str, str], main: str) -> bytes:
     """One script that unpacks `files` into a temporary folder and runs `main` from there."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-    packed = base64.b85encode(lzma.compress(json.dumps(files, ensure_ascii=False).encode(), lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=filters))
+    packed = base64.b85encode(
+        lzma.compress(json.dumps(files, ensure_ascii=False).encode(), lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=filters)
+    )
     return (
         b"import base64,json,lzma,pathlib,runpy,sys,tempfile\n"
         b"with tempfile.TemporaryDirectory() as d:\n"

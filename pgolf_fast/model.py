@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pgolf_fast import fused_blocks
+from pgolf_fast import adapted_blocks, fused_blocks
 from pgolf_fast.adapters import VisitAdapter
 from pgolf_fast.errors import UserError
 from pgolf_fast.ops import embed_norm, embedding, fused_mlp, linear_softcap_cross_entropy, mix_norm, xsa_attention
 from pgolf_fast.ops._library import RMS_EPSILON
 from pgolf_fast.ops.fused_mlp import activation_ref
+from pgolf_fast.ops.xsa_attention import rows_at
 from pgolf_fast.settings import requirer, setting
 from pgolf_fast.tensor_names import published_views
 
@@ -369,14 +370,13 @@ class GPT(nn.Module):
         adapters   low-rank corrections of this batch's products (adapters.py)
         how        see `stream`
         """
-        x = self.stream(tokens, adapters=adapters, **how)
-        if positions is not None:
-            x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
-        _, normed = mix_norm([x])
+        _, normed = mix_norm([self.stream(tokens, positions=positions, adapters=adapters, **how)])
         return self._head(normed, targets, reduction, adapters)
 
-    def stream(self, tokens, *, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None, adapters=None):
-        """The residual stream [B, T, C] after the last block.
+    def stream(
+        self, tokens, *, positions=None, cu_seqlens=None, max_seqlen=None, looped=True, fake_quant=False, observe=None, adapters=None
+    ):
+        """The residual stream after the last block, [B, T, C] or at some positions [B, S, C].
 
         cu_seqlens  int32 [documents + 1] for packed documents (then B = 1): they confine attention; what
                     the embedding takes from the previous token stops at BOS only (smear_mask_bos)
@@ -384,16 +384,19 @@ class GPT(nn.Module):
         looped      run the loop (always, after training); without loops in the recipe it changes nothing
         fake_quant  late quantisation-aware training
         observe     called as observe(block, "qkv", "o", "up" or "down", input) with what those matrices multiply, at every visit
-        adapters    see `forward`
+        positions, adapters    see `forward`; neither goes with packed documents
         """
+        if cu_seqlens is not None and (positions is not None or adapters is not None):
+            raise ValueError("cu_seqlens: positions and adapters are of rows; give a document as a row")
         x0 = self._embed(tokens, fake_quant)
         cos, sin = self._rotary_for(tokens, max_seqlen)
         context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen, observe)
         fused = fused_blocks.serve(self.config, x0) if self.use_fused_blocks is None else self.use_fused_blocks
-        # What the matrices multiply is not to be seen in the fused blocks, and nothing can be added to their products.
-        if fused and observe is None and adapters is None:
-            return self._fused_visits(context, looped, fake_quant)
-        return self._visits(context, looped, fake_quant, adapters)
+        # What the matrices multiply is not to be seen in the fused blocks, and they learn with or without adapters, not both.
+        if fused and observe is None and not (adapters and any(p.requires_grad for p in self.parameters())):
+            return self._fused_visits(context, looped, fake_quant, adapters, positions)
+        x = self._visits(context, looped, fake_quant, adapters)
+        return x if positions is None else rows_at(x, positions)
 
     def _visits(self, context, looped, fake_quant, adapters):
         """The definition of the blocks, for any device and dtype."""
@@ -540,15 +543,26 @@ class GPT(nn.Module):
 
     # -- the same by fused_blocks.py
 
-    def _fused_visits(self, context, looped, fake_quant):
+    def _fused_visits(self, context, looped, fake_quant, adapters, positions):
         visits = self.visits[looped]
         plan = fused_blocks.Plan(
-            visits, self.config, context.x0.shape[:2], context.cos.squeeze(1), context.sin.squeeze(1), tuple(context.values), context.cu_seqlens,
-            context.max_seqlen or context.x0.shape[1],
-        )  # fmt: skip
+            visits,
+            self.config,
+            tokens=context.x0.shape[:2],
+            cos=context.cos.squeeze(1),
+            sin=context.sin.squeeze(1),
+            value_blocks=tuple(context.values),
+            cu_seqlens=context.cu_seqlens,
+            max_seqlen=context.max_seqlen or context.x0.shape[1],
+        )
         packed, coefficients = self._packed(fake_quant), self._coefficients(visits)
         weights = fused_blocks.Weights(**packed, q_gain=self.q_gain, **coefficients)
-        return fused_blocks.run(plan, weights, context.x0, list(context.values.values()))
+        values = list(context.values.values())
+        if not adapters:
+            return fused_blocks.run(plan, weights, context.x0, values, positions)
+        scales = list(zip(self.attn_scale, self.mlp_scale))
+        scaled = [adapter.scaled(*scales[visit.block]) for visit, adapter in zip(visits, adapters.visits)]
+        return adapted_blocks.run(plan, weights, context.x0, values, scaled, positions)
 
     def _packed(self, fake_quant):
         """The matrices as the fused blocks multiply by them. Scales of a product's channels are folded into its matrix."""
@@ -609,4 +623,3 @@ class GPT(nn.Module):
         rows = zip(h.flatten(0, 1).split(SCORED_ROWS), targets.flatten().split(SCORED_ROWS))
         losses = [F.cross_entropy(capped(linear(h_rows, table), cap), t_rows, reduction="none") for h_rows, t_rows in rows]
         return torch.cat(losses).view(targets.shape)
-

@@ -378,4 +378,3 @@ class Optimizer:
             bank.momentum.zero_()[: own.shape[0]].copy_(own)
         for name in mine.keys() - {f"muon.{bank}.momentum" for bank in self.banks}:
             mine[name].copy_(state[name])
-

@@ -485,7 +485,9 @@ def _source(name, tensor, scheme):
     if not torch.isfinite(w).all():
         raise UserError(f"tensor {name}: holds nan or inf; the run diverged, use an earlier checkpoint")
     if not isinstance(scheme, Keep) and (w.dim() != 2 or w.shape[0] < 1 or w.shape[1] < 2):
-        raise UserError(f"tensor {name}: {type(scheme).__name__} needs a matrix, got shape {list(w.shape)}; give it a rule that keeps floats")
+        raise UserError(
+            f"tensor {name}: {type(scheme).__name__} needs a matrix, got shape {list(w.shape)}; give it a rule that keeps floats"
+        )
     return w
 
 

@@ -52,11 +52,14 @@ class TrainConfig:
     val_batch_tokens: int = setting(524288, "tokens per validation batch, over all ranks", ("VAL_BATCH_SIZE", "VAL_BATCH_TOKENS"))
     log_every: int = setting(500, "steps between lines of the text log", "TRAIN_LOG_EVERY")
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
-    forecast_every: int = setting(0, "steps between forecasts of the artifact's size, about a second each beside the training clock; 0: none")
+    forecast_every: int = setting(
+        0, "steps between forecasts of the artifact's size, about a second each beside the training clock; 0: none"
+    )
     stop_reserve_seconds: float = setting(0.5, "kept free before the time limit, for a step slower than the last fifty")
     cuda_graphs: bool = setting(True, "on a GPU: the step is captured once per mode and replayed")
     deterministic: bool = setting(
-        False, "the same bits on every run: torch's deterministic algorithms, and the MLP's weight gradients without the kernel's unordered sums"
+        False,
+        "the same bits on every run: torch's deterministic algorithms, and the MLP's weight gradients without the kernel's unordered sums",
     )
 
     def __post_init__(self):
@@ -98,13 +101,17 @@ class Trainer:
         self.device = dist.start(device_type)
         world = dist.world_size()
         if self.config.micro_batches % world:
-            raise UserError(f"train.micro_batches: {self.config.micro_batches} parts cannot be shared by {world} ranks; use a multiple of {world}")
+            raise UserError(
+                f"train.micro_batches: {self.config.micro_batches} parts cannot be shared by {world} ranks; use a multiple of {world}"
+            )
         if not self.config.data:
             raise UserError("train.data: no data folder; `pgolf data demo FOLDER` makes a small one, then say train.data=FOLDER")
         if self.config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; read at the first product
             torch.use_deterministic_algorithms(True)
-        self.clock = TrainingClock(self.recipe.schedule.max_wallclock_seconds - self.recipe.schedule.reserve_seconds, self.config.stop_reserve_seconds)
+        self.clock = TrainingClock(
+            self.recipe.schedule.max_wallclock_seconds - self.recipe.schedule.reserve_seconds, self.config.stop_reserve_seconds
+        )
         self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)
         self.log.document("recipe.json", recipe.record())
         self.log.document("machine.json", machine(self.device, world))
@@ -180,7 +187,9 @@ class Trainer:
             self.mean_step_s = (elapsed - self.agreed_s) / (self.step - self.agreed_step)
         self.agreed_s, self.agreed_step = elapsed, self.step
         # Steps that were issued but have not run yet need their time too.
-        return self.clock.steps_left(elapsed + self.losses.pending * slowest, slowest, min(every, self.recipe.schedule.iterations - self.step))
+        return self.clock.steps_left(
+            elapsed + self.losses.pending * slowest, slowest, min(every, self.recipe.schedule.iterations - self.step)
+        )
 
     @property
     def elapsed_s(self):
@@ -334,7 +343,14 @@ class Trainer:
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
             self.log.line(f"peak memory allocated: {allocated:.0f} MiB reserved: {reserved:.0f} MiB")
-        self.log.event("end", steps=self.step, weights=weights, val_loss=score.nats_per_token, val_bpb=score.bits_per_byte, ledger_s=dict(self.clock.ledger_s))
+        self.log.event(
+            "end",
+            steps=self.step,
+            weights=weights,
+            val_loss=score.nats_per_token,
+            val_bpb=score.bits_per_byte,
+            ledger_s=dict(self.clock.ledger_s),
+        )
         self.loader.close()
         self.log.close()
         return Result(self.step, self.losses.last, score, weights, self.folder)
@@ -368,7 +384,9 @@ class Trainer:
         tensors, state = checkpoint.load(path)
         for part, value in self._identity().items():
             if state["recipe"][part] != value:
-                raise UserError(f"resume: {path} was trained with other {part} settings; resume with the recipe in {self.folder / 'recipe.json'}")
+                raise UserError(
+                    f"resume: {path} was trained with other {part} settings; resume with the recipe in {self.folder / 'recipe.json'}"
+                )
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(tensors[f"model.{name}"])

@@ -4,9 +4,9 @@ import functools
 import json
 import os
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
-from pydoc_data.topics import topics
 
 from pgolf_fast import tokenizers
 

@@ -130,7 +130,9 @@ def caseops(p, tokens, targets, segment, *, looped, head_dim, rope_dims, gate_sc
 
     def mlp(visit, i, m):
         u = m @ p[f"blocks.{i}.mlp.fc.weight"].T
-        return p[f"blocks.{i}.mlp_scale"] * (torch.where(u > 0, u * u, u * u / 4) @ p[f"blocks.{i}.mlp.proj.weight"].T + correct(visit, "mlp", m))
+        return p[f"blocks.{i}.mlp_scale"] * (
+            torch.where(u > 0, u * u, u * u / 4) @ p[f"blocks.{i}.mlp.proj.weight"].T + correct(visit, "mlp", m)
+        )
 
     visits = order if looped else list(range(layers))
     half = len(visits) // 2

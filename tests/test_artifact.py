@@ -21,7 +21,9 @@ from pgolf_fast.quantize import PUBLISHED, Codes, LowRank, dequantize, quantize
 from tests.fuzz_artifact import example, fuzz, index_of, reseal, with_index
 
 NAMES = [
-    pytest.param(name, marks=pytest.mark.skipif(name == "lrzip" and shutil.which("lrzip") is None, reason="the lrzip program is not installed"))
+    pytest.param(
+        name, marks=pytest.mark.skipif(name == "lrzip" and shutil.which("lrzip") is None, reason="the lrzip program is not installed")
+    )
     for name in CODECS
 ]
 
@@ -93,7 +95,11 @@ def test_the_same_bytes_every_time_and_everywhere():
     """The digest was taken once, with brotli 1.2 and constriction 0.5: another machine must give the same file."""
     assert pack(example()) == pack(example())
     assert pack(example(), "none", {"a": 1, "b": 2}) == pack(example(), "none", {"b": 2, "a": 1})
-    tensors = {"blocks.0.mlp.fc.weight": Codes(torch.arange(-2048, 2048).div(64, rounding_mode="floor").to(torch.int8).view(64, 64), torch.ones(64).half())}
+    tensors = {
+        "blocks.0.mlp.fc.weight": Codes(
+            torch.arange(-2048, 2048).div(64, rounding_mode="floor").to(torch.int8).view(64, 64), torch.ones(64).half()
+        )
+    }
     assert hashlib.sha256(pack(tensors, "range")).hexdigest()[:16] == "6c8bc613a4de9085"
 
 
@@ -113,7 +119,11 @@ def test_planes_are_flat():
 
 
 def test_role():
-    assert role("blocks.10.attn.c_q.weight") == "attn.c_q" and role("tok_emb.weight") == "tok_emb" and role("blocks.3.mlp.scale") == "mlp.scale"
+    assert (
+        role("blocks.10.attn.c_q.weight") == "attn.c_q"
+        and role("tok_emb.weight") == "tok_emb"
+        and role("blocks.3.mlp.scale") == "mlp.scale"
+    )
 
 
 @pytest.mark.parametrize("codec", ["zstd", "range"])
@@ -121,7 +131,9 @@ def test_stream_bytes_add_up(codec):
     data = pack(example(), codec)
     sizes = stream_bytes(data)
     assert sum(sizes.values()) == len(data)
-    assert set(sizes) == ({"all", "metadata"} if codec == "zstd" else {"tok_emb", "lqer.a", "lqer.b", "attn.c_q", "ve_shared.embed", "rest", "metadata"})
+    assert set(sizes) == (
+        {"all", "metadata"} if codec == "zstd" else {"tok_emb", "lqer.a", "lqer.b", "attn.c_q", "ve_shared.embed", "rest", "metadata"}
+    )
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

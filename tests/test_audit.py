@@ -81,7 +81,7 @@ def test_a_published_recipe_passes_with_its_own_parts():
 # --- our own evaluators, broken ---------------------------------------------------------------------------------------
 
 
-def of_sliding(make=lambda model: SlidingWindow(32, 8, 128)):
+def of_sliding(make=lambda model: SlidingWindow(model, 32, 8, 128)):
     return of_strategy("mutant", make, subjects.default_settings())
 
 
@@ -107,7 +107,7 @@ class AsksTooEarly(SlidingWindow):
 
 
 def test_adapting_before_scoring_is_refused():
-    found = verdicts(of_sliding(lambda model: AsksTooEarly(32, 8, 128)))
+    found = verdicts(of_sliding(lambda model: AsksTooEarly(model, 32, 8, 128)))
     assert broken(found) == {"runs"} and "has not been scored" in found["runs"].evidence
 
 
@@ -115,8 +115,7 @@ class LearnsBehindTheReferee(SlidingWindow):
     """Takes the tokens out of the referee and learns from them before it scores, in a way that torch does not count as a change."""
 
     def __init__(self, model):
-        super().__init__(32, 8, 128)
-        self.model = model
+        super().__init__(model, 32, 8, 128)
 
     def chunks(self, referee):
         tokens = referee._tokens.long()

@@ -34,7 +34,18 @@ def test_help_lists_every_verb():
 
 
 def test_settings_may_stand_on_either_side_of_an_option(tmp_path):
-    done = pgolf("train", "schedule.iterations=2", "--recipe", "tiny", "train.data=/nowhere", "--device", "cpu", "--runs", str(tmp_path), "train.seed=3")
+    done = pgolf(
+        "train",
+        "schedule.iterations=2",
+        "--recipe",
+        "tiny",
+        "train.data=/nowhere",
+        "--device",
+        "cpu",
+        "--runs",
+        str(tmp_path),
+        "train.seed=3",
+    )
     assert done.returncode == 2 and "/nowhere" in done.stderr and "Unrecognized" not in done.stdout + done.stderr
 
 

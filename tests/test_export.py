@@ -12,7 +12,15 @@ from pgolf_fast.export import load_model, metadata
 from pgolf_fast.model import GPT
 from pgolf_fast.quantize import PUBLISHED, dequantize, quantize
 
-SMALL = ("model.model_dim=64", "model.num_heads=4", "model.num_kv_heads=2", "model.num_layers=4", "model.vocab_size=96", "model.mlp_mult=2", "train.data=/home/someone/data")
+SMALL = (
+    "model.model_dim=64",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
+    "model.num_layers=4",
+    "model.vocab_size=96",
+    "model.mlp_mult=2",
+    "train.data=/home/someone/data",
+)
 SMALLER = {
     "legal-ttt-691": ("model.ve_layers=2,3", "model.bigram_buckets=64"),
     "gepa-598": ("model.ve_layers=2,3", "model.bigram_buckets=64"),

@@ -95,6 +95,29 @@ def test_scoring_keeps_nothing_and_gives_the_same():
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [*RECIPES, "a skip into the last visit"])
+@pytest.mark.parametrize("learns", [False, True], ids=["scoring", "learning"])
+def test_some_positions(name, learns):
+    """Of each row any, in any order: the rows of the whole stream."""
+    config = small("caseops-1934", num_layers=10, num_loops=0, parallel_start=7) if name not in RECIPES else small(name)
+    model = random_model(config, torch.float64)
+    tokens, _ = tokens_of(config, 3, 16)
+    positions = torch.tensor([[15, 3, 0], [2, 2, 7], [14, 15, 1]])
+    model.use_fused_blocks = False
+    expected = model(tokens)[torch.arange(3)[:, None], positions]
+    for fused in (False, True):
+        model.use_fused_blocks = fused
+        with torch.set_grad_enabled(learns):
+            torch.testing.assert_close(model(tokens, positions=positions), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_positions_are_not_of_packed_documents():
+    model = random_model(small("caseops-1934"))
+    tokens, _ = tokens_of(model.config, 1, 40)
+    with pytest.raises(ValueError, match="^cu_seqlens: positions and adapters are of rows"):
+        model(tokens, positions=torch.zeros(1, 1, dtype=torch.long), **packed_documents(40))
+
+
 def test_a_second_backward_says_why_it_cannot():
     config = small("legal-ttt-691")
     model = random_model(config)
@@ -172,6 +195,23 @@ def test_awkward_batches_on_the_device(batch):
         error, allowed = ((g[key].float().cpu() - gradient).norm().item() for g in (ours, peer))
         allowed = 2 * allowed + 1e-2 * gradient.norm().item() + rounding
         assert error <= allowed, f"{key}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", RECIPES)
+def test_some_positions_on_the_device(name):
+    """Scoring makes the last visit of the wanted positions alone."""
+    config = published(name)
+    model = trained_like(config, "cuda", torch.bfloat16)
+    tokens = tokens_of(config, 3, 300)[0].cuda()
+    positions = torch.stack([torch.randperm(300, device="cuda")[:64] for _ in range(3)])
+    exact = trained_like(config, "cpu", torch.float32)
+    with torch.no_grad():
+        truth = exact(tokens.cpu(), positions=positions.cpu())
+        model.use_fused_blocks = True
+        whole = model(tokens)[torch.arange(3, device="cuda")[:, None], positions]
+        ours = model(tokens, positions=positions)
+    assert relative_error(ours, truth) <= 1.2 * relative_error(whole, truth) + 1e-4
 
 
 @pytest.mark.cuda

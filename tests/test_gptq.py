@@ -40,7 +40,9 @@ def problem(rows, columns, seed=0, dead=(), rank=None):
     """Weights, a correlated Hessian with some inputs always zero, and steps of 12 deviations over 31."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(4 * columns, columns, generator=g, dtype=torch.float64)
-    mix = torch.randn(columns, columns, generator=g, dtype=torch.float64) / columns**0.5 + torch.diag(torch.rand(columns, generator=g).double() + 0.1)
+    mix = torch.randn(columns, columns, generator=g, dtype=torch.float64) / columns**0.5 + torch.diag(
+        torch.rand(columns, generator=g).double() + 0.1
+    )
     x = x @ mix
     x[:, list(dead)] = 0
     w = torch.randn(rows, columns, generator=g, dtype=torch.float64) * 0.1

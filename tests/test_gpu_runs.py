@@ -13,7 +13,14 @@ from pgolf_fast.train import Trainer
 from tests import test_train
 from tests.test_train import assert_equal_runs, command, data, losses, run_ranks, without_a_tokenizer  # noqa: F401  fixtures
 
-SETTINGS = (*test_train.MINI, "model.model_dim=128", "model.num_heads=2", "model.num_kv_heads=1", "model.rope_dims=16", "schedule.iterations=12")
+SETTINGS = (
+    *test_train.MINI,
+    "model.model_dim=128",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.rope_dims=16",
+    "schedule.iterations=12",
+)
 FUSED = (
     *("model.model_dim=512", "model.num_heads=8", "model.num_kv_heads=4"),
     *("train.batch_tokens=16384", "train.micro_batches=8", "train.seq_len=256", "train.warmup_steps=3"),

@@ -31,7 +31,11 @@ def test_totals_are_the_file_and_the_code():
 
 @pytest.fixture
 def submission(tmp_path):
-    files = {"train_gpt.py": "import sys\nfrom pkg.more import text\nprint(text, sys.argv[1:])\n", "pkg/more.py": "text = 'naïve'\n", "csrc/k.cu": "// k\n"}
+    files = {
+        "train_gpt.py": "import sys\nfrom pkg.more import text\nprint(text, sys.argv[1:])\n",
+        "pkg/more.py": "text = 'naïve'\n",
+        "csrc/k.cu": "// k\n",
+    }
     other = {"README.md": "# read\n", "submission.json": "{}", "train_seed42.log": "x", ".hidden.py": "1", "__pycache__/a.py": "1"}
     for name, text in (files | other).items():
         path = tmp_path / name
@@ -76,15 +80,30 @@ def test_own_sources_are_all_that_a_submission_runs(tmp_path):
     for split in ("train", "val"):
         ids = [np.array([1, *tokenizer.encode(text)], np.uint16) for text in corpus.texts()]
         write_shard(tmp_path / shard_name(split, 0), np.concatenate(ids)[:2049])
-    small = ["model_dim=32", "num_heads=2", "num_kv_heads=1", "num_layers=2", "rope_dims=8", "ve_layers=1", f"vocab_size={corpus.VOCAB_SIZE}"]
+    small = [
+        "model_dim=32",
+        "num_heads=2",
+        "num_kv_heads=1",
+        "num_layers=2",
+        "rope_dims=8",
+        "ve_layers=1",
+        f"vocab_size={corpus.VOCAB_SIZE}",
+    ]
     short = ["seq_len=64", "batch_tokens=256", "micro_batches=1", "data=.", "run_id=run"]
     settings = ["schedule.iterations=1", *(f"model.{value}" for value in small), *(f"train.{value}" for value in short)]
-    for verb in (["train", "--recipe", "base", "--runs", ".", *settings], ["quantize", "run"], ["pack", "run"], ["eval", "run", "--data", "."]):
+    for verb in (
+        ["train", "--recipe", "base", "--runs", ".", *settings],
+        ["quantize", "run"],
+        ["pack", "run"],
+        ["eval", "run", "--data", "."],
+    ):
         done = subprocess.run([sys.executable, "-I", script, *verb], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("table,family", [("legal-ttt-691", "sp1024-s"), ("gptq-lite-379", "sp1024-s"), ("gepa-598", "sp1024-g"), ("caseops-1934", "caseops")])
+@pytest.mark.parametrize(
+    "table,family", [("legal-ttt-691", "sp1024-s"), ("gptq-lite-379", "sp1024-s"), ("gepa-598", "sp1024-g"), ("caseops-1934", "caseops")]
+)
 def test_forecast_is_within_a_percent(table, family):
     """Also for GPTQ under strongly correlated inputs, which the forecast does not see."""
     state, config = synthetic_state(family, layers=2), PUBLISHED[table]

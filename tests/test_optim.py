@@ -72,11 +72,15 @@ def test_groups_of_the_published_runs():
         return found
 
     scalars = {"q_gain", "attn_scale", "mlp_scale", "resid_mix", "skip_weights"}
-    assert rows("legal-ttt-691") == rows("gptq-lite-379") == {
-        ("adam", 0.035, 0.04): {"tok_emb", "bigram_embed", "ve_embed"},
-        ("muon", 0.025, 0.04): MATRICES | {"bigram_proj", "ve_proj"},
-        ("adam", 0.025, 0.04): scalars | {"smear_gate", "bigram_scale", "ve_scale", "ve_layer_scales"},
-    }
+    assert (
+        rows("legal-ttt-691")
+        == rows("gptq-lite-379")
+        == {
+            ("adam", 0.035, 0.04): {"tok_emb", "bigram_embed", "ve_embed"},
+            ("muon", 0.025, 0.04): MATRICES | {"bigram_proj", "ve_proj"},
+            ("adam", 0.025, 0.04): scalars | {"smear_gate", "bigram_scale", "ve_scale", "ve_layer_scales"},
+        }
+    )
     assert rows("gepa-598") == {
         ("adam", 0.035, 0.04): {"tok_emb"},
         ("muon", 0.025, 0.04): MATRICES | {"bigram_proj"},

@@ -243,7 +243,9 @@ def test_lqer_codes_scales_and_gain():
     for k in range(4):  # numpy's singular vectors may have the other sign
         for sign in (1, -1):
             qa = np.clip(np.rint(sign * a[:, k] / F32(low.a_scale.item())), -2, 1)
-            qb = [np.clip(np.rint(sign * g / F32(s)), -8, 7) for g, s in zip(b[k].reshape(-1, 64), low.b_scales[2 * k : 2 * k + 2].tolist())]
+            qb = [
+                np.clip(np.rint(sign * g / F32(s)), -8, 7) for g, s in zip(b[k].reshape(-1, 64), low.b_scales[2 * k : 2 * k + 2].tolist())
+            ]
             if (qa == low.a[:, k].numpy()).mean() > 0.99 and (np.concatenate(qb) == low.b[k].numpy()).mean() > 0.99:
                 break
         else:
@@ -372,7 +374,9 @@ def test_variants_keep_their_bits_and_one_has_the_published_step(table):
 
 
 def test_settings_change_the_rules_of_gptq_alone():
-    config = QuantizeConfig(table="caseops-1934", matrix_bits=5, embed_bits=8, attn_clip_sigmas=9.0, mlp_clip_sigmas=10.0, embed_clip_sigmas=20.0)
+    config = QuantizeConfig(
+        table="caseops-1934", matrix_bits=5, embed_bits=8, attn_clip_sigmas=9.0, mlp_clip_sigmas=10.0, embed_clip_sigmas=20.0
+    )
     shapes = {"blocks.3.attn.c_q.weight": (15, 9.0), "blocks.3.mlp.proj.weight": (15, 10.0), "tok_emb.weight": (127, 20.0)}
     for name, (level, clip) in shapes.items():
         scheme = config.rules().rule_of(name, torch.empty(4, 4)).scheme

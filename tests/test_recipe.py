@@ -11,6 +11,7 @@ import pytest
 from pgolf_fast import recipe
 from pgolf_fast.errors import UserError
 
+
 def resolve(name, *overrides, **environ):
     return recipe.resolve(name, overrides, environ)
 

@@ -33,7 +33,16 @@ def test_parity_is_of_the_mean_to_the_nearest_seed(tmp_path):
 
 
 def test_steps_stand_beside_the_published_script_on_as_many_gpus(tmp_path):
-    row = {"recipe": "caseops-1934", "contestant": "ours", "visits": 11, "gpus": 1, "ms": 42.65, "tokens_per_s": 2.3e6, "mfu": 0.5, "memory_gib": 20.0}
+    row = {
+        "recipe": "caseops-1934",
+        "contestant": "ours",
+        "visits": 11,
+        "gpus": 1,
+        "ms": 42.65,
+        "tokens_per_s": 2.3e6,
+        "mfu": 0.5,
+        "memory_gib": 20.0,
+    }
     rows = [row, row | {"gpus": 2}, row | {"contestant": "torch.compile", "ms": 99.9}]
     (tmp_path / "train_step_1x.json").write_text(json.dumps({"environment": ENVIRONMENT, "steps": rows}))
     table = report.step_table(tmp_path)
@@ -42,7 +51,13 @@ def test_steps_stand_beside_the_published_script_on_as_many_gpus(tmp_path):
 
 
 def test_quantization_stands_beside_the_published_rise(tmp_path):
-    run = {"recipe": "r", "train_s": 54.3, "bpb": {"trained": 1.25, "quantized": 1.2575}, "published_gap_bpb": 0.0081, "bytes": {"artifact": 1234567}}
+    run = {
+        "recipe": "r",
+        "train_s": 54.3,
+        "bpb": {"trained": 1.25, "quantized": 1.2575},
+        "published_gap_bpb": 0.0081,
+        "bytes": {"artifact": 1234567},
+    }
     rooms = [{"room": "strict", "bpb": 9.0, "total": 1}, {"room": "wrapped", "bpb": 1.2515, "total": 15_900_000}]
     (tmp_path / "quantize_r.json").write_text(json.dumps(run | {"fit": {"rooms": rooms}}))
     (tmp_path / "quantize_s.json").write_text(json.dumps(run | {"recipe": "s", "published_gap_bpb": None}))
@@ -59,7 +74,10 @@ def test_scores_name_their_run(tmp_path):
 
 def test_only_the_text_between_the_markers_changes(monkeypatch):
     monkeypatch.setattr(report, "TABLES", {"kernels": lambda: "new"})
-    assert report.rewrite("a <!-- table:kernels -->\nold\n<!-- /table:kernels --> b") == "a <!-- table:kernels -->\nnew\n<!-- /table:kernels --> b"
+    assert (
+        report.rewrite("a <!-- table:kernels -->\nold\n<!-- /table:kernels --> b")
+        == "a <!-- table:kernels -->\nnew\n<!-- /table:kernels --> b"
+    )
     with pytest.raises(SystemExit, match="markers"):
         report.rewrite("no markers")
 

@@ -176,7 +176,12 @@ def test_killed_twenty_times_it_ends_as_if_never(data, tmp_path):
 
 
 def test_no_run_ends_past_its_cap(data, tmp_path):
-    settings = ("schedule.iterations=100000", "schedule.max_wallclock_seconds=4", "train.stop_reserve_seconds=2", "schedule.warmdown_iters=20")
+    settings = (
+        "schedule.iterations=100000",
+        "schedule.max_wallclock_seconds=4",
+        "train.stop_reserve_seconds=2",
+        "schedule.warmdown_iters=20",
+    )
     result = make(data, tmp_path / "run", *settings).run()
     end = runlog.events(tmp_path / "run")[-1]
     assert 3 < result.steps < 100000 and 1.0 < end["ledger_s"]["train"] <= 4

@@ -1,6 +1,7 @@
 """The attention gate of a block, forward and backward.
 
-Fewest bytes: a sector of 32 bytes of each input row, the gates; backward those, the gates' gradients, and the sector of dn read and written.
+Fewest bytes: a sector of 32 bytes of each input row, the gates; backward those, the gates' gradients, and the sector
+of dn read and written.
 """
 
 import torch
@@ -17,7 +18,10 @@ def cases(device):
     n, dn, dgate = (torch.randn(m, width, device=device).bfloat16() for width in (WIDTH, WIDTH, HEADS))
     weight = torch.randn(HEADS, WINDOW, device=device)
     gate, dweight = torch.ops.pgolf_fast.attn_gate_fwd(n, weight, 1.0), torch.zeros_like(weight)
-    contestants = {"ours": (torch.ops.pgolf_fast.attn_gate_fwd, torch.ops.pgolf_fast.attn_gate_bwd), "torch": (_forward_formula, _backward_formula)}
+    contestants = {
+        "ours": (torch.ops.pgolf_fast.attn_gate_fwd, torch.ops.pgolf_fast.attn_gate_bwd),
+        "torch": (_forward_formula, _backward_formula),
+    }
     compiled = tuple(torch.compile(f, dynamic=False) for f in (_forward_formula, _backward_formula))
     contestants["torch.compile"] = compiled
     forward = {name: lambda i, f=f: f(n, weight, 1.0) for name, (f, _) in contestants.items()}

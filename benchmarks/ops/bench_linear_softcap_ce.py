@@ -50,4 +50,6 @@ def cases(device):
 
         bytes_once = 2 * WIDTH * (n + v)
         yield Case(f"{family} {n}x{WIDTH}x{v} fwd", {k: forward(f) for k, f in contestants.items()}, bytes_once, product)
-        yield Case(f"{family} {n}x{WIDTH}x{v} fwd+bwd", {k: forward_backward(f) for k, f in contestants.items()}, 2 * bytes_once, 3 * product)
+        yield Case(
+            f"{family} {n}x{WIDTH}x{v} fwd+bwd", {k: forward_backward(f) for k, f in contestants.items()}, 2 * bytes_once, 3 * product
+        )

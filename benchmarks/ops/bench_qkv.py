@@ -1,7 +1,8 @@
 """Queries, keys and values of a block in one product, normalised and rotated; and the gradient through the latter two, in place.
 
-Fewest operations of the forward: the product. Fewest bytes of the backward: gradients and values of queries and keys read, gradients
-written. torch.compile gets the same mathematics, forward from the definition, backward by autograd.
+Fewest operations of the forward: the product. Fewest bytes of norm and rotation alone: queries and keys read and written; of the
+backward: gradients and values of queries and keys read, gradients written. torch.compile gets the same mathematics, forward from the
+definition, backward by autograd.
 """
 
 import torch
@@ -18,6 +19,7 @@ def cases(device):
     angle = torch.rand(SEQUENCE, ROTATED // 2, device=device)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     qkv, rstd = torch.ops.pgolf_fast.qkv_forward(x, weight, gain, cos, sin, KV_HEADS)
+    turned = qkv.clone()
     gradient, dgain = torch.randn(m, n, device=device).bfloat16(), torch.zeros_like(gain)
     compiled = torch.compile(lambda *arguments: qkv_ref(*arguments).bfloat16(), dynamic=False)
     leaf = x.clone().requires_grad_()
@@ -28,6 +30,10 @@ def cases(device):
     @torch.no_grad()
     def compiled_forward(i):
         return compiled(x, weight, gain, cos, sin, KV_HEADS)
+
+    def normalize(i):
+        # In place, so each call but the first takes what is normal already: it turns further.
+        torch.ops.pgolf_fast.qkv_normalize(turned, gain, cos, sin, KV_HEADS)
 
     def backward(i):
         # In place, so each call takes what the one before left; with gains of 1 that is a projection, which neither grows nor dies out.
@@ -42,5 +48,6 @@ def cases(device):
 
     normed = (HEADS + KV_HEADS) * HEAD_DIM
     yield Case(f"{m}x{WIDTH}x{n} fwd", {"ours": forward, "torch.compile": compiled_forward}, 2 * m * (WIDTH + n), 2 * m * WIDTH * n)
+    yield Case(f"{m}x{n} norm and rotation alone", {"ours": normalize}, 2 * 2 * m * normed)
     yield Case(f"{m}x{WIDTH}x{n} bwd of norm and rotation", {"ours": backward}, 3 * 2 * m * normed)
     yield Case(f"{m}x{WIDTH}x{n} fwd + bwd to x", {"ours": both, "torch.compile": compiled_both}, 0, 4 * m * WIDTH * n)

@@ -53,9 +53,7 @@ def cases(device):
         starts = cu_seqlens(documents, device, pad_to=256 if device.type == "cuda" else None)
         return {
             "ours": lambda q, k, v: xsa_attention(q, k, v, cu_seqlens=starts, max_seqlen=SEQUENCE),
-            "torch padded": lambda q, k, v: _composite(
-                q, k, v, True, None, HEAD_DIM**-0.5, starts[: len(documents) + 1], SEQUENCE
-            ),
+            "torch padded": lambda q, k, v: _composite(q, k, v, True, None, HEAD_DIM**-0.5, starts[: len(documents) + 1], SEQUENCE),
         }
 
     dense_peers = {"torch math": torch_attention(SDPBackend.MATH)}

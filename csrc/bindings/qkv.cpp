@@ -30,6 +30,13 @@ void forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int64
     check_launch(qkv_forward(p, here.stream), "qkv_forward");
 }
 
+void normalize(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int64_t kv_heads, Tensor rstd) {
+    QkvNormalizeParams p{};
+    fill(p, qkv, gain, cos, sin, rstd, kv_heads);
+    OnDeviceOf here(qkv);
+    check_launch(qkv_normalize(p, here.stream), "qkv_normalize");
+}
+
 void backward(Tensor dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor dgain) {
     QkvBackwardParams p{};
     fill(p, qkv, gain, cos, sin, rstd, rstd.size(1) - gain.size(0));
@@ -45,10 +52,12 @@ void backward(Tensor dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Ten
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def("qkv_forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int kv_heads, Tensor(a!) qkv, Tensor(b!) rstd) -> ()");
+    m.def("qkv_normalize(Tensor(a!) qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads, Tensor(b!) rstd) -> ()");
     m.def(
         "qkv_backward(Tensor(a!) dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(b!) dgain) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("qkv_forward", TORCH_BOX(&pgolf::forward));
+    m.impl("qkv_normalize", TORCH_BOX(&pgolf::normalize));
     m.impl("qkv_backward", TORCH_BOX(&pgolf::backward));
 }

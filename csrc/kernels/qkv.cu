@@ -1,5 +1,7 @@
 #include "kernels/qkv.h"
 
+#include <utility>
+
 #include "kernels/common/gemm.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/common/vector8.cuh"
@@ -71,10 +73,53 @@ struct Qkv : gemm::PlainOp {
     }
 };
 
-// ---- backward: a warp per row, eight dimensions a lane, eight lanes a head, so four heads at a time.
+// ---- passes of their own: a warp per row, eight dimensions a lane, eight lanes a head, so four heads at a time.
 
 constexpr int kWarps = 8;
 constexpr int kMaxGroups = 8;  // of four heads
+
+__device__ __forceinline__ float sum_over_head(float x) {
+#pragma unroll
+    for (int offset = 4; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+// kGroups: of four heads, the last perhaps not full.
+template <int kGroups>
+__global__ void __launch_bounds__(32 * kWarps) qkv_normalize_kernel(const QkvNormalizeParams p) {
+    const int lane = threadIdx.x % 32, part = lane % 8;
+    const int heads = p.q_heads + 2 * p.kv_heads, normed_heads = p.q_heads + p.kv_heads;
+    for (int row = blockIdx.x * kWarps + threadIdx.x / 32; row < p.m; row += gridDim.x * kWarps) {
+        __nv_bfloat16* const at = p.qkv + int64_t(row) * heads * kQkvHeadDim + 8 * lane;
+        uint4 x8[kGroups] = {};
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group)
+            if (4 * group + lane / 8 < normed_heads) x8[group] = *reinterpret_cast<const uint4*>(at + 256 * group);
+        float cos[8], sin[8];
+        const int position = row % p.positions;
+        unpack8(cos, __ldg(reinterpret_cast<const uint4*>(p.cos + position * kHalf)));
+        unpack8(sin, __ldg(reinterpret_cast<const uint4*>(p.sin + position * kHalf)));
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            const int head = 4 * group + lane / 8;
+            float x[8], squares = 0.f;
+            unpack8(x, x8[group]);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) squares = fmaf(x[j], x[j], squares);
+            const float rstd = rsqrtf(sum_over_head(squares) * (1.f / kQkvHeadDim) + kEpsilon);
+            const float factor = head < p.q_heads ? rstd * __ldg(p.gain + head) : rstd;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                x[j] *= factor;
+                const float other = __shfl_xor_sync(0xffffffffu, x[j], 1);
+                if (part < 2) x[j] = fmaf(part == 0 ? other : -other, sin[j], x[j] * cos[j]);
+            }
+            if (head >= normed_heads) continue;
+            *reinterpret_cast<uint4*>(at + 256 * group) = pack8(x);
+            if (part == 0) p.rstd[int64_t(row) * normed_heads + head] = rstd;
+        }
+    }
+}
 
 // kGroups: of four heads, the last perhaps not full.
 template <int kGroups>
@@ -114,9 +159,7 @@ __global__ void __launch_bounds__(32 * kWarps) qkv_backward_kernel(const QkvBack
             unpack8(x, x8[group]);
 #pragma unroll
             for (int j = 0; j < 8; ++j) dot = fmaf(d[j], x[j], dot);
-#pragma unroll
-            for (int offset = 4; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-            dot *= over_gain[group];
+            dot = sum_over_head(dot) * over_gain[group];
             dgain[group] += dot;
             const float scale = rstd[group] * gain[group], along = -rstd[group] * dot * (1.f / kQkvHeadDim);
 #pragma unroll
@@ -144,17 +187,38 @@ cudaError_t qkv_forward(const QkvForwardParams& p, cudaStream_t stream) {
     return gemm::launch<Qkv>(p.n, p.weight, p.qkv, nullptr, {p.m, (normed_heads + p.kv_heads) * kQkvHeadDim, p.width}, stream, arguments);
 }
 
-cudaError_t qkv_backward(const QkvBackwardParams& p, cudaStream_t stream) {
+namespace {
+
+// kernels[g - 1] serves g groups of four heads.
+template <class Params>
+cudaError_t launch_rows(void (*const (&kernels)[kMaxGroups])(Params), const Params& p, cudaStream_t stream) {
     if (p.m == 0) return cudaSuccess;
-    using Kernel = void (*)(QkvBackwardParams);
-    constexpr Kernel kernels[kMaxGroups] = {qkv_backward_kernel<1>, qkv_backward_kernel<2>, qkv_backward_kernel<3>, qkv_backward_kernel<4>,
-                                            qkv_backward_kernel<5>, qkv_backward_kernel<6>, qkv_backward_kernel<7>, qkv_backward_kernel<8>};
     const int groups = (p.q_heads + p.kv_heads + 3) / 4;
     if (groups > kMaxGroups) return cudaErrorInvalidValue;
     int ctas = 0;
     if (cudaError_t status = resident_ctas(kernels[groups - 1], 32 * kWarps, ctas); status != cudaSuccess) return status;
     kernels[groups - 1]<<<min(ctas, (p.m + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(p);
     return cudaGetLastError();
+}
+
+template <int... kGroups>
+cudaError_t launch_normalize(const QkvNormalizeParams& p, cudaStream_t stream, std::integer_sequence<int, kGroups...>) {
+    return launch_rows({qkv_normalize_kernel<kGroups + 1>...}, p, stream);
+}
+
+template <int... kGroups>
+cudaError_t launch_backward(const QkvBackwardParams& p, cudaStream_t stream, std::integer_sequence<int, kGroups...>) {
+    return launch_rows({qkv_backward_kernel<kGroups + 1>...}, p, stream);
+}
+
+}  // namespace
+
+cudaError_t qkv_normalize(const QkvNormalizeParams& p, cudaStream_t stream) {
+    return launch_normalize(p, stream, std::make_integer_sequence<int, kMaxGroups>{});
+}
+
+cudaError_t qkv_backward(const QkvBackwardParams& p, cudaStream_t stream) {
+    return launch_backward(p, stream, std::make_integer_sequence<int, kMaxGroups>{});
 }
 
 }  // namespace pgolf

@@ -28,6 +28,15 @@ struct QkvForwardParams {
     int positions;                 // row r is at position r % positions
 };
 
+// The same of a product that is made already and to which something was added.
+struct QkvNormalizeParams {
+    __nv_bfloat16* qkv;  // [m, W]: in, raw; out, as of the forward
+    const float* gain;
+    const __nv_bfloat16 *cos, *sin;
+    float* rstd;
+    int m, q_heads, kv_heads, positions;
+};
+
 struct QkvBackwardParams {
     __nv_bfloat16* dqkv;       // [m, W]: in, the gradients of q, k and v; out, of raw. Those of v stay
     const __nv_bfloat16* qkv;  // of the forward
@@ -38,6 +47,7 @@ struct QkvBackwardParams {
 };
 
 cudaError_t qkv_forward(const QkvForwardParams& p, cudaStream_t stream);
+cudaError_t qkv_normalize(const QkvNormalizeParams& p, cudaStream_t stream);
 cudaError_t qkv_backward(const QkvBackwardParams& p, cudaStream_t stream);
 
 }  // namespace pgolf

@@ -72,8 +72,12 @@ def show_rows(rows: list[dict], ceilings, console: Console) -> None:
             ratio = f"{min(peers) / times['ours']:.2f}x" if peers else "-"
             table.add_row(row["case"], *cells, f"{row['floor_us']:.1f}", f"{row['floor_us'] / times['ours']:.2f}", ratio)
         console.print(table)
-    console.print("floor: fewest bytes or operations at this run's ceilings; gain: best peer / ours; *: timed eagerly, refuses a CUDA graph")
-    console.print(f"ceilings of this run: copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, matrix {ceilings.matmul_flops_per_s / 1e12:.2f} TFLOP/s")
+    console.print(
+        "floor: fewest bytes or operations at this run's ceilings; gain: best peer / ours; *: timed eagerly, refuses a CUDA graph"
+    )
+    console.print(
+        f"ceilings of this run: copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, matrix {ceilings.matmul_flops_per_s / 1e12:.2f} TFLOP/s"
+    )
 
 
 def run(config: Bench, console: Console) -> tuple[dict, int]:

@@ -106,7 +106,13 @@ def _probes() -> list[Probe]:
             lambda device: pgolf_fast.xsa_attention(*on(device, q, k, w)),
             lambda: xsa_attention_ref(*wide(q, k, w)),
         ),
-        Probe("pack_int6 / unpack_int6", "int6_pack", int6_round_trip, lambda: unpack_int6_ref(*pack_int6_ref(matrix), 128, torch.float32), 0.0),
+        Probe(
+            "pack_int6 / unpack_int6",
+            "int6_pack",
+            int6_round_trip,
+            lambda: unpack_int6_ref(*pack_int6_ref(matrix), 128, torch.float32),
+            0.0,
+        ),
         Probe(
             "fused_mlp",
             "fused_mlp_fwd",
@@ -174,7 +180,9 @@ def _software() -> list[Finding]:
         Finding("pgolf_fast", READY, pgolf_fast.__version__),
         Finding("Python", READY, platform.python_version()),
         Finding("torch", READY, f"{torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}"),
-        Finding("C++ compiler", READY if compiler else LIMITED, compiler or "none", "" if compiler else "needed only to build: apt install g++"),
+        Finding(
+            "C++ compiler", READY if compiler else LIMITED, compiler or "none", "" if compiler else "needed only to build: apt install g++"
+        ),
         Finding("nvcc", READY if nvcc or built else LIMITED, nvcc or "none", "" if nvcc or built else "needed only to build the kernels"),
         host,
         Finding("kernel library", READY if built else LIMITED, built or "not built", remedy),

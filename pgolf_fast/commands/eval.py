@@ -24,7 +24,7 @@ from pgolf_fast.commands.pack import ARTIFACT
 from pgolf_fast.commands.train import under_torchrun
 from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.errors import UserError
-from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator, scored_model, warm_up
+from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.evaluation.self_distillation import self_distill
 from pgolf_fast.shards import require_shards
@@ -140,8 +140,8 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
         weights = f"{weights} {NOT_LEGAL}"
     evaluator = make_evaluator(name, model, settings)
     if device.type == "cuda":
-        warm_up(evaluator, model, 3 * max(settings.ttt.chunk_tokens, settings.eval.batch_tokens), len(validation.document_starts), device)
-    referee = Referee(scored_model(evaluator, model), validation, device, allow_published_tail=settings.eval.published_tail)
+        evaluator.warm_up(len(validation.document_starts))
+    referee = Referee(evaluator.model, validation, device, allow_published_tail=settings.eval.published_tail)
     stem = f"{weights} {name}".replace(",", "").replace(" ", "-")
     identity = {
         "artifact": hashlib.sha256(scored.read_bytes()).hexdigest(),

@@ -29,7 +29,7 @@ REPORT = "quantize.json"
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
-    """Quantize a run by its recipe's table, or a checkpoint by a published one; prints the error table and the forecast of the packed size."""
+    """Quantize a run by its recipe's table, or a checkpoint by a published one; prints the errors and the forecast of the packed size."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run's folder, which receives the result; or a safetensors file with the published tensor names."""
@@ -142,7 +142,9 @@ def quantize_run(config, console):
         total = source.train_s + made.calibrate_s
         of_cap = f" of {cap_s:.0f} s" if cap_s else ""
         late = "; [red]past the cap: keep more time free (schedule.reserve_seconds)" if cap_s and total > cap_s else ""
-        console.print(f"training {source.train_s:.1f} s + calibration on training text {made.calibrate_s:.1f} s = {total:.1f} s{of_cap}{late}")
+        console.print(
+            f"training {source.train_s:.1f} s + calibration on training text {made.calibrate_s:.1f} s = {total:.1f} s{of_cap}{late}"
+        )
     console.print(f"written: {config.source / QUANTIZED} (uncompressed; next: pgolf pack {config.source})")
     return report, 0
 

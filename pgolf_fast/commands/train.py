@@ -72,7 +72,12 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     first = int(os.environ.get("RANK", 0)) == 0
     bar = Progress(
-        TextColumn(resolved.name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console
+        TextColumn(resolved.name),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+        console=console,
     )
     trainer = Trainer(resolved, folder, device, echo=console.print if first else lambda text: None, resume=config.resume)
     task = bar.add_task("steps", total=resolved.recipe.schedule.iterations, text="")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import shutil
 import time
@@ -10,12 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from pgolf_fast import checkpoint, dist
 from pgolf_fast.bpb import Score
-from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.phased_lora import PhasedLora
 from pgolf_fast.evaluation.referee import Evaluator, Referee, Result
@@ -41,34 +38,14 @@ class EvalConfig:
 
 
 def make_evaluator(name: str, model, recipe) -> Evaluator:
-    """`model` is the one that the referee scores; an evaluator that adapts changes its weights. `recipe` has the settings of all stages."""
+    """An evaluator that adapts changes the model's weights. `recipe` has the settings of all stages."""
     config = recipe.eval
     if name == "score-first-sgd":
         return ScoreFirstSgd(model, config.seq_len, config.stride, config.batch_tokens, recipe.ttt, config.published_tail)
     if name == "phased-lora":
         return PhasedLora(model, recipe.lora)
     stride = config.seq_len if name == "plain" else config.stride
-    return SlidingWindow(config.seq_len, stride, config.batch_tokens, config.published_tail and name == "sliding")
-
-
-def scored_model(evaluator: Evaluator, model):
-    """What the referee asks for logits: the model, or what replays it in the evaluator's shapes."""
-    return evaluator.model if isinstance(evaluator, PhasedLora) else model
-
-
-def warm_up(evaluator: Evaluator, model, num_positions: int, num_documents: int, device: torch.device) -> None:
-    """The first chunks of a stream of random ids through the evaluator, so that kernels and graphs are ready; its state is then as before.
-    The validation text is not touched."""
-    if isinstance(evaluator, PhasedLora):
-        evaluator.record(num_documents)
-        return
-    tokens = np.random.default_rng(0).integers(2, model.config.vocab_size, num_positions + 1).astype(np.uint16)
-    synthetic = Validation(tokens, np.ones(num_positions, np.uint16), np.zeros(0, np.int64), False)
-    tensors, state = evaluator.state()
-    before = {name: t.clone() for name, t in tensors.items()}
-    for _ in itertools.islice(evaluator.chunks(Referee(model, synthetic, device)), 2):
-        pass
-    evaluator.load_state(before, state)
+    return SlidingWindow(model, config.seq_len, stride, config.batch_tokens, config.published_tail and name == "sliding")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,14 +42,15 @@ class PhasedLoraConfig:
     chunk_tokens: int = setting(48, "predictions per document between two updates of its adapters", "TTT_CHUNK_SIZE")
     batch_documents: int = setting(64, "documents scored side by side", "TTT_BATCH_SIZE")
     row_multiple: int = setting(128, "tokens; rows are padded to a multiple of it, one recorded step each, without effect on a score")
-    compile: bool = setting(True, "on a GPU, fuse elementwise chains by torch.compile: faster steps, a minute or two more before the first")
     rank: int = setting(96, "of the adapters", "TTT_LORA_RANK")
     alpha: float = setting(144.0, "corrections are scaled by alpha / rank", "TTT_LORA_ALPHA")
     lr: float = setting(1e-4, "of the adapters, constant", "TTT_LORA_LR")
     beta2: float = setting(0.999, "of their AdamW, whose beta1 is 0", "TTT_BETA2")
     epsilon: float = setting(1e-10, "of their AdamW")
     weight_decay: float = setting(1.0, "of their AdamW, times lr per step", "TTT_WEIGHT_DECAY")
-    prefix_documents: int = setting(2000, "scored documents after which the last pause comes, and which it learns from", "PHASED_TTT_PREFIX_DOCS")
+    prefix_documents: int = setting(
+        2000, "scored documents after which the last pause comes, and which it learns from", "PHASED_TTT_PREFIX_DOCS"
+    )
     phases: int = setting(3, "pauses, at equal parts of prefix_documents", "PHASED_TTT_NUM_PHASES")
     global_lr: float = setting(0.001, "of all weights at a pause, falling along a cosine", "GLOBAL_TTT_LR")
     global_momentum: float = setting(0.9, "of that SGD", "GLOBAL_TTT_MOMENTUM")
@@ -60,8 +61,14 @@ class PhasedLoraConfig:
         require = requirer("lora")
         for field in ("lanes", "window_tokens", "chunk_tokens", "batch_documents", "row_multiple", "rank", "global_chunk_tokens"):
             require(getattr(self, field) > 0, field, f"expected at least 1, got {getattr(self, field)}")
-        require(self.chunk_tokens <= self.window_tokens, "chunk_tokens", f"{self.chunk_tokens} do not fit into a window of {self.window_tokens}")
-        require(self.global_chunk_tokens % self.lanes == 0, "global_chunk_tokens", f"{self.global_chunk_tokens} is no multiple of the {self.lanes} lanes")
+        require(
+            self.chunk_tokens <= self.window_tokens, "chunk_tokens", f"{self.chunk_tokens} do not fit into a window of {self.window_tokens}"
+        )
+        require(
+            self.global_chunk_tokens % self.lanes == 0,
+            "global_chunk_tokens",
+            f"{self.global_chunk_tokens} is no multiple of the {self.lanes} lanes",
+        )
         require(self.beta2 < 1, "beta2", f"expected below 1, got {self.beta2}")
 
 
@@ -139,17 +146,19 @@ class _PauseSgd(Sgd):
 
 
 class PhasedLora:
-    """An `Evaluator`; see referee.py. Its referee is made with `evaluator.model`."""
+    """An `Evaluator`; see referee.py."""
 
     def __init__(self, model, config: PhasedLoraConfig):
         if config.lanes % dist.world_size():
-            raise UserError(f"lora.lanes: {config.lanes} lanes cannot be shared by {dist.world_size()} ranks; use a multiple of {dist.world_size()}")
+            raise UserError(
+                f"lora.lanes: {config.lanes} lanes cannot be shared by {dist.world_size()} ranks; use a multiple of {dist.world_size()}"
+            )
         self.weights, self.config = model, config
         self.device = model.tok_emb.device
         on_gpu = self.device.type == "cuda"
         self.sgd = (GraphedStep if on_gpu else Step)(model, _PauseSgd(model, config), config.window_tokens)
         model.requires_grad_(False)
-        self.model = Replays(model, config.chunk_tokens, config.compile) if on_gpu else model
+        self.model = Replays(model, config.chunk_tokens) if on_gpu else model
         self.phase = self.round = 0  # next to be done
         self.lane_down: dict[int, Tensor] = {}  # what a lane's next batch starts from
         self.adapters: dict[int, Adapters] = {}  # by number of documents
@@ -176,8 +185,8 @@ class PhasedLora:
             self.lane_down = {}
             yield
 
-    def record(self, num_documents) -> None:
-        """On a GPU, every step that a stream of so many documents needs, on random ids: nothing is left to be recorded while scoring."""
+    def warm_up(self, num_documents: int) -> None:
+        """Every chunk step that a stream of so many documents needs, on random ids."""
         if isinstance(self.model, Replays):
             size, multiple = self.config.batch_documents, self.config.row_multiple
             for rows in {min(size, num_documents), num_documents % size} - {0}:
@@ -185,6 +194,7 @@ class PhasedLora:
                 for row in range(multiple, self.config.window_tokens + multiple, multiple):
                     inputs = torch.randint(2, self.weights.config.vocab_size, (rows, row), device=self.device)
                     self.model(inputs, positions=inputs[:, :1] % row, adapters=adapters, max_seqlen=self.config.window_tokens)
+                self.update(adapters)
 
     # -- adapters, document by document
 
@@ -221,9 +231,12 @@ class PhasedLora:
                     # A document's last chunk is never learned from. Its adapters then have no gradient, but they decay on.
                     has_later = num_chunks > number + 1
                     (scored.losses.sum(1) * has_later).sum().div(config.chunk_tokens).backward()
-                    adapters.step(config.lr, config.beta2, config.epsilon, config.weight_decay)
+                    self.update(adapters)
         if len(starts) == config.batch_documents:
             self.lane_down[lane] = adapters.down.clone()
+
+    def update(self, adapters) -> None:
+        adapters.step(self.config.lr, self.config.beta2, self.config.epsilon, self.config.weight_decay)
 
     # -- all weights, at a pause
 
@@ -261,7 +274,9 @@ class PhasedLora:
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], state: dict) -> None:
         self.phase, self.round = state["phase"], state["round"]
-        self.lane_down = {int(name.removeprefix("lane.")): down.to(self.device) for name, down in tensors.items() if name.startswith("lane.")}
+        self.lane_down = {
+            int(name.removeprefix("lane.")): down.to(self.device) for name, down in tensors.items() if name.startswith("lane.")
+        }
         if self.phase:
             for name, p in self.weights.named_parameters():
                 p.copy_(tensors[f"weight.{name}"])

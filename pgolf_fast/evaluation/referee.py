@@ -34,6 +34,11 @@ class OrderError(RuntimeError):
 class Evaluator(Protocol):
     """A strategy. It is built with the model and its settings, and meets the text through a referee only."""
 
+    model: Callable[..., Tensor]  # what its referee asks for logits: the model, or what replays it in the evaluator's shapes
+
+    def warm_up(self, num_documents: int) -> None:
+        """Before the first chunk of a stream of so many documents, on a GPU: nothing is then left to be initialised or recorded."""
+
     def chunks(self, referee: "Referee") -> Iterator[None]:
         """Scores every position; yields wherever it can be stopped and, with `state` and `load_state`, go on with the same result.
         All ranks yield equally often."""

@@ -1,11 +1,11 @@
 """The adapted forward and backward as CUDA graphs: one pair for each shape of a batch, recorded when the shape is first met."""
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 
 class Recording(NamedTuple):
     forward: torch.cuda.CUDAGraph  # inputs, positions -> logits
@@ -34,15 +34,10 @@ class _Replay(torch.autograd.Function):
 class Replays(nn.Module):
     """A GPT to whoever calls it with adapters."""
 
-    def __init__(self, model, num_scored, compiles):
-        """
-        num_scored  positions of a row that are scored at most
-        compiles    fuse the elementwise chains of a block; one compilation serves all lengths, and none happens after the first shape
-        """
+    def __init__(self, model, num_scored):
+        """num_scored  positions of a row that are scored at most"""
         super().__init__()
         self.model, self.num_scored = model, num_scored
-        parts = ("_sequential", "_two_lanes", "_merge") if compiles else ()
-        self.compiled = {name: torch.compile(getattr(model, name), dynamic=True) for name in parts}
         self.recordings: dict[tuple, Recording] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.anchor = torch.zeros((), device=model.tok_emb.device, requires_grad=True)
@@ -68,27 +63,15 @@ class Replays(nn.Module):
         leaves = list(adapters.leaves.values())
         gradients = [leaf.grad for leaf in leaves]
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with self._compiled_model() as model:
-            # A first run leaves nothing to be compiled or initialised while recording.
-            logits = model(inputs, positions=positions, adapters=adapters, max_seqlen=max_seqlen)
-            torch.autograd.grad(logits, leaves, torch.zeros_like(logits))
-            del logits
-            torch.cuda.empty_cache()  # what that run held would double the peak
-            # NOTE: recordings share one pool of memory, so a backward must follow its own forward before any other replay.
-            with torch.cuda.graph(forward, pool=self.pool):
-                logits = model(inputs, positions=positions, adapters=adapters, max_seqlen=max_seqlen)
-            grad_logits = torch.empty_like(logits)
-            with torch.cuda.graph(backward, pool=self.pool):
-                torch._foreach_add_(gradients, torch.autograd.grad(logits, leaves, grad_logits))
+        # A first run leaves nothing to be initialised while recording.
+        logits = self.model(inputs, positions=positions, adapters=adapters, max_seqlen=max_seqlen)
+        torch.autograd.grad(logits, leaves, torch.zeros_like(logits))
+        del logits
+        torch.cuda.empty_cache()  # what that run held would double the peak
+        # NOTE: recordings share one pool of memory, so a backward must follow its own forward before any other replay.
+        with torch.cuda.graph(forward, pool=self.pool):
+            logits = self.model(inputs, positions=positions, adapters=adapters, max_seqlen=max_seqlen)
+        grad_logits = torch.empty_like(logits)
+        with torch.cuda.graph(backward, pool=self.pool):
+            torch._foreach_add_(gradients, torch.autograd.grad(logits, leaves, grad_logits))
         return Recording(forward, backward, inputs, positions, logits.detach(), grad_logits)
-
-    @contextlib.contextmanager
-    def _compiled_model(self):
-        """Only while recording: the weights' own training takes the model as it is."""
-        for name, function in self.compiled.items():
-            setattr(self.model, name, function)
-        try:
-            yield self.model
-        finally:
-            for name in self.compiled:
-                delattr(self.model, name)

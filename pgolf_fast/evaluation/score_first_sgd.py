@@ -20,6 +20,7 @@ from pgolf_fast import dist
 from pgolf_fast.data import Batch
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.referee import Referee
+from pgolf_fast.evaluation.rehearsal import rehearse
 from pgolf_fast.evaluation.sliding import score_published_tail, share_out
 from pgolf_fast.evaluation.windows import sliding
 from pgolf_fast.settings import requirer, setting
@@ -90,7 +91,7 @@ class Sgd:
 
 class ScoreFirstSgd:
     def __init__(self, model, seq_len: int, stride: int, batch_tokens: int, config: TttConfig, published_tail: bool = False):
-        """`model` is the one that the referee scores; the rest as in SlidingWindow."""
+        """As SlidingWindow, but that the model is trained."""
         rows, world = config.chunk_tokens // seq_len, dist.world_size()
         if config.chunk_tokens % seq_len or config.chunk_tokens % stride:
             raise UserError(f"ttt.chunk_tokens: {config.chunk_tokens} is no multiple of eval.seq_len {seq_len} and eval.stride {stride}")
@@ -104,6 +105,9 @@ class ScoreFirstSgd:
         on_gpu = next(model.parameters()).is_cuda
         self.sgd = (GraphedStep if on_gpu else Step)(model, self.optimizer, seq_len)
         self.done = 0  # chunks
+
+    def warm_up(self, num_documents: int) -> None:
+        rehearse(self, 3 * self.config.chunk_tokens)
 
     def chunks(self, referee: Referee) -> Iterator[None]:
         length = self.config.chunk_tokens

@@ -8,13 +8,14 @@ from torch import Tensor
 from pgolf_fast import dist
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.referee import Referee
+from pgolf_fast.evaluation.rehearsal import rehearse
 from pgolf_fast.evaluation.windows import Windows, sliding
 
 STOP_WINDOWS = 1024  # of all ranks, between two places where the evaluation can stop
 
 
 class SlidingWindow:
-    def __init__(self, seq_len: int, stride: int, batch_tokens: int, published_tail: bool = False):
+    def __init__(self, model, seq_len: int, stride: int, batch_tokens: int, published_tail: bool = False):
         """seq_len         tokens of a window
         stride          positions scored per window, at its end; the first window of the stream is scored whole
         batch_tokens    tokens per forward
@@ -22,9 +23,12 @@ class SlidingWindow:
         """
         if published_tail and seq_len % stride:
             raise UserError(f"eval.published_tail: needs a stride that divides eval.seq_len {seq_len}, got {stride}")
-        self.seq_len, self.stride, self.published_tail = seq_len, stride, published_tail
+        self.model, self.seq_len, self.stride, self.published_tail = model, seq_len, stride, published_tail
         self.batch_rows = max(1, batch_tokens // seq_len)
         self.done = 0  # windows
+
+    def warm_up(self, num_documents: int) -> None:
+        rehearse(self, self.seq_len + 3 * self.batch_rows * self.stride)
 
     def chunks(self, referee: Referee) -> Iterator[None]:
         windows = sliding(referee.num_positions, self.seq_len, self.stride)

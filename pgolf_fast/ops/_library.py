@@ -83,7 +83,8 @@ def uses_kernel(name: str, device: torch.device) -> bool:
         return False
     index = device.index if device.index is not None else torch.cuda.current_device()
     if _capability(index) != (9, 0):
-        _say_composite(name, index, "no kernel for sm_%d%d" % _capability(index))
+        major, minor = _capability(index)
+        _say_composite(name, index, f"no kernel for sm_{major}{minor}")
         return False
     if _file is None:
         raise RuntimeError(f"{name}: this GPU is sm_90 but the kernel library is not built; {HOW_TO_BUILD}")

@@ -1,7 +1,9 @@
-"""The gate of each attention head, from the first channels of the block's normalised input. For backwards written by hand.
+"""The gate of each attention head, from the first channels of the block's normalised input:
 
     gate = sigmoid(scale * n[:, :window] weight^T)      l = scale * gate (1 - gate) dgate
     dn[:, :window] += l weight                          dweight += l^T n[:, :window]
+
+For backwards written by hand.
 """
 
 import torch

@@ -26,8 +26,7 @@ def fused_mlp_ref(x, w_up, w_down, activation="relu2"):
 # `activation` is an index into ACTIVATIONS.  x [M, D]; y [M, D_out], u [M, H]
 library.define("fused_mlp_fwd(Tensor x, Tensor w_up, Tensor w_down, int activation) -> (Tensor y, Tensor u)")
 library.define(
-    "fused_mlp_bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation)"
-    " -> (Tensor dx, Tensor dw_up, Tensor dw_down)"
+    "fused_mlp_bwd(Tensor dy, Tensor x, Tensor u, Tensor w_up, Tensor w_down, int activation) -> (Tensor dx, Tensor dw_up, Tensor dw_down)"
 )
 library.define("fused_mlp_bwd_input(Tensor dy, Tensor u, Tensor w_up, Tensor w_down, int activation) -> Tensor dx")
 # Of a normalised input, for backwards written by hand: y = residual + MLP(f x), f = scale * rstd of each row [M], scale > 0. The norm
@@ -96,9 +95,7 @@ def _backward_kernel(dy, x, dx_residual, rstd, scale, u, w_up, w_down, activatio
     if rstd is not None:
         dx_residual, row_sums = dx_residual.contiguous(), rstd.new_empty(-(-u.shape[1] // ROW_TILE), x.shape[0])
     # The kernel adds to the weight gradients in an order that varies.
-    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(
-        dy, x, dx_residual, rstd, scale, u, w_up, w_down, activation, du, dx, dw_up, dw_down, row_sums
-    )
+    torch.ops.pgolf_fast_sm90.fused_mlp_bwd(dy, x, dx_residual, rstd, scale, u, w_up, w_down, activation, du, dx, dw_up, dw_down, row_sums)
     return dx, du
 
 
@@ -197,7 +194,9 @@ def fused_mlp(x, w_up, w_down, activation="relu2"):
     require(x.dim() >= 1, "x", "expected [..., D], got a scalar")
     require(x.is_floating_point(), "x", f"expected a float dtype, got {x.dtype}")
     require(w_up.dim() == 2 and w_up.shape[1] == x.shape[-1], "w_up", f"expected [H, {x.shape[-1]}], got shape {list(w_up.shape)}")
-    require(w_down.dim() == 2 and w_down.shape[1] == w_up.shape[0], "w_down", f"expected [D, {w_up.shape[0]}], got shape {list(w_down.shape)}")
+    require(
+        w_down.dim() == 2 and w_down.shape[1] == w_up.shape[0], "w_down", f"expected [D, {w_up.shape[0]}], got shape {list(w_down.shape)}"
+    )
     for tensor, argument in ((w_up, "w_up"), (w_down, "w_down")):
         require_dtype(tensor, argument, (x.dtype,))
         require_device(tensor, argument, x.device)

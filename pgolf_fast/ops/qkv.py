@@ -16,13 +16,14 @@ from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, library
 
 HEAD_DIM, ROTATED = 64, 16  # of the kernel
 
-# n [M, C], weight [(Hq + 2 Hk) D, C], gain [Hq] in the accumulation dtype, cos and sin [positions, half]; row r is at position r % positions.
+# n [M, C], weight [(Hq + 2 Hk) D, C], gain [Hq] in the accumulation dtype, cos and sin [positions, half]; row r is at position
+# r % positions.
 # qkv [M, (Hq + 2 Hk) D], rstd [M, Hq + Hk] in the accumulation dtype
 library.define("qkv_forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int kv_heads) -> (Tensor qkv, Tensor rstd)")
+# The same of a product that is made already, in place: of raw [M, (Hq + 2 Hk) D]. Returns rstd.
+library.define("qkv_normalize(Tensor(a!) qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads) -> Tensor")
 # dqkv holds the gradients of q, k and v, and afterwards that of raw; dgain is added to.
-library.define(
-    "qkv_backward(Tensor(a!) dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(b!) dgain) -> ()"
-)
+library.define("qkv_backward(Tensor(a!) dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(b!) dgain) -> ()")
 
 
 def qkv_ref(n, weight, gain, cos, sin, kv_heads):
@@ -52,12 +53,17 @@ def _all_gains(gain, kv_heads):
 
 
 def _forward_formula(n, weight, gain, cos, sin, kv_heads):
-    wide, normed = accumulation_dtype(n.dtype), gain.shape[0] + kv_heads
-    heads = (n @ weight.T).to(wide).unflatten(-1, (normed + kv_heads, -1))
-    qk, v = heads.split([normed, kv_heads], dim=1)
+    qkv = n @ weight.T
+    return qkv, _normalize_formula(qkv, gain, cos, sin, kv_heads)
+
+
+def _normalize_formula(qkv, gain, cos, sin, kv_heads):
+    wide, normed = accumulation_dtype(qkv.dtype), gain.shape[0] + kv_heads
+    qk = qkv.to(wide).unflatten(-1, (normed + kv_heads, -1))[:, :normed]
     rstd = torch.rsqrt(qk.square().mean(-1) + RMS_EPSILON)
-    qk = _all_gains(gain, kv_heads) * _rotated(rstd[..., None] * qk, *_tables(cos, sin, n.shape[0], wide))
-    return torch.cat([qk, v], dim=1).flatten(1).to(n.dtype), rstd
+    qk = _all_gains(gain, kv_heads) * _rotated(rstd[..., None] * qk, *_tables(cos, sin, qkv.shape[0], wide))
+    qkv[:, : normed * qk.shape[-1]] = qk.flatten(1)
+    return rstd
 
 
 def _backward_formula(dqkv, qkv, rstd, gain, cos, sin, dgain):
@@ -72,6 +78,7 @@ def _backward_formula(dqkv, qkv, rstd, gain, cos, sin, dgain):
 
 
 library.impl("qkv_forward", _forward_formula, "CPU")
+library.impl("qkv_normalize", _normalize_formula, "CPU")
 library.impl("qkv_backward", _backward_formula, "CPU")
 
 
@@ -93,6 +100,15 @@ def _forward_cuda(n, weight, gain, cos, sin, kv_heads):
     return qkv, rstd
 
 
+@torch.library.impl(library, "qkv_normalize", "CUDA")
+def _normalize_cuda(qkv, gain, cos, sin, kv_heads):
+    if not _kernel_serves("qkv_normalize", qkv.shape[1], gain.shape[0] + 2 * kv_heads, cos):
+        return _normalize_formula(qkv, gain, cos, sin, kv_heads)
+    rstd = gain.new_empty(qkv.shape[0], gain.shape[0] + kv_heads)
+    torch.ops.pgolf_fast_sm90.qkv_normalize(qkv, gain, cos, sin, kv_heads, rstd)
+    return rstd
+
+
 @torch.library.impl(library, "qkv_backward", "CUDA")
 def _backward_cuda(dqkv, qkv, rstd, gain, cos, sin, dgain):
     if not _kernel_serves("qkv_backward", qkv.shape[1], 2 * rstd.shape[1] - gain.shape[0], cos):
@@ -103,6 +119,11 @@ def _backward_cuda(dqkv, qkv, rstd, gain, cos, sin, dgain):
 @torch.library.register_fake(f"{_library.NAMESPACE}::qkv_forward")
 def _forward_fake(n, weight, gain, cos, sin, kv_heads):
     return n.new_empty(n.shape[0], weight.shape[0]), gain.new_empty(n.shape[0], gain.shape[0] + kv_heads)
+
+
+@torch.library.register_fake(f"{_library.NAMESPACE}::qkv_normalize")
+def _normalize_fake(qkv, gain, cos, sin, kv_heads):
+    return gain.new_empty(qkv.shape[0], gain.shape[0] + kv_heads)
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::qkv_backward")

@@ -91,9 +91,7 @@ def _fwd_cuda(logits, targets, cap, reduction, ignore_index, with_grad):
     grad = logits.new_empty(logits.shape if with_grad else 0)
     workspace = logits.new_empty(WORKSPACE_BYTES, dtype=torch.uint8)
     report = _library.device_report("targets")
-    torch.ops.pgolf_fast_sm90.softcap_ce_fwd(
-        logits, targets.contiguous(), loss, grad, workspace, report, cap, reduction, ignore_index
-    )
+    torch.ops.pgolf_fast_sm90.softcap_ce_fwd(logits, targets.contiguous(), loss, grad, workspace, report, cap, reduction, ignore_index)
     return loss, grad
 
 

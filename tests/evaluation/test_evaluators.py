@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from pgolf_fast import checkpoint
 from pgolf_fast.errors import UserError
-from pgolf_fast.evaluation.evaluate import EvalConfig, SavedState, evaluate, warm_up
+from pgolf_fast.evaluation.evaluate import EvalConfig, SavedState, evaluate
 from pgolf_fast.evaluation.referee import OrderError, Referee
 from pgolf_fast.evaluation.score_first_sgd import ScoreFirstSgd, TttConfig
 from pgolf_fast.evaluation.sliding import SlidingWindow
@@ -77,27 +77,29 @@ def plain_sgd(gpt, validation, config):
 
 def test_plain():
     gpt, validation = stream.model(), stream.validation(N)
-    losses, result = losses_of(SlidingWindow(WINDOW, WINDOW, 96), gpt, validation)
+    losses, result = losses_of(SlidingWindow(gpt, WINDOW, WINDOW, 96), gpt, validation)
     expected = np.concatenate([stream.window_losses(gpt, validation.tokens, s, s + WINDOW, WINDOW) for s in range(0, N, WINDOW)])
     np.testing.assert_allclose(losses, expected, atol=3e-5)
     assert result.score.bits_per_byte == pytest.approx(expected.sum() / math.log(2) / validation.target_bytes.sum(), rel=1e-6)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain blocks", "fused blocks"])
 @pytest.mark.parametrize("stride", [1, 8, 32])
-def test_sliding(stride):
+def test_sliding(stride, fused):
+    """The fused blocks make the last visit of the scored positions alone."""
     gpt, validation = stream.model(), stream.validation(96)
-    losses, result = losses_of(SlidingWindow(WINDOW, stride, 160), gpt, validation)
+    gpt.use_fused_blocks = fused
+    losses, result = losses_of(SlidingWindow(gpt, WINDOW, stride, 160), gpt, validation)
+    gpt.use_fused_blocks = False
     np.testing.assert_allclose(losses, stream.sliding_losses(gpt, validation.tokens, WINDOW, stride), atol=3e-5)
     assert result.again.tokens == 0
 
 
-@pytest.mark.parametrize("make", [SlidingWindow, lambda *shape: ScoreFirstSgd(shape_model, *shape[:3], TTT, shape[3])])
+@pytest.mark.parametrize("make", [SlidingWindow, lambda gpt, *shape: ScoreFirstSgd(gpt, *shape[:3], TTT, shape[3])])
 def test_published_tail(make):
     """Windows start at 0, 8, ... N - 8; the 3 that the end cuts off score its last 8 positions again."""
-    global shape_model
-    gpt = shape_model = stream.model()
-    validation = stream.validation(128)
-    _, result = losses_of(make(WINDOW, STRIDE, 96, True), gpt, validation, allow_published_tail=True)
+    gpt, validation = stream.model(), stream.validation(128)
+    _, result = losses_of(make(gpt, WINDOW, STRIDE, 96, True), gpt, validation, allow_published_tail=True)
     tails = [stream.window_losses(gpt, validation.tokens, s, 128, WINDOW)[-8:].sum() for s in (104, 112, 120)]
     assert result.again.tokens == 24 and result.again.bytes == 3 * validation.target_bytes[-8:].sum()
     assert result.published.nats == pytest.approx(result.score.nats + sum(tails), rel=1e-6)
@@ -105,7 +107,7 @@ def test_published_tail(make):
 
 def test_a_stream_shorter_than_a_window():
     gpt, validation = stream.model(), stream.validation(20)
-    losses, _ = losses_of(SlidingWindow(WINDOW, STRIDE, 96), gpt, validation)
+    losses, _ = losses_of(SlidingWindow(gpt, WINDOW, STRIDE, 96), gpt, validation)
     np.testing.assert_allclose(losses, stream.window_losses(gpt, validation.tokens, 0, 20, WINDOW), atol=3e-5)
 
 
@@ -160,7 +162,7 @@ def test_the_future_changes_nothing(kind):
 
     def run(validation):
         gpt = stream.model()
-        makers = dict(plain=lambda: SlidingWindow(WINDOW, WINDOW, 96), sliding=lambda: SlidingWindow(WINDOW, STRIDE, 96))
+        makers = dict(plain=lambda: SlidingWindow(gpt, WINDOW, WINDOW, 96), sliding=lambda: SlidingWindow(gpt, WINDOW, STRIDE, 96))
         makers["sgd"] = lambda: ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, TTT)
         return losses_of(makers[kind](), gpt, validation)[0]
 
@@ -177,18 +179,18 @@ def test_the_ways_that_the_referee_closes():
     referee = Referee(gpt, validation)
     with pytest.raises(OrderError, match="has not been scored"):
         referee.reveal(0, 64)
-    evaluator = SlidingWindow(WINDOW, STRIDE, 96)
+    evaluator = SlidingWindow(gpt, WINDOW, STRIDE, 96)
     referee = Referee(gpt, validation)
     list(itertools.islice(evaluator.chunks(referee), 1))
     with pytest.raises(OrderError, match="scored already"):
-        list(SlidingWindow(WINDOW, STRIDE - 1, 96).chunks(referee))
+        list(SlidingWindow(gpt, WINDOW, STRIDE - 1, 96).chunks(referee))
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda gpt: EvalConfig(seq_len=32, stride=33), "eval.stride: expected 1 to eval.seq_len 32, got 33"),
-        (lambda gpt: SlidingWindow(32, 7, 96, True), "eval.published_tail: needs a stride that divides"),
+        (lambda gpt: SlidingWindow(gpt, 32, 7, 96, True), "eval.published_tail: needs a stride that divides"),
         (lambda gpt: ScoreFirstSgd(gpt, 32, 8, 96, dataclasses.replace(TTT, chunk_tokens=48)), "ttt.chunk_tokens: 48 is no multiple"),
         (lambda gpt: ScoreFirstSgd(gpt, 32, 8, 96, dataclasses.replace(TTT, freeze_blocks=5)), "ttt.freeze_blocks: 5 of a model with 4"),
     ],
@@ -205,7 +207,7 @@ def make(kind):
     """Three chunks of four rows, the last chunk half."""
     gpt = stream.model()
     ttt = dataclasses.replace(TTT, chunk_tokens=4 * WINDOW)
-    evaluator = ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, ttt) if kind == "sgd" else SlidingWindow(WINDOW, STRIDE, 96)
+    evaluator = ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, ttt) if kind == "sgd" else SlidingWindow(gpt, WINDOW, STRIDE, 96)
     return gpt, evaluator, Referee(gpt, stream.validation(320), allow_published_tail=True)
 
 
@@ -264,7 +266,7 @@ def test_warm_up_leaves_no_trace(kind):
     expected = evaluate(evaluator, referee).result
     gpt, evaluator, _ = make(kind)
     before = copy.deepcopy(gpt.state_dict())
-    warm_up(evaluator, gpt, 300, 0, torch.device("cpu"))
+    evaluator.warm_up(num_documents=0)
     assert all(torch.equal(before[name], p) for name, p in gpt.state_dict().items())
     assert evaluate(evaluator, Referee(gpt, stream.validation(320))).result == expected
 
@@ -281,8 +283,8 @@ def test_on_a_gpu(kind):
     device = torch.device("cuda")
     gpt = stream.model().to(device)
     ttt = dataclasses.replace(TTT, chunk_tokens=4 * WINDOW)
-    evaluator = ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, ttt) if kind == "sgd" else SlidingWindow(WINDOW, STRIDE, 96)
-    warm_up(evaluator, gpt, 300, 0, device)
+    evaluator = ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, ttt) if kind == "sgd" else SlidingWindow(gpt, WINDOW, STRIDE, 96)
+    evaluator.warm_up(num_documents=0)
     found = Referee(gpt, stream.validation(320), device)
     evaluate(evaluator, found)
     np.testing.assert_allclose(found.ledger.losses, referee.ledger.losses, atol=5e-3)

@@ -28,7 +28,7 @@ def test_it_lowers_the_losses_of_the_text_it_saw_and_leaves_frozen_blocks():
 
     def nats():
         referee = Referee(gpt, validation)
-        list(SlidingWindow(32, 32, 256).chunks(referee))
+        list(SlidingWindow(gpt, 32, 32, 256).chunks(referee))
         return referee.result().score.nats
 
     fixed = nats()

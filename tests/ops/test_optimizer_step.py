@@ -74,7 +74,9 @@ def test_adam_is_decoupled_adamw(device):
     decays = [0.05 * i for i in range(len(SHAPES))]
     old = [[t.double() for t in group] for group in (params, means, squares, averages)]
     step = scalar(7.0, device, torch.float64)
-    adam_apply_(params, grads, means, squares, averages, rates, decays, scalar(0.25, device), scalar(0.5, device), step, 0.9, 0.95, 1e-8, 0.99)
+    adam_apply_(
+        params, grads, means, squares, averages, rates, decays, scalar(0.25, device), scalar(0.5, device), step, 0.9, 0.95, 1e-8, 0.99
+    )
     for i, shape in enumerate(SHAPES):
         g = (0.25 * grads[i].float()).to(grads[i].dtype).double()
         mean, square = 0.9 * old[1][i] + 0.1 * g, 0.95 * old[2][i] + 0.05 * g.square()

@@ -6,7 +6,8 @@ import torch
 from pgolf_fast.ops.products import add_weight_gradient, project, project_backward, project_residual_rstd
 from tests.compare import assert_within, relative_error
 
-# Rows, K and N at the seams of the kernel's tiles: 64 rows a warpgroup, 128 a CTA, 256 a cluster; 64 k a stage; 192 or 256 columns; then the model's.
+# Rows, K and N at the seams of the kernel's tiles: 64 rows a warpgroup, 128 a CTA, 256 a cluster; 64 k a stage; 192 or 256
+# columns; then the model's.
 SHAPES = [
     (1, 64, 64),
     (63, 64, 192),

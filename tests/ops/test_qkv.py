@@ -9,7 +9,14 @@ from tests.compare import assert_within, relative_error
 ops = torch.ops.pgolf_fast
 # (rows, width, query heads, KV heads, positions): rows at the seams of the product's tiles (64, 128, 256) and of the backward's
 # CTAs (8); heads that fill whole tiles of three and that do not; rows that wrap around the positions.
-SHAPES = [(1, 64, 1, 1, 1), (65, 64, 2, 1, 65), (129, 72, 3, 2, 50), (256, 512, 8, 4, 128), (1031, 512, 8, 4, 2048), (20000, 512, 8, 8, 2000)]
+SHAPES = [
+    (1, 64, 1, 1, 1),
+    (65, 64, 2, 1, 65),
+    (129, 72, 3, 2, 50),
+    (256, 512, 8, 4, 128),
+    (1031, 512, 8, 4, 2048),
+    (20000, 512, 8, 8, 2000),
+]
 
 
 def draw(rows, width, q_heads, kv_heads, positions, device, dtype=torch.bfloat16, head=64, rotated=16):
@@ -82,6 +89,22 @@ def test_heads_have_the_length_of_their_gain(device):
     torch.testing.assert_close(length[:, 8:12], torch.ones(100, 4, device=device), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_normalize_is_the_forward_without_its_product(device, shape):
+    """In place: of the rounded product it makes what the definition makes of it; values stay as they are."""
+    t, _ = draw(*shape, device)
+    kv_heads, kept = shape[3], shape[3] * 64
+    raw = t["n"] @ t["weight"].T
+    qkv = raw.clone()
+    rstd = ops.qkv_normalize(qkv, t["gain"], t["cos"], t["sin"], kv_heads)
+    identity = torch.eye(raw.shape[1], dtype=torch.float64, device=device)
+    wide = {name: t[name].double() for name in ("gain", "cos", "sin")}
+    truth = op.qkv_ref(raw.double(), identity, **wide, kv_heads=kv_heads)
+    assert relative_error(qkv, truth) < 2**-8 and torch.equal(qkv[:, -kept:], raw[:, -kept:])
+    normed = raw.double().unflatten(-1, (-1, 64))[:, : shape[2] + kv_heads]
+    torch.testing.assert_close(rstd.double(), normed.square().mean(-1).add(2**-23).rsqrt(), rtol=1e-5, atol=0)
+
+
 def test_gain_gradient_is_added_and_zero_gain_is_finite(device):
     t, d = draw(70, 64, 2, 1, 70, device)
     t["gain"][1] = 0
@@ -99,12 +122,14 @@ def test_no_rows(device):
     t, d = draw(0, 64, 2, 1, 5, device)
     found = with_gradients(t, d, 1)
     assert found["qkv"].shape == found["dqkv"].shape == (0, 256) and not found["dgain"].any()
+    assert ops.qkv_normalize(found["qkv"], t["gain"], t["cos"], t["sin"], 1).shape == (0, 3)
 
 
 def test_registration(device):
     t, d = draw(16, 64, 2, 1, 16, device)
     qkv, rstd = ops.qkv_forward(*t.values(), 1)
     torch.library.opcheck(ops.qkv_forward.default, (*t.values(), 1))
+    torch.library.opcheck(ops.qkv_normalize.default, (qkv.clone(), t["gain"], t["cos"], t["sin"], 1))
     torch.library.opcheck(ops.qkv_backward.default, (d.clone(), qkv, rstd, t["gain"], t["cos"], t["sin"], torch.zeros_like(t["gain"])))
 
 

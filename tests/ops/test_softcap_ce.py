@@ -119,7 +119,10 @@ def test_more_than_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize("v", [9, 1024, 4096, 8192, 10000])
-@pytest.mark.parametrize("cap,spread", [(1e-3, 1e-3), (0.5, 5.0), (15.0, 5.0), (30.0, 20.0), (64.0, 5.0), (65.0, 5.0), (64.0, 300.0), (1000.0, 5.0), (1e4, 300.0)])
+@pytest.mark.parametrize(
+    "cap,spread",
+    [(1e-3, 1e-3), (0.5, 5.0), (15.0, 5.0), (30.0, 20.0), (64.0, 5.0), (65.0, 5.0), (64.0, 300.0), (1000.0, 5.0), (1e4, 300.0)],
+)
 def test_caps(device, v, cap, spread):
     """Either side of the largest cap without a shift; most logits beyond the cap, and all far below it."""
     assert_agrees(*draw(21, v, device, spread), cap)
