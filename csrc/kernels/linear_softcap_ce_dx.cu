@@ -11,7 +11,7 @@ struct ScaledRows : gemm::PlainOp {
     struct Fetched {
         float scale[2];
     };
-    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int m) {
+    static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int, int m) {
         Fetched fetched;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
