@@ -22,21 +22,12 @@ import numpy as np
 import torch
 
 from benchmarks import run as bench
+from benchmarks.bench_evaluate import random_model
 from pgolf_fast import recipe
 from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.evaluation.phased_lora import PhasedLora, PhasedLoraConfig
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.export import load_model
-from pgolf_fast.model import GPT
-
-
-def random_model(device) -> GPT:
-    """Full size; no product is zero."""
-    model = GPT(recipe.resolve("caseops-1934", environ={}).recipe.model, seed=1, device=device)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.02 * torch.randn_like(p)
-    return model
 
 
 def documents(count, length, vocab_size) -> Validation:
@@ -147,7 +138,7 @@ def main():
     if options.artifact:
         found = score_text(options.artifact, options.data, config, options.length, options.first, options.prefix_documents, options.device)
         return save("scores_caseops-1934", found | {"run": options.run or Path(options.artifact).name}) if options.save else None
-    model, steps = random_model("cuda"), []
+    model, steps = random_model(recipe.resolve("caseops-1934", environ={}).recipe, "cuda"), []
     if options.eager:
         evaluator = PhasedLora(model, config)
         evaluator.model = model

@@ -17,11 +17,13 @@ from pgolf_fast import export, recipe
 from pgolf_fast.__main__ import main
 from pgolf_fast.artifact import pack
 from pgolf_fast.data import load_validation
+from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import evaluate, make_evaluator
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.model import GPT
 from pgolf_fast.quantize import PUBLISHED, quantize
 from pgolf_fast.shards import shard_name, write_shard
+from pgolf_fast.step import Step
 from tests import corpus
 
 SMALL = ("model.model_dim=32", "model.num_heads=2", "model.num_kv_heads=1", "model.num_layers=2", "model.mlp_mult=2")
@@ -99,6 +101,18 @@ def test_the_negative_control_is_marked(pgolf, artifact, data, tmp_path):
     (row,) = json.loads(out)["rows"]
     assert code == 0 and "not legal" in row["weights"]
     assert [p.name for p in tmp_path.glob("*.json")] == ["artifact-after-SDTTT-not-legal-plain.json"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_graphs_go_before_the_end(pgolf, artifact, data, tmp_path, monkeypatch, fails):
+    """NCCL would wait for them; here that the steps are told, once, whatever happens."""
+    closed = []
+    monkeypatch.setattr(Step, "close", lambda step: closed.append(step))
+    if fails:
+        monkeypatch.setattr(Referee, "result", lambda referee: (_ for _ in ()).throw(UserError("no result")))
+    code, *_ = pgolf(artifact, "--data", data, "--out", tmp_path / "out", "--evaluator", "score-first-sgd")
+    assert (code != 0) == fails
+    assert len(closed) == 1
 
 
 def short(data, folder, num_tokens):

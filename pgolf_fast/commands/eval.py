@@ -95,10 +95,9 @@ def run(config: Eval, console: Console) -> tuple[dict, int]:
             remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one"
         raise UserError(f"source: no file {artifact}; {remedy}")
     device = dist.start(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    try:
-        return _run(config, console, artifact, device)
-    finally:
-        dist.stop()
+    found = _run(config, console, artifact, device)
+    dist.stop()
+    return found
 
 
 def _run(config, console, artifact: Path, device):
@@ -138,10 +137,6 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
     if settings.sdttt.enabled:
         self_distill(model, validation, settings.eval.seq_len, settings.sdttt)
         weights = f"{weights} {NOT_LEGAL}"
-    evaluator = make_evaluator(name, model, settings)
-    if device.type == "cuda":
-        evaluator.warm_up(len(validation.document_starts))
-    referee = Referee(evaluator.model, validation, device, allow_published_tail=settings.eval.published_tail)
     stem = f"{weights} {name}".replace(",", "").replace(" ", "-")
     identity = {
         "artifact": hashlib.sha256(scored.read_bytes()).hexdigest(),
@@ -150,10 +145,15 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
     }
     identity = json.loads(json.dumps(identity))
     saved = SavedState(out / f"{stem}.unfinished", identity, settings.eval.save_seconds)
-    if config.fresh:
-        saved.remove()
-    with _asked_to_stop() as must_stop, _shown(console, f"{weights}, {name}") as progress:
-        outcome = evaluate(evaluator, referee, saved, progress, must_stop)
+    # Closed after an error too: a rank that cannot exit keeps the others waiting.
+    with contextlib.closing(make_evaluator(name, model, settings)) as evaluator:
+        if device.type == "cuda":
+            evaluator.warm_up(len(validation.document_starts))
+        referee = Referee(evaluator.model, validation, device, allow_published_tail=settings.eval.published_tail)
+        if config.fresh:
+            saved.remove()
+        with _asked_to_stop() as must_stop, _shown(console, f"{weights}, {name}") as progress:
+            outcome = evaluate(evaluator, referee, saved, progress, must_stop)
     if outcome is None:
         return None
     found, score = outcome.result, outcome.result.score

@@ -196,6 +196,9 @@ class PhasedLora:
                     self.model(inputs, positions=inputs[:, :1] % row, adapters=adapters, max_seqlen=self.config.window_tokens)
                 self.update(adapters)
 
+    def close(self) -> None:
+        self.sgd.close()
+
     # -- adapters, document by document
 
     def adapters_for(self, lane, num_documents) -> Adapters:

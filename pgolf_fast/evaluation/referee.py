@@ -48,6 +48,9 @@ class Evaluator(Protocol):
 
     def load_state(self, tensors: dict[str, Tensor], state: dict) -> None: ...
 
+    def close(self) -> None:
+        """No chunk follows: what dist.stop would wait for goes."""
+
 
 @dataclass(frozen=True)
 class Scored:

@@ -109,6 +109,9 @@ class ScoreFirstSgd:
     def warm_up(self, num_documents: int) -> None:
         rehearse(self, 3 * self.config.chunk_tokens)
 
+    def close(self) -> None:
+        self.sgd.close()
+
     def chunks(self, referee: Referee) -> Iterator[None]:
         length = self.config.chunk_tokens
         num_chunks = -(-referee.num_positions // length)

@@ -30,6 +30,9 @@ class SlidingWindow:
     def warm_up(self, num_documents: int) -> None:
         rehearse(self, self.seq_len + 3 * self.batch_rows * self.stride)
 
+    def close(self) -> None:
+        """It records no graphs."""
+
     def chunks(self, referee: Referee) -> Iterator[None]:
         windows = sliding(referee.num_positions, self.seq_len, self.stride)
         while self.done < len(windows):
