@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pgolf_fast.ops.xsa_attention import _composite, rows_at, xsa_attention, xsa_attention_at, xsa_attention_ref
-from tests.compare import assert_within
+from tests.compare import assert_within, relative_error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 # 0, 1 and the neighbours of one, two and three 64-token tiles; padding entries in the middle and at the end.
@@ -290,7 +290,8 @@ def test_last_queries_of_longer_keys_are_the_end_of_all(device, heads, tokens, q
                 torch.testing.assert_close(x, expected, msg=name)
         reference = xsa_attention_ref(*(x.double() for x in ends[:3]), gate=ends[3].double(), xsa=xsa)
         peer = xsa_attention_ref(*ends[:3], gate=ends[3], xsa=xsa)
-        assert_within(xsa_attention(*ends[:3], gate=ends[3], xsa=xsa), peer, reference, "out")
+        # In the norm only: the worst of so few elements says little, and on the GPU they are the whole forward's, bit for bit.
+        assert relative_error(part[0], reference) <= 2 * relative_error(peer, reference) + 1e-7
 
 
 def test_composite_of_last_queries():
