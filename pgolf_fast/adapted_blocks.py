@@ -147,10 +147,10 @@ class _Backward(fused_blocks.Backward):
         dlow_o = torch.bmm(rows, adapter.o_up.mT)
         q, k, v = fused_blocks.heads(qkv, config, plan.tokens)
         y, xsa, scale = y.view(q.shape), fused_blocks.is_xsa(config, block), config.head_dim**-0.5
-        dout, documents = self.spread(i, dout), (plan.cu_seqlens, plan.max_seqlen)
-        dqkv, dgate = ops.xsa_output_bwd(dout, self.operands.o[block], q, k, v, gate, y, lse, own, *documents, xsa, scale)
+        forward = q, k, v, gate, y, lse, own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
+        raw = rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.unwanted_gain
+        dqkv, dgate = ops.xsa_output_bwd(self.spread(i, dout), self.operands.o[block], *forward, *raw)
         dqkv = dqkv.view_as(qkv)
-        ops.qkv_backward(dqkv, qkv, rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.unwanted_gain)
 
         dlow, place = torch.empty_like(saved.low), 0
         widths = {"q_up": config.model_dim, "k_up": config.kv_dim, "v_up": config.kv_dim}

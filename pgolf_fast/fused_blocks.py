@@ -295,11 +295,11 @@ class Backward:
         add_weight_gradient(self.gradients.o[block], dx1, saved.y)
         q, k, v = heads(saved.qkv, config, plan.tokens)
         y, xsa, scale = saved.y.view(q.shape), is_xsa(config, block), config.head_dim**-0.5
-        documents = plan.cu_seqlens, plan.max_seqlen
-        dqkv, dgate = ops.xsa_output_bwd(dx1, self.operands.o[block], q, k, v, saved.gate, y, saved.lse, saved.own, *documents, xsa, scale)
+        raw = saved.rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.gradients.q_gain[block]
+        forward = q, k, v, saved.gate, y, saved.lse, saved.own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
+        dqkv, dgate = ops.xsa_output_bwd(dx1, self.operands.o[block], *forward, *raw)
         dqkv = dqkv.view_as(saved.qkv)
         dv = dqkv[:, -config.kv_dim :]
-        ops.qkv_backward(dqkv, saved.qkv, saved.rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.gradients.q_gain[block])
         if block in plan.value_blocks:
             self.dvalues[block] = self.dvalues[block] + dv if block in self.dvalues else dv
         add_weight_gradient(self.gradients.qkv[block], dqkv, saved.n)

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bindings/checks.h"
+#include "kernels/qkv.h"
 
 namespace pgolf {
 namespace {
@@ -86,7 +87,8 @@ void fwd(Tensor q, Tensor k, Tensor v, optional<Tensor> gate, optional<Tensor> c
 
 void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tensor> gate, Tensor out, Tensor lse, Tensor own,
          optional<Tensor> cu_seqlens, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats, Tensor plan,
-         Tensor plan_keys, bool xsa, double scale) {
+         Tensor plan_keys, optional<Tensor> rstd, optional<Tensor> gain, optional<Tensor> cos, optional<Tensor> sin, optional<Tensor> dgain,
+         bool xsa, double scale) {
     XsaAttentionBwdParams p{};
     XsaAttentionParams& f = p.fwd;
     f = params(q, k, v, gate, cu_seqlens, out, lse, own, plan, xsa, scale);
@@ -96,6 +98,18 @@ void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tenso
     p.dq = head_rows(dq, "dq", f.batch, f.tokens, f.q_heads);
     p.dk = head_rows(dk, "dk", f.batch, f.tokens, f.kv_heads);
     p.dv = head_rows(dv, "dv", f.batch, f.tokens, f.kv_heads);
+    if (rstd) {
+        STD_TORCH_CHECK(gain && cos && sin && dgain, "rstd: wants gain, cos, sin and dgain beside it");
+        STD_TORCH_CHECK(int64_t(f.batch) * f.tokens <= INT32_MAX, "rstd: more than 2^31 rows");
+        const int64_t positions = cos->size(0);
+        STD_TORCH_CHECK(positions > 0 && positions < (1 << 30), "cos: expected 1 to 2^30 positions, got ", positions);
+        p.raw.rstd = floats(*rstd, "rstd", {int64_t(f.batch) * f.tokens, f.q_heads + f.kv_heads});
+        p.raw.gain = floats(*gain, "gain", {f.q_heads});
+        p.raw.cos = bf16s(*cos, "cos", {positions, kQkvRotated / 2});
+        p.raw.sin = bf16s(*sin, "sin", {positions, kQkvRotated / 2});
+        p.raw.dgain = floats(*dgain, "dgain", {f.q_heads});
+        p.raw.positions = int(positions);
+    }
     p.dgate = gate_rows(dgate, "dgate", f.batch, f.tokens, f.q_heads);
     p.dy = head_rows(dy, "dy", f.batch, f.tokens, f.q_heads);
     p.stats_width = stats.size(-1);
@@ -115,7 +129,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def(
         "xsa_attention_bwd(Tensor? grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
         " Tensor? cu_seqlens, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy, Tensor(f!) stats,"
-        " Tensor(g!) plan, Tensor(h!) plan_keys, bool xsa, float scale) -> ()");
+        " Tensor(g!) plan, Tensor(h!) plan_keys, Tensor? rstd, Tensor? gain, Tensor? cos, Tensor? sin, Tensor(i!)? dgain, bool xsa,"
+        " float scale) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("xsa_attention_fwd", TORCH_BOX(&pgolf::fwd));

@@ -67,6 +67,16 @@ struct XsaAttentionParams {
 };
 cudaError_t xsa_attention_fwd(const XsaAttentionParams& p, cudaStream_t stream);
 
+// What q and k were made from by qkv_forward (qkv.h). Where rstd is null, dq and dk are the gradients of q and k themselves; else
+// they are those of the raw product.
+struct XsaRaw {
+    const float* rstd;               // [B T, Hq + Hk]
+    const float* gain;               // [Hq]
+    const __nv_bfloat16 *cos, *sin;  // [positions, 8]
+    float* dgain;                    // [Hq], added to, in no fixed order
+    int positions;                   // row r of B T is at position r % positions
+};
+
 // With dz = gate dout and e = (dz . v) / |v|^2, besides what passes through the probabilities:
 //   dy = dz - e v,   dv += -(e z + own dy),   delta = rowsum(dy y),   dgate = rowsum(dout out) / gate
 struct XsaAttentionBwdParams {
@@ -74,6 +84,7 @@ struct XsaAttentionBwdParams {
     XsaPlan keys;              // scratch
     HeadRows grad_out;         // data null: dy, stats, dgate and dv's direct part have been written (xsa_output.h)
     HeadRows dq, dk, dv;
+    XsaRaw raw;
     GateRows dgate;
     HeadRows dy;               // scratch, [B, T, Hq, 64]
     float* stats;              // scratch, [B Hq, 2, stats_width]: lse in base 2, delta; a token's place: stats_place

@@ -1,3 +1,4 @@
+#include "kernels/qkv.h"
 #include "kernels/xsa_attention.cuh"
 
 namespace pgolf {
@@ -140,6 +141,54 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
     }
     if (exists) *row_chunk(p.dv, batch, token, kv_head, chunk) = to_bf16(dv);
     if (exists && !live) *row_chunk(p.dk, batch, token, kv_head, chunk) = zeros;
+}
+
+// ---- what q and k were made from --------------------------------------------------------------------------
+
+__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// The gradient of a tile of q or k, in fragments, becomes that of the raw rows it was normalised and rotated from (qkv.h):
+//     d raw = rstd R^T(gain d - x (x . d) / (64 gain)),    d gain = sum of (x . d) / gain
+// x: the tile itself, of whose rows the first `rows` are the sequence's; row 0 is row `first` of the batch. Keys are heads q_heads and on.
+__device__ __forceinline__ void to_gradient_of_raw(float (&d)[32], const XsaRaw& raw, const uint8_t* x, int first, int rows, int head,
+                                                   int q_heads, int normed_heads, int warp, int lane) {
+    const int quad = lane % 4;
+    const float gain = head < q_heads ? __ldg(raw.gain + head) : 1.0f, over_gain = gain != 0.0f ? 1.0f / gain : 0.0f;
+    float dgain = 0.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int at = 16 * warp + lane / 4 + 8 * r;
+        const int row = first + min(at, rows - 1), table = row % raw.positions * (kQkvRotated / 2) + 2 * quad;
+        const float rstd = __ldg(raw.rstd + int64_t(row) * normed_heads + head);
+        const uint32_t cos = __ldg(reinterpret_cast<const unsigned*>(raw.cos + table));
+        const uint32_t sin = __ldg(reinterpret_cast<const unsigned*>(raw.sin + table));
+        uint32_t pairs[8];
+        float dot = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            pairs[j] = *reinterpret_cast<const uint32_t*>(x + swizzled(at, j) + 4 * quad);
+            dot += d[4 * j + 2 * r] * low(pairs[j]) + d[4 * j + 2 * r + 1] * high(pairs[j]);
+        }
+        dot = quad_sum(dot) * over_gain;
+        if (at < rows) dgain += dot;
+        const float scale = rstd * gain, along = -rstd * dot * (1.0f / kXsaHeadDim);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            d[4 * j + 2 * r] = fmaf(scale, d[4 * j + 2 * r], along * low(pairs[j]));
+            d[4 * j + 2 * r + 1] = fmaf(scale, d[4 * j + 2 * r + 1], along * high(pairs[j]));
+        }
+        // Dimensions i < 8 and i + 8 turn back together.
+        const float a0 = d[2 * r], a1 = d[2 * r + 1], b0 = d[4 + 2 * r], b1 = d[5 + 2 * r];
+        d[2 * r] = a0 * low(cos) - b0 * low(sin);
+        d[2 * r + 1] = a1 * high(cos) - b1 * high(sin);
+        d[4 + 2 * r] = b0 * low(cos) + a0 * low(sin);
+        d[5 + 2 * r] = b1 * high(cos) + a1 * high(sin);
+    }
+    if (head >= q_heads) return;
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2) dgain += __shfl_xor_sync(0xffffffffu, dgain, offset);
+    if (lane == 0) atomicAdd(raw.dgain + head, dgain);
 }
 
 // ---- dk and dv: a block owns 192 keys of one key head and walks over the queries of its whole group ------------
@@ -299,6 +348,9 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
         ptx::named_sync(1 + warpgroup, 128);
 #pragma unroll
         for (int i = 0; i < 32; ++i) dk[i] *= f.scale;
+        if (p.raw.rstd != nullptr)
+            to_gradient_of_raw(dk, p.raw, own_k, seq.batch * f.tokens + seq.start + mine * kTile, seq.length - mine * kTile,
+                               f.q_heads + kv_head, f.q_heads, f.q_heads + f.kv_heads, warp, lane);
         store_rows(own_k, dk, warp, lane, [&](int at, int chunk, uint4 value, int) {
             const int token = mine * kTile + at;
             if (token < seq.length) *row_chunk(p.dk, seq.batch, seq.start + token, kv_head, chunk) = value;
@@ -381,23 +433,32 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     // Scores of tile j, already started, to its part of dq, which is left running.
     auto finish_tile = [&](int j, bool diagonal) {
         const int offset = j % kStages * 2 * kTileBytes;
-        uint32_t ds[16];
-        wgmma::wait<0>();
-        wgmma::pin(s);
+        wgmma::wait<1>();  // the last tile's part of dq
+        if (j > 0) stream.release(j - 1);
         begin_products();
         product_abt(dp, dy, wgmma::advance(keys, offset + kTileBytes));
         wgmma::commit();
-        if (j > 0) stream.release(j - 1);
-        if (diagonal) mask_diagonal(s, row, lane);
-#pragma unroll
-        for (int e = 0; e < 32; ++e) s[e] = ptx::exp2_approx(fmaf(s[e], scale_log2, -lse[e / 2 % 2]));
         wgmma::wait<0>();
+        wgmma::pin(s);
         wgmma::pin(dp);
+        if (diagonal) mask_diagonal(s, row, lane);
+        // Half of the keys at a time: their differences fill the gaps between exponentials.
 #pragma unroll
-        for (int e = 0; e < 32; ++e) s[e] *= dp[e] - delta[e / 2 % 2];
-        pack(ds, s);
-        begin_products();
-        product_ab(dq, ds, wgmma::advance(keys_mn, offset), j > 0);
+        for (int half = 0; half < 2; ++half) {
+            uint32_t ds[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int e = 16 * half + 2 * i;
+                const float p0 = ptx::exp2_approx(fmaf(s[e], scale_log2, -lse[i % 2]));
+                const float p1 = ptx::exp2_approx(fmaf(s[e + 1], scale_log2, -lse[i % 2]));
+                ds[i] = ptx::pack_bf16(p0 * (dp[e] - delta[i % 2]), p1 * (dp[e + 1] - delta[i % 2]));
+            }
+            begin_products();
+#pragma unroll
+            for (int k = 0; k < 2; ++k)
+                wgmma::mma<wgmma::kMajorMN>(dq, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3],
+                                            wgmma::advance(keys_mn, offset + 2048 * (2 * half + k)), half + k > 0 || j > 0);
+        }
         wgmma::commit();
     };
     start_scores(0);
@@ -413,6 +474,9 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     ptx::named_sync(1 + warpgroup, 128);
 #pragma unroll
     for (int i = 0; i < 32; ++i) dq[i] *= f.scale;
+    if (p.raw.rstd != nullptr)
+        to_gradient_of_raw(dq, p.raw, own_rows, seq.batch * f.tokens + seq.start + mine.tile * kTile,
+                           seq.length - mine.tile * kTile, mine.head, f.q_heads, f.q_heads + f.kv_heads, warp, lane);
     store_rows(own_rows, dq, warp, lane, [&](int at, int chunk, uint4 value, int) {
         const int token = mine.tile * kTile + at;
         if (token < seq.length) *row_chunk(p.dq, seq.batch, seq.start + token, mine.head, chunk) = value;

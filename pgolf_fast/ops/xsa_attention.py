@@ -144,6 +144,7 @@ def _bwd_packed_cpu(*arguments):
 
 HEAD_DIM = 64
 KEYS_PER_BLOCK = 192  # kXsaKeysPerBlock
+NOT_OF_RAW = (None,) * 5  # rstd, gain, cos, sin, dgain
 
 
 def _kernel_rows(x, argument):
@@ -196,9 +197,9 @@ def _bwd_packed_cuda(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seq
     return dqkv, _bwd_into(dqkv.split(heads, dim=2), grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale)
 
 
-def _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale, weight=None):
+def _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale, weight=None, raw=NOT_OF_RAW):
     """Writes the gradients of q, k and v, which may be strided, and returns the gate's. With a `weight`, grad_out is that of the
-    output projection (xsa_output.py)."""
+    output projection, and with `raw` the gradients are those of what q and k were made from (xsa_output.py)."""
     q, k, v, cu_seqlens = _kernel_inputs(q, k, v, gate, cu_seqlens)
     dy = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if gate is not None else None
@@ -215,7 +216,7 @@ def _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa
         )
         grad_out = None
     torch.ops.pgolf_fast_sm90.xsa_attention_bwd(
-        grad_out, q, k, v, gate, out, lse, own, cu_seqlens, *gradients, dgate, dy, stats, plan, plan_keys, xsa, scale
+        grad_out, q, k, v, gate, out, lse, own, cu_seqlens, *gradients, dgate, dy, stats, plan, plan_keys, *raw, xsa, scale
     )
     return dgate if dgate is not None else q.new_empty(0)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pgolf_fast.ops.xsa_attention import _composite, rows_at, xsa_attention, xsa_attention_at, xsa_attention_ref
+from pgolf_fast.ops.xsa_attention import NOT_OF_RAW, _composite, rows_at, xsa_attention, xsa_attention_at, xsa_attention_ref
 from tests.compare import assert_within, relative_error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -188,8 +188,9 @@ def test_gradients_into_slices_of_a_packed_buffer():
     dq, dk, dv = packed.split([8, 4, 4], dim=2)
     stats = torch.empty(8, 2, 168 + 4 * 2, device="cuda")
     plan, plan_keys = (torch.empty(165 // tokens + 2 + 2, 4, dtype=torch.int32, device="cuda") for tokens in (64, 192))
+    scratch = torch.empty_like(out), stats, plan, plan_keys
     torch.ops.pgolf_fast_sm90.xsa_attention_bwd(
-        grad, q, k, v, None, out, lse, own, cu_seqlens, dq, dk, dv, None, torch.empty_like(out), stats, plan, plan_keys, True, 0.125
+        grad, q, k, v, None, out, lse, own, cu_seqlens, dq, dk, dv, None, *scratch, *NOT_OF_RAW, True, 0.125
     )
     for name, value in (("dq", dq), ("dk", dk), ("dv", dv)):
         assert torch.equal(value, expected[name]), name

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgolf_fast.ops import xsa_output  # noqa: F401  defines the op
+from pgolf_fast.ops import qkv, xsa_output  # noqa: F401  defines the op
 from pgolf_fast.ops.xsa_attention import xsa_attention_ref
 from tests.compare import assert_within
 from tests.ops.test_xsa_attention import AWKWARD, inputs, plain_torch
@@ -50,6 +50,68 @@ def assert_agrees(case, **options):
             assert found[name].abs().max() <= 2**-4 * case[5].abs().max(), name
         else:
             assert_within(found[name], peer[name], truth[name], name, floor=3e-4)
+
+
+RAW_NAMES = ("dq", "dk", "dv", "dgain")
+
+
+def draw_raw(lengths, tail=0, batch=1, heads=(8, 4), positions=100, rotated=16, **options):
+    """A case whose queries, keys and values are still to be made: raw [M, W], gain, cos, sin and the case."""
+    case = draw(lengths, tail, batch, heads=heads, gated=False, **options)
+    rows, like = batch * (sum(lengths) + tail), dict(dtype=case[0].dtype, device=case[0].device)
+    raw = torch.randn(rows, (heads[0] + 2 * heads[1]) * case[0].shape[3], dtype=torch.float64).to(**like)
+    gain = (1 + torch.rand(heads[0], dtype=torch.float64)).to(like["device"], torch.promote_types(like["dtype"], torch.float32))
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * 0.7 ** torch.arange(rotated // 2)
+    return raw, gain, angle.cos().to(**like), angle.sin().to(**like), case
+
+
+def of_raw(raw, gain, cos, sin, case):
+    ops, (q, k, v, _, cu_seqlens, d_projected, weight) = torch.ops.pgolf_fast, case
+    heads, scale, longest = [x.shape[2] for x in (q, k, v)], q.shape[-1] ** -0.5, q.shape[1]
+    made = raw.clone()
+    rstd = ops.qkv_normalize(made, gain, cos, sin, heads[1])
+    q, k, v = made.view(*q.shape[:2], sum(heads), q.shape[3]).split(heads, dim=2)
+    out, lse, own = ops.xsa_attention_fwd(q, k, v, None, cu_seqlens, longest, True, scale)
+    dgain = torch.ones_like(gain)
+    rest = q, k, v, None, out, lse, own, cu_seqlens, longest, True, scale, rstd, gain, cos, sin, dgain
+    draw, _ = ops.xsa_output_bwd(d_projected, weight, *rest)
+    return dict(zip(RAW_NAMES, (*draw.split(heads, dim=2), dgain - 1)))
+
+
+def of_raw_by_autograd(attention, raw, gain, cos, sin, case, dtype=None):
+    q, k, v, _, cu_seqlens, d_projected, weight = case
+    heads, dtype = [x.shape[2] for x in (q, k, v)], dtype or raw.dtype
+    raw, gain = raw.detach().to(dtype).requires_grad_(), gain.to(dtype).requires_grad_()
+    made = qkv.qkv_ref(raw, torch.eye(raw.shape[1], dtype=dtype, device=raw.device), gain, cos.to(dtype), sin.to(dtype), heads[1])
+    shape = *q.shape[:2], sum(heads), q.shape[3]
+    out = attention(*made.to(dtype).view(shape).split(heads, dim=2), cu_seqlens=cu_seqlens)
+    projected = out.flatten(0, 1).flatten(1) @ weight.to(dtype).T
+    draw, dgain = torch.autograd.grad(projected, (raw, gain), d_projected.to(dtype))
+    return dict(zip(RAW_NAMES, (*draw.view(shape).split(heads, dim=2), dgain)))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_definition_of_the_raw_gradient(packed):
+    shape = {"lengths": [3, 0, 1, 6, 0], "tail": 2} if packed else {"lengths": [7], "batch": 2}
+    case = draw_raw(**shape, heads=(4, 2), positions=5, rotated=4, width=6, dtype=torch.float64, device="cpu", head_dim=6)
+    truth = of_raw_by_autograd(xsa_attention_ref, *case)
+    for name, gradient in of_raw(*case).items():
+        torch.testing.assert_close(gradient, truth[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("heads", [(8, 4), (2, 1), (4, 4)])
+@pytest.mark.parametrize("case", CASES)
+def test_agreement_of_the_raw_gradient(case, heads):
+    lengths, tail, batch = CASES[case]
+    case = draw_raw(lengths, tail, batch, heads)
+    found, peer = of_raw(*case), of_raw_by_autograd(plain_torch, *case)
+    truth = of_raw_by_autograd(xsa_attention_ref, *case, dtype=torch.float64)
+    for name in truth:
+        if truth[name].abs().max() < 1e-12:  # tokens that see only themselves, or none
+            assert found[name].abs().max() <= 2**-4 * case[4][5].abs().max(), name
+        else:
+            assert_within(found[name], peer[name], truth[name], name, floor=1e-2 if name == "dgain" else 3e-4)
 
 
 @pytest.mark.parametrize("xsa", [True, False])
@@ -134,3 +196,6 @@ def test_registration(device):
     for gate in (gate, None):
         arguments = (d_projected, weight, q, k, v, gate, out, lse, own, cu_seqlens, 14, True, 0.125)
         torch.library.opcheck(torch.ops.pgolf_fast.xsa_output_bwd.default, arguments)
+    gain, table = torch.ones(4, device=device), torch.ones(14, 8, device=device, dtype=torch.bfloat16)
+    raw = torch.rand(14, 6, device=device), gain, table, table, torch.zeros_like(gain)
+    torch.library.opcheck(torch.ops.pgolf_fast.xsa_output_bwd.default, (*arguments, *raw))
