@@ -499,9 +499,10 @@ __device__ __forceinline__ void multiply_and_stage(const Iteration& it, Shared& 
         second.advance();
         operands.wait(s);
         second.wait(s);
-        start_from<kHalves>(tile, first_half, abc[1] / factor, own_tile == task.shared ? abc[0] / factor : 0, [&](int half, int column_half) {
-            return s.slots[column_half == 0 ? operands.own.slot : second.own.slot] + half * kBoxBytes;
-        });
+        start_from<kHalves>(tile, first_half, abc[1] / factor, own_tile == task.shared ? abc[0] / factor : 0,
+                            [&](int half, int column_half) {
+                                return s.slots[column_half == 0 ? operands.own.slot : second.own.slot] + half * kBoxBytes;
+                            });
     } else {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half)
