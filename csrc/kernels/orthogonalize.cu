@@ -135,7 +135,7 @@ constexpr int kBoxBytes = kBox * kBox * 2;
 constexpr int kTileBytes = kTile * kTile * 2;
 constexpr int kSlotBytes = kTile * kBox * 2;  // one operand of one k block
 constexpr int kSlots = 10;
-constexpr int kInFlight = kSlots - 3;  // slots that may be on their way from memory; see load_operand
+constexpr int kInFlight = kSlots - 3;  // slots that may be on their way from memory; one more hangs, see load_tasks
 constexpr int kTeams = 2;  // warpgroups that multiply
 constexpr int kLoader = kTeams * 4, kScheduler = kLoader + 1, kStorer = kLoader + 2;  // warps; one storer per team
 constexpr int kThreads = (kStorer + kTeams) * 32;
@@ -361,7 +361,8 @@ __device__ void load_tasks(const Iteration& it, Shared& s) {
         const uint32_t lanes = (1u << 2 * task.stride) - 1;
         Place at(task.position + operand), landed(task.position + operand + kSlots - kInFlight);
         for (int i = 0; i < task.num_k; ++i, at.advance(task.stride), landed.advance(task.stride)) {
-            // NOTE: else a lane could be so far ahead that the phase another one waits for below is over and the next one too.
+            // NOTE: else a lane could be so far ahead that the phase another one waits for below is over and the next one too. Position
+            // p - kInFlight shares its slot with p + 3, which no lane loads before all have begun the next k block.
             __syncwarp(lanes);
             // NOTE: a team does not look at the slots of the other team's operands, and a parity tells a phase from its neighbours only. A
             // team that waits for position p has seen the shared operand's, at p - 2 at least, and the loads up to p - 3 were issued before
