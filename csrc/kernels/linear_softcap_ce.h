@@ -8,6 +8,8 @@
 // Then dx = row_scale (G weight) and dweight = G^T scaled_x with scaled_x = row_scale x are two plain matrix products.
 //
 // The tanh is the special-function unit's, of the target's logit too: where a row is sure of its target, the errors cancel in the loss.
+//
+// SPILLS linear_softcap_ce_kernel 40: one register of the instance with G; its consumers read it once a tile, between exponentials
 #pragma once
 #include "kernels/softcap_ce.h"
 
