@@ -9,10 +9,9 @@ import torch
 
 from pgolf_fast import fused_blocks
 from pgolf_fast.adapters import VisitAdapter
-from pgolf_fast.fused_blocks import Attended, Mix, Weights, ops, take_tape
+from pgolf_fast.fused_blocks import Attended, Mix, Weights, ops, rows_at, take_tape
 from pgolf_fast.ops._library import accumulation_dtype
 from pgolf_fast.ops.products import project, project_backward
-from pgolf_fast.ops.xsa_attention import rows_at
 
 
 def run(plan, weights, x0, values, adapters, positions):

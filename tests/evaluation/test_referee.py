@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.referee import OrderError, Referee, Scored
 from pgolf_fast.evaluation.windows import Windows, sliding
+from pgolf_fast.fused_blocks import as_columns
 from tests.evaluation import stream
 
 N = 200
@@ -33,9 +34,9 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.calls = []
 
-    def forward(self, tokens, positions=None, **how):
-        self.calls.append((tokens.clone(), positions, how))
-        return torch.zeros(*(tokens if positions is None else positions).shape, 48)
+    def forward(self, tokens, positions, **how):
+        self.calls.append((tokens.clone(), as_columns(positions, tokens), how))
+        return torch.zeros(*self.calls[-1][1].shape, 48)
 
 
 def random_windows(seed: int) -> list[Windows]:
