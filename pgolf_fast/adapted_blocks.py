@@ -124,6 +124,8 @@ class _Backward(fused_blocks.Backward):
 
     def unmix_entered(self, i, block, entered, dmixed, dn, dstream, dskip):
         """As the base's, without the gradient of x0."""
+        if i == 0:
+            return None, None
         dmixed, dstream, dskip = (self.spread(i, d) for d in (dmixed, dstream, dskip))
         coefficients = self.weights.mix[i, entered.rows]
         accumulate = [dstream, dskip][: len(coefficients)]
@@ -143,7 +145,6 @@ class _Backward(fused_blocks.Backward):
 
         rows, found = _batched(dout, batch), self.found[i]
         found["o_up"] = torch.bmm(saved.low_o.mT, rows)
-        dlow_o = torch.bmm(rows, adapter.o_up.mT)
         q, k, v = fused_blocks.heads(qkv, config, plan.tokens)
         y, xsa, scale = y.view(q.shape), fused_blocks.is_xsa(config, block), config.head_dim**-0.5
         dout, documents = self.spread(i, dout), (plan.cu_seqlens, plan.max_seqlen)
@@ -157,9 +158,11 @@ class _Backward(fused_blocks.Backward):
             torch.bmm(d, getattr(adapter, name).mT, out=dlow[..., place : place + rank])
             found[name] = torch.bmm(saved.low[..., place : place + rank].mT, d)
             place += rank
-        dlow[..., place:] = _batched(self.spread(i, dlow_o.flatten(0, 1)), batch)
+        torch.bmm(_batched(dout, batch), adapter.o_up.mT, out=dlow[..., place:])
         found["attention_down"] = torch.bmm(_batched(n, batch).mT, dlow)
 
+        if i == 0:
+            return None  # nothing before it learns
         dn = project_backward(dqkv, self.operands.qkv[block])
         _batched(dn, batch).baddbmm_(dlow, adapter.attention_down.mT)
         if config.attn_gate:
