@@ -78,14 +78,14 @@ class _Forward(fused_blocks.Forward):
     def attend(self, i, block, n, positions):
         adapter, plan, config = self.adapters[i], self.plan, self.config
         low = torch.bmm(_batched(n, self.batch), adapter.attention_down)
-        for_q, for_k, for_v, for_o = low.chunk(4, dim=-1)
-        qkv = project(n, self.operands.qkv[block])
-        q, k, v = _batched(qkv, self.batch).split([config.model_dim, config.kv_dim, config.kv_dim], dim=-1)
-        q.baddbmm_(for_q, adapter.q_up)
-        k.baddbmm_(for_k, adapter.k_up)
-        v.baddbmm_(for_v, adapter.v_up)
+        *for_qkv, for_o = low.chunk(4, dim=-1)
+        corrections = n.new_empty(n.shape[0], config.model_dim + 2 * config.kv_dim)
+        parts = _batched(corrections, self.batch).split([config.model_dim, config.kv_dim, config.kv_dim], dim=-1)
+        for part, low_part, up in zip(parts, for_qkv, (adapter.q_up, adapter.k_up, adapter.v_up)):
+            torch.bmm(low_part, up, out=part)
+        qkv = project(n, self.operands.qkv[block], corrections)
         rstd = ops.qkv_normalize(qkv, self.weights.q_gain[block], plan.cos, plan.sin, config.num_kv_heads)
-        attended = self.attend_with(block, n, qkv, rstd, positions=None)
+        attended = self.attend_with(block, n, qkv, rstd)
         return Adapted(attended, low, self.at(attended.y, positions), for_o if positions is None else rows_at(for_o, positions))
 
     def output(self, i, block, attended, residual):

@@ -88,7 +88,7 @@ def run(plan, weights, x0, values, positions=None):
     if torch.is_grad_enabled():
         out = _Blocks.apply(plan, x0, *weights, *values)
     else:
-        last = positions if isinstance(positions, int) else None
+        last = positions if isinstance(positions, int) and positions < plan.tokens[1] else None
         out = Forward(plan, weights, x0, values, tape=None, positions=last).run()
     out = out.view(plan.tokens[0], -1, x0.shape[1])
     return out if positions is None else rows_at(out, positions)
@@ -132,8 +132,8 @@ class Operands(NamedTuple):
 
 class Attended(NamedTuple):
     n: torch.Tensor
-    qkv: torch.Tensor
-    rstd: torch.Tensor
+    qkv: torch.Tensor | None  # for a backward
+    rstd: torch.Tensor | None
     gate: torch.Tensor | None
     y: torch.Tensor
     lse: torch.Tensor
@@ -215,23 +215,34 @@ class Forward:
         return _mix(self.weights.mix[i], (stream, self.x0, skip), self.plan.norm_scale(block))
 
     def attend(self, i, block, n, positions):
+        if positions is not None:
+            return self.attend_last(block, n, positions)
         plan, kv_heads = self.plan, self.config.num_kv_heads
         qkv, rstd = ops.qkv_forward(n, self.operands.qkv[block], self.weights.q_gain[block], plan.cos, plan.sin, kv_heads)
-        return self.attend_with(block, n, qkv, rstd, positions)
+        return self.attend_with(block, n, qkv, rstd)
 
-    def attend_with(self, block, n, qkv, rstd, positions):
-        config, plan = self.config, self.plan
-        q, k, v = heads(qkv, config, plan.tokens)
+    def attend_with(self, block, n, qkv, rstd):
+        return Attended(n, qkv, rstd, *self.attention(block, n, *heads(qkv, self.config, self.plan.tokens)))
+
+    def attend_last(self, block, n, count):
+        """Of the last positions of each row, for scoring: keys and values of all, queries of those alone."""
+        plan, config, weight, gain = self.plan, self.config, self.operands.qkv[block], self.weights.q_gain[block]
+        dim, last = config.model_dim, self.at(n, count)
+        q, _ = ops.qkv_forward(last, weight[:dim], gain, plan.cos[-count:], plan.sin[-count:], 0)
+        kv, _ = ops.qkv_forward(n, weight[dim:], gain[:0], plan.cos, plan.sin, config.num_kv_heads)
+        q, kv = (x.view(plan.tokens[0], -1, x.shape[1] // config.head_dim, config.head_dim) for x in (q, kv))
+        return Attended(last, None, None, *self.attention(block, last, q, *kv.chunk(2, dim=2)))
+
+    def attention(self, block, n, q, k, v):
+        """Gate, output, lse and own; n: the rows of q."""
+        config, plan, gate = self.config, self.plan, None
         if block in self.values:
             v += self.values[block].view(v.shape)
-        gate = None
         if config.attn_gate:
-            gate = ops.attn_gate_fwd(n, self.weights.gate[block], config.attn_gate_scale).view(*plan.tokens, -1)
+            gate = ops.attn_gate_fwd(n, self.weights.gate[block], config.attn_gate_scale).view(*q.shape[:2], -1)
         xsa, scale = is_xsa(config, block), config.head_dim**-0.5
-        if positions is not None:  # a number: attention serves the last queries of longer keys
-            q, gate = (None if x is None else rows_at(x, positions) for x in (q, gate))
         y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, xsa, scale)
-        return Attended(n, qkv, rstd, gate, y.flatten(0, 1).flatten(1), lse, own)
+        return gate, y.flatten(0, 1).flatten(1), lse, own
 
     def output(self, i, block, attended, residual):
         """What attention writes, and with a residual the factors of the sum's norm."""

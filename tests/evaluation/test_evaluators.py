@@ -213,8 +213,7 @@ def make(kind):
 
 @pytest.mark.parametrize("kind", ["sliding", "sgd"])
 @pytest.mark.parametrize("chunks", [1, 2])
-def test_stopped_and_gone_on_is_the_same(tmp_path, monkeypatch, kind, chunks):
-    monkeypatch.setattr("pgolf_fast.evaluation.sliding.STOP_WINDOWS", 8)
+def test_stopped_and_gone_on_is_the_same(tmp_path, kind, chunks):
     _, evaluator, referee = make(kind)
     whole = evaluate(evaluator, referee).result
 
