@@ -15,15 +15,16 @@ from pgolf_fast.ops._library import accumulation_dtype
 from pgolf_fast.ops.products import project, project_backward
 
 
-def run(plan, weights, x0, values, adapters, positions):
+def run(plan, weights, scales, x0, values, adapters, positions):
     """The stream after the last visit at positions [B, S] of each row, [B, S, C], or at all of them; see fused_blocks.run.
 
-    adapters  one for each of plan.visits, their `o_up` times attn_scale and `mlp_up` times mlp_scale; the rows of a batch have one each
+    scales    [C] each, of what attention and the MLP write, which `weights` have in them already; a pair for each of plan.visits
+    adapters  one for each of plan.visits; the rows of a batch have one each
     """
     x0, values = x0.flatten(0, 1), [v.flatten(0, 1) for v in values]
     weights = Weights(*(None if w is None else w.to(accumulation_dtype(x0.dtype)) for w in weights))
     leaves = [leaf for adapter in adapters for leaf in adapter]
-    return _AdaptedBlocks.apply(plan, weights, x0, values, positions, *leaves).view(plan.tokens[0], -1, x0.shape[1])
+    return _AdaptedBlocks.apply(plan, weights, scales, x0, values, positions, *leaves).view(plan.tokens[0], -1, x0.shape[1])
 
 
 def _by_visit(leaves):
@@ -31,22 +32,50 @@ def _by_visit(leaves):
     return [VisitAdapter(*leaves[i : i + size]) for i in range(0, len(leaves), size)]
 
 
+def _scaled(adapters, scales):
+    """The adapters with the scales of the two output products in them; so are scaled the gradients of the adapters without."""
+    return [
+        adapter._replace(o_up=_times(adapter.o_up, of_attention), mlp_up=_times(adapter.mlp_up, of_mlp))
+        for adapter, (of_attention, of_mlp) in zip(adapters, scales)
+    ]
+
+
+def _product(x, factors):
+    return (x * factors).to(x.dtype)
+
+
+@functools.cache
+def _product_in_one_pass():
+    return torch.compile(_product, dynamic=True)
+
+
+def _times(x, factors):
+    """Times factors of a wider dtype that broadcast; by torch's own kernels that takes two to three times as long."""
+    return (_product_in_one_pass() if x.is_cuda else _product)(x, factors)
+
+
+def _times_rows(x, factors):
+    """x [B, rows, ..] times factors [B rows]"""
+    return _times(x.flatten(0, 1), factors[:, None]).view_as(x)
+
+
 class _AdaptedBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, weights, x0, values, positions, *leaves):
-        ctx.tape = []
-        forward = _Forward(plan, weights, x0, values, ctx.tape, positions, _by_visit(leaves))
+    def forward(ctx, plan, weights, scales, x0, values, positions, *leaves):
+        ctx.tape, adapters = [], _scaled(_by_visit(leaves), scales)
+        forward = _Forward(plan, weights, x0, values, ctx.tape, positions, adapters)
         out = forward.run()
-        ctx.plan, ctx.weights, ctx.operands, ctx.positions = plan, weights, forward.operands, positions
-        ctx.save_for_backward(*leaves)
+        ctx.plan, ctx.weights, ctx.scales, ctx.operands, ctx.positions = plan, weights, scales, forward.operands, positions
+        ctx.save_for_backward(*(tensor for adapter in adapters for tensor in adapter))
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        leaves = _by_visit(ctx.saved_tensors)
-        backward = _Backward(ctx.plan, ctx.weights, ctx.operands, take_tape(ctx), ctx.positions, leaves)
+        adapters = _by_visit(ctx.saved_tensors)
+        backward = _Backward(ctx.plan, ctx.weights, ctx.operands, take_tape(ctx), ctx.positions, adapters)
         backward.run(dout)
-        return None, None, None, None, None, *(of_visit[name] for of_visit in backward.found for name in VisitAdapter._fields)
+        gradients = _scaled([VisitAdapter(**found) for found in backward.found], ctx.scales)
+        return *(None,) * 6, *(gradient for of_visit in gradients for gradient in of_visit)
 
 
 class Entered(NamedTuple):
@@ -65,21 +94,6 @@ class Adapted(NamedTuple):
 def _batched(x, batch):
     """[B, rows, ..] of x [B rows, ..]"""
     return x.view(batch, -1, *x.shape[1:])
-
-
-def _scale_rows_(x, factors):
-    x.mul_(factors[:, None])
-
-
-@functools.cache
-def _scale_rows_kernel():
-    """Takes half the time of torch's own broadcasting product."""
-    return torch.compile(_scale_rows_, dynamic=True)
-
-
-def scale_rows_(x, factors):
-    """x [B, rows, ..] times factors [B rows]"""
-    (_scale_rows_kernel() if x.is_cuda else _scale_rows_)(x.flatten(0, 1), factors)
 
 
 class _Forward(fused_blocks.Forward):
@@ -113,7 +127,7 @@ class _Forward(fused_blocks.Forward):
         adapter = self.adapters[i]
         y, u = super().mlp(i, block, x, rstd, residual)
         low = torch.bmm(_batched(x, self.batch), adapter.mlp_down)
-        scale_rows_(low, self.plan.norm_scale(block) * rstd)
+        low = _times_rows(low, self.plan.norm_scale(block) * rstd)
         _batched(y, self.batch).baddbmm_(low, adapter.mlp_up)
         return y, (u, low)
 
@@ -193,7 +207,7 @@ class _Backward(fused_blocks.Backward):
         dlow = torch.bmm(rows, adapter.mlp_up.mT)
         dn = ops.fused_mlp_bwd_input(dy, u, self.operands.up[block], self.operands.down[block], fused_blocks.activation_index(self.config))
         _batched(dn, self.batch).baddbmm_(dlow, adapter.mlp_down.mT)
-        scale_rows_(dlow, scale * rstd)
+        dlow = _times_rows(dlow, scale * rstd)
         self.found[i] |= {"mlp_down": torch.bmm(_batched(x, self.batch).mT, dlow), "mlp_up": torch.bmm(low.mT, rows)}
         (dx,), _ = ops.mix_norm_bwd(dx, dn, x, rstd, [], None, [], scale, [None])
         return dx

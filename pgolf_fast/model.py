@@ -559,9 +559,9 @@ class GPT(nn.Module):
         values = list(context.values.values())
         if not adapters:
             return fused_blocks.run(plan, weights, context.x0, values, positions)
-        scales = list(zip(self.attn_scale, self.mlp_scale))
-        scaled = [adapter.scaled(*scales[visit.block]) for visit, adapter in zip(visits, adapters.visits)]
-        return adapted_blocks.run(plan, weights, context.x0, values, scaled, fused_blocks.as_columns(positions, context.x0))
+        scales = [(self.attn_scale[visit.block], self.mlp_scale[visit.block]) for visit in visits]
+        columns = fused_blocks.as_columns(positions, context.x0)
+        return adapted_blocks.run(plan, weights, scales, context.x0, values, adapters.visits, columns)
 
     def _packed(self, fake_quant):
         """The matrices as the fused blocks multiply by them. Scales of a product's channels are folded into its matrix."""
