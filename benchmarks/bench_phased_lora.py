@@ -93,6 +93,8 @@ def score_text(artifact, data, config, length, at_most, prefix_documents, device
     """Bits per byte as quantized (adapters that do not learn), with adapters, and with adapters and pauses; the same windows each time."""
     validation = documents_up_to(length, load_validation(data, 1), at_most)
     lengths = np.diff(np.append(validation.document_starts, len(validation)))
+    if not any(len(phase.learned) for phase in plan(lengths, dataclasses.replace(config, prefix_documents=prefix_documents)).phases):
+        raise SystemExit(f"--prefix-documents {prefix_documents}: no pause comes before the last of {len(lengths)} documents; give fewer")
     read = sum(tokens_read(lengths[batch], config) for batch in plan(lengths, config).batches)
     print(f"{len(lengths)} documents of up to {length} predictions, {len(validation):,} in all, {read:,} tokens to read")
     still = dataclasses.replace(config, lr=0.0, prefix_documents=0)
@@ -127,7 +129,7 @@ def main():
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--length", type=int, default=2400, help="predictions of each document")
     parser.add_argument("--row-multiple", type=int, default=512)
-    parser.add_argument("--lanes", type=int, default=8, help="fewer: pauses also between a few batches")
+    parser.add_argument("--lanes", type=int, default=8, help="1: a pause can come after every batch")
     parser.add_argument("--eager", action="store_true", help="also the model without graphs and compilation")
     parser.add_argument("--artifact")
     parser.add_argument("--data")
