@@ -179,7 +179,8 @@ class _Backward(fused_blocks.Backward):
         y, xsa, scale = y.view(q.shape), fused_blocks.is_xsa(config, block), config.head_dim**-0.5
         forward = q, k, v, gate, y, lse, own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
         raw = rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.unwanted_gain
-        dqkv, dgate = ops.xsa_output_bwd(self.spread(i, dout), self.operands.o[block], *forward, *raw)
+        dout = self.spread(i, dout)
+        dqkv, dgate = ops.xsa_output_bwd(dout, self.operands.o[block], *forward, *raw)
         dqkv = dqkv.view_as(qkv)
 
         dlow, place = torch.empty_like(saved.low), 0
