@@ -11,9 +11,10 @@
 //
 // Four stages, the most that fit: a stage is consumed in 512 clocks (128 columns), 768 (192) or 1024 (256), and one is still being read
 // when the next is.
-// The result of one tile is computed, staged and stored under the products of the next, and the auxiliary tile comes into the same
-// staging area before. 128 or 192 columns leave registers for two accumulators. 256 columns, for a long K, do not: they are rounded
-// between two tiles and staged in two passes. 128 columns leave room for two staging areas, for results that take long to compute.
+// The result of one tile is computed, staged and stored under the products of the next, in passes of 64 columns; the auxiliary columns of a
+// pass come into the same staging area before. There are as many areas as fit, used in turn: while one is written, others are on their way
+// out and in. 128 or 192 columns leave registers for two accumulators; 256 columns, for a long K, do not: they are rounded between two tiles.
+// A tile of 128 columns is one pass, for results that take long to compute.
 // Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
 //
 // What varies is the Op:
@@ -52,7 +53,6 @@ enum Output { kStoreBf16, kAddFp32, kAddFp32Transposed };
 template <class Op>
 struct Layout {
     static_assert(Op::kBlockN == 128 || Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
-    static_assert(!Op::kRowSums || Op::kBlockN < 256, "summed over one pass");
     static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
     static constexpr int kStageABytes = kBlockM * kBlockK * 2;
     static constexpr int kStageBytes = kStageABytes + Op::kBlockN * kBlockK * 2;
@@ -60,16 +60,18 @@ struct Layout {
     static constexpr bool kHeldRounded = Op::kBlockN == 256;
     static_assert(!kStaged || kHeldRounded || !Op::kTransformA, "no registers left for it");
     static constexpr bool kAuxStaged = kStaged && Op::kHasAux;
-    static constexpr int kPasses = !kHeldRounded ? 1 : Op::kSideBlocks == 0 ? 2 : 4;
-    static constexpr int kPassKBlocks = kPasses == 4 ? 6 : 8;  // under which a pass is staged
-    static constexpr int kLeastKBlocks = kStaged ? kPasses * kPassKBlocks : 1;  // a shorter K is padded with the copy engine's zeros
-    static constexpr int kPassBlocks = kStaged ? kColumnBlocks / kPasses : 0;   // column blocks staged at a time, per warpgroup
     static_assert(Op::kSideBlocks == 0 || kAuxStaged, "side blocks come with the auxiliary tile");
-    static_assert(!kStaged || kHeldRounded || Op::kBlockN == 192 || Op::kSideBlocks > 0, "a tile of 128 columns does everything in stage()");
+    static constexpr int kPassBlocks = !kStaged ? 0 : Op::kBlockN == 128 ? 2 : 1;  // column blocks staged at a time, per warpgroup
+    static constexpr int kPasses = kStaged ? kColumnBlocks / kPassBlocks : 0;
+    // A tile's first kLeadKBlocks leave the staging areas alone. Then come the passes, each under kPassKBlocks; of these the last
+    // kStageSteps stage a part of the result each.
+    static constexpr int kLeadKBlocks = Op::kBlockN == 192 ? 2 : 0;
+    static constexpr int kPassKBlocks = Op::kBlockN == 128 ? 8 : Op::kBlockN == 192 ? 2 : Op::kSideBlocks == 0 ? 4 : 6;
+    static constexpr int kStageSteps = Op::kBlockN == 128 ? 7 : 2;
+    static constexpr int kLeastKBlocks = kStaged ? kLeadKBlocks + kPasses * kPassKBlocks : 1;  // a shorter K is padded with the copy engine's zeros
     static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
     static constexpr int kStoredBlocks = kPassBlocks + (Op::kSideStored ? Op::kSideBlocks : 0);
-    static constexpr int kStagingAreas = Op::kBlockN == 128 ? 2 : 1;
-    static constexpr int kStageSteps = kStagingAreas == 2 ? 7 : kPassKBlocks - 4;  // the last k blocks of a pass: its result is staged piecewise
+    static constexpr int kStagingAreas = Op::kBlockN == 192 ? 3 : Op::kBlockN == 128 || Op::kSideBlocks == 0 ? 2 : 1;
     // Both together are what 384 threads start with, 168 each.
     static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
     static constexpr int kGroupStagingBytes = kStagedBlocks * kStagingBlockBytes;  // of a warpgroup's area
@@ -162,7 +164,7 @@ struct Schedule {
     }
 };
 
-constexpr int kMaxStagingAreas = 2;
+constexpr int kMaxStagingAreas = 3;
 
 struct Barriers {
     uint64_t full[kStages], empty[kStages];
@@ -436,9 +438,9 @@ struct Consumer {
         }
     }
     // All of this pass is staged.
-    __device__ __forceinline__ void give_staging(const Work& work) {
+    __device__ __forceinline__ void give_staging(int pass, const Work& work) {
         if constexpr (Op::kRowSums)
-            if (arguments.row_sums != nullptr) store_row_sums(work);
+            if (pass + 1 == L::kPasses && arguments.row_sums != nullptr) store_row_sums(work);
         ptx::fence_async_shared();
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(&bars.staged[group][areas.stage]);
@@ -467,44 +469,47 @@ struct Consumer {
         release();
         unreleased = -1;
     }
+    // The accumulators of a pass are final.
+    __device__ __forceinline__ void finish_pass(float (&acc)[kAccumulators], int pass, const Work& work, const typename Op::Fetched& fetched) {
+#pragma unroll
+        for (int block = pass * L::kPassBlocks; block < (pass + 1) * L::kPassBlocks; ++block) finish(acc, block, work, fetched);
+    }
     // Products of `work` into `acc`; under them the result of the tile `before`, of which `held` is left.
-    // The staging area is taken at the fifth k block of a pass, in time for the copies to and from it.
     __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, Held& held, const Work& before) {
         OperandA a;
         typename Op::Fetched fetched;
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
-            multiply(acc, a, pass > 0);
-            if (pass == 0) fetched = fetch(before);
-            if constexpr (!L::kHeldRounded) wgmma::pin(held);  // its last product is done: the wait was for all but the newest
 #pragma unroll
-            for (int i = 1; i < L::kPassKBlocks - L::kStageSteps; ++i) {
-                multiply(acc, a, true);
-                if constexpr (!L::kHeldRounded) finish(held, i - 1, before, fetched);
+            for (int i = pass == 0 ? -L::kLeadKBlocks : 0; i < L::kPassKBlocks - L::kStageSteps; ++i) {
+                const bool first = pass == 0 && i == -L::kLeadKBlocks;
+                multiply(acc, a, !first);
+                if (first) fetched = fetch(before);
+                if constexpr (!L::kHeldRounded)
+                    if (first) wgmma::pin(held);  // its last product is done: the wait was for all but the newest
             }
             await_staging();
 #pragma unroll
             for (int step = 0; step < L::kStageSteps; ++step) {
                 multiply(acc, a, true);
+                if constexpr (!L::kHeldRounded)
+                    if (step == 0) finish_pass(held, pass, before, fetched);
                 stage_step(held, pass, step, before, fetched);
             }
-            give_staging(before);
+            give_staging(pass, before);
         }
         for (int i = L::kLeastKBlocks; i < work.k_end; ++i) multiply(acc, a, true);
     }
     __device__ __forceinline__ void last_result(Held& held, const Work& work) {
         typename Op::Fetched fetched = fetch(work);
-        if constexpr (!L::kHeldRounded) {
-            drain(held);
-#pragma unroll
-            for (int block = 0; block < L::kColumnBlocks; ++block) finish(held, block, work, fetched);
-        }
+        if constexpr (!L::kHeldRounded) drain(held);
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
+            if constexpr (!L::kHeldRounded) finish_pass(held, pass, work, fetched);
             await_staging();
 #pragma unroll
             for (int step = 0; step < L::kStageSteps; ++step) stage_step(held, pass, step, work, fetched);
-            give_staging(work);
+            give_staging(pass, work);
         }
     }
     // Two accumulators in turn.
