@@ -21,14 +21,14 @@
 //     kBlockN                     128, 192 or 256
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
-//     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value. With 256 columns
-//                                 the accumulator has been rounded to bf16
-//     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with its accumulators of
-//                                 each 64 columns before they are staged
+//     kHasAux, result()           two accumulators of a row and the auxiliary elements at the same place to the stored values. With 256
+//                                 columns the accumulators have been rounded to bf16
+//     fetch(), finish()           what a thread reads for its two rows of a tile, under the products of that tile (loads only: what is
+//                                 made of them there would wait for them), and what it then does with its accumulators of each 64
+//                                 columns before they are staged
 //     kSideBlocks, side_column(), column blocks of a further matrix (Side) that come with each pass of a tile, and from where; kSideStored:
 //     kSideStored, stage()        others go with the result. stage() turns all into what is stored, in kStageSteps steps
-//     kRowSums, row_term()        what a stored pair and its auxiliary pair add to a sum per row and column tile, in Arguments::row_sums
-//                                 [column tiles, m]
+//     kRowSums                    result() adds to a sum per row and column tile, which is stored in Arguments::row_sums [column tiles, m]
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
 //                                 tiles is then cut into one equal share per cluster, so that a few tiles with a long K
 //                                 (a weight gradient) keep every multiprocessor busy; the order of the additions varies.
@@ -71,6 +71,7 @@ struct Layout {
     static constexpr int kLeastKBlocks = kStaged ? kLeadKBlocks + kPasses * kPassKBlocks : 1;  // a shorter K is padded with the copy engine's zeros
     static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
     static constexpr int kStoredBlocks = kPassBlocks + (Op::kSideStored ? Op::kSideBlocks : 0);
+    static constexpr bool kRowsCalled = kStaged && !kHeldRounded && Op::kAMajor == wgmma::kMajorK;
     static constexpr int kStagingAreas = Op::kBlockN == 192 ? 3 : Op::kBlockN == 128 || Op::kSideBlocks == 0 ? 2 : 1;
     // Both together are what 384 threads start with, 168 each.
     static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
@@ -81,6 +82,7 @@ struct Layout {
 
 struct Maps {
     CUtensorMap a, b, c, aux, side_in, side_out;
+    const __nv_bfloat16* a_rows;
     float* c_fp32;  // where the output is added to, contiguous rows
 };
 
@@ -103,7 +105,11 @@ struct PlainOp {
     // `column`: the first of the 64.
     template <class Arguments, class Fetched>
     static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[32], int row, int column, int m) {}
-    static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t) { return ptx::pack_bf16(low, high); }
+    // `r`: which of the thread's rows.
+    template <class Arguments, class Fetched>
+    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int r, float low, float high, uint32_t aux, float& row_sum) {
+        return ptx::pack_bf16(low, high);
+    }
 };
 
 // A tile of the cluster pair, and the k blocks of it to sum.
@@ -195,17 +201,29 @@ __device__ __forceinline__ int staged_column(const Work& tile, int pass, int blo
     return block < kOwn ? tile.n0 + (pass * kOwn + block) * kColumnBlock : Op::side_column(tile.n0, pass) + (block - kOwn) * kColumnBlock;
 }
 
+// All column tiles of some rows are computed at the same time and wait together for these rows of A to come from memory, which with a short
+// K takes longer than the stages last. So each calls its part of them into the L2 while its cluster has the tile before.
+template <class Op>
+__device__ __forceinline__ void call_rows(const Maps& maps, const Shape& shape, const Work& tile) {
+    const int tiles_n = (shape.n + Op::kBlockN - 1) / Op::kBlockN, part = tile.n0 / Op::kBlockN;
+    const int begin = tile.m0 + kBlockM * part / tiles_n, end = min(tile.m0 + kBlockM * (part + 1) / tiles_n, shape.m);
+    if (begin < end) ptx::bulk_prefetch_l2(maps.a_rows + int64_t(begin) * shape.k, uint32_t(end - begin) * shape.k * 2);
+}
+
 template <class Op>
 __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, Barriers& bars) {
     using L = Layout<Op>;
     constexpr int kBlockN = Op::kBlockN;
     const uint32_t rank = ptx::cluster_rank();
-    Schedule<Op> schedule(shape);
-    Work work;
+    Schedule<Op> schedule(shape), ahead(shape);
+    Work work, coming;
     Ring<kStages> ring;
+    ahead.next(coming);
 
     while (schedule.next(work)) {
         const int m0 = work.m0, n0 = work.n0;
+        if constexpr (L::kRowsCalled)
+            if (ahead.next(coming)) call_rows<Op>(maps, shape, coming);
         for (int kb = work.k_begin; kb < work.k_end; ++kb, ring.next()) {
             ptx::mbarrier_wait(&bars.empty[ring.stage], ring.phase ^ 1);
             ptx::mbarrier_arrive_expect(&bars.full[ring.stage], L::kStageBytes);
@@ -405,24 +423,25 @@ struct Consumer {
             Op::stage(arguments, fetched, held, pass, step, row_of(work), work.n0, shape.m, address);
         } else {
 #pragma unroll
-            for (int c = step * kChunks / L::kStageSteps; c < (step + 1) * kChunks / L::kStageSteps; ++c) stage_chunk(held, pass, c);
+            for (int c = step * kChunks / L::kStageSteps; c < (step + 1) * kChunks / L::kStageSteps; ++c) stage_chunk(held, pass, c, fetched);
         }
     }
     __device__ __forceinline__ uint32_t chunk_address(int i) const {
         return ptx::smem_u32(staging) + areas.stage * L::kGroupStagingBytes + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
     }
     // Result of 16 columns.
-    __device__ __forceinline__ void stage_chunk(const Held& held, int pass, int i) {
+    __device__ __forceinline__ void stage_chunk(const Held& held, int pass, int i, const typename Op::Fetched& fetched) {
         uint32_t aux[4] = {}, out[4];
         if constexpr (L::kAuxStaged) ptx::ldmatrix_x4(chunk_address(i), aux[0], aux[1], aux[2], aux[3]);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             const int pair = 4 * (pass * kChunks + i) + r;
+            float low, high;
             if constexpr (L::kHeldRounded)
-                out[r] = Op::result(__uint_as_float(held[pair] << 16), __uint_as_float(held[pair] & 0xffff0000u), aux[r]);
+                low = __uint_as_float(held[pair] << 16), high = __uint_as_float(held[pair] & 0xffff0000u);
             else
-                out[r] = Op::result(held[2 * pair], held[2 * pair + 1], aux[r]);
-            if constexpr (Op::kRowSums) row_sums[r % 2] += Op::row_term(out[r], aux[r]);
+                low = held[2 * pair], high = held[2 * pair + 1];
+            out[r] = Op::result(arguments, fetched, r % 2, low, high, aux[r], row_sums[r % 2]);
         }
         ptx::stmatrix_x4(chunk_address(i), out[0], out[1], out[2], out[3]);
     }
@@ -474,17 +493,17 @@ struct Consumer {
 #pragma unroll
         for (int block = pass * L::kPassBlocks; block < (pass + 1) * L::kPassBlocks; ++block) finish(acc, block, work, fetched);
     }
-    // Products of `work` into `acc`; under them the result of the tile `before`, of which `held` is left.
-    __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, Held& held, const Work& before) {
+    // Products of `work` into `acc`; under them the result of the tile `before`, of which `held` is left. `fetched`: before's, then work's.
+    __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, Held& held, const Work& before,
+                                                    typename Op::Fetched& fetched) {
         OperandA a;
-        typename Op::Fetched fetched;
+        typename Op::Fetched coming;
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
 #pragma unroll
             for (int i = pass == 0 ? -L::kLeadKBlocks : 0; i < L::kPassKBlocks - L::kStageSteps; ++i) {
                 const bool first = pass == 0 && i == -L::kLeadKBlocks;
                 multiply(acc, a, !first);
-                if (first) fetched = fetch(before);
                 if constexpr (!L::kHeldRounded)
                     if (first) wgmma::pin(held);  // its last product is done: the wait was for all but the newest
             }
@@ -497,11 +516,12 @@ struct Consumer {
                 stage_step(held, pass, step, before, fetched);
             }
             give_staging(pass, before);
+            if (pass == (L::kPasses > 1 ? L::kPasses - 2 : 0)) coming = fetch(work);  // some k blocks before they are used
         }
+        fetched = coming;
         for (int i = L::kLeastKBlocks; i < work.k_end; ++i) multiply(acc, a, true);
     }
-    __device__ __forceinline__ void last_result(Held& held, const Work& work) {
-        typename Op::Fetched fetched = fetch(work);
+    __device__ __forceinline__ void last_result(Held& held, const Work& work, typename Op::Fetched& fetched) {
         if constexpr (!L::kHeldRounded) drain(held);
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
@@ -518,14 +538,15 @@ struct Consumer {
         float even[kAccumulators], odd[kAccumulators];
         Work work, before;
         if (!schedule.next(work)) return;
+        typename Op::Fetched fetched = fetch(work);
         products(even, work);
         while (true) {
             before = work;
-            if (!schedule.next(work)) return last_result(even, before);
-            overlapped_tile(odd, work, even, before);
+            if (!schedule.next(work)) return last_result(even, before, fetched);
+            overlapped_tile(odd, work, even, before, fetched);
             before = work;
-            if (!schedule.next(work)) return last_result(odd, before);
-            overlapped_tile(even, work, odd, before);
+            if (!schedule.next(work)) return last_result(odd, before, fetched);
+            overlapped_tile(even, work, odd, before, fetched);
         }
     }
     // One accumulator, rounded between two tiles.
@@ -535,17 +556,17 @@ struct Consumer {
         uint32_t held[kAccumulators / 2];
         Work work, before;
         if (!schedule.next(work)) return;
+        typename Op::Fetched fetched = fetch(work);
         products(acc, work);
         while (true) {
             drain(acc);
-            const typename Op::Fetched fetched = fetch(work);
 #pragma unroll
             for (int block = 0; block < L::kColumnBlocks; ++block) finish(acc, block, work, fetched);
 #pragma unroll
             for (int i = 0; i < kAccumulators / 2; ++i) held[i] = ptx::pack_bf16(acc[2 * i], acc[2 * i + 1]);
             before = work;
-            if (!schedule.next(work)) return last_result(held, before);
-            overlapped_tile(acc, work, held, before);
+            if (!schedule.next(work)) return last_result(held, before, fetched);
+            overlapped_tile(acc, work, held, before, fetched);
         }
     }
 
@@ -616,6 +637,7 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
     if (shape.m == 0 || shape.k == 0) return cudaSuccess;
     constexpr int kSharedBytes = Layout<Op>::kSharedBytes;
     Maps maps{};
+    maps.a_rows = static_cast<const __nv_bfloat16*>(a);
     maps.c_fp32 = static_cast<float*>(c);
     cudaError_t status = Op::kAMajor == wgmma::kMajorK ? map_2d(&maps.a, a, shape.m, shape.k, shape.k, kBlockM)
                                                        : map_2d(&maps.a, a, shape.k, shape.m, shape.m, kBlockK);
