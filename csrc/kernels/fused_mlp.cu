@@ -51,7 +51,8 @@ struct RowScaled : Plain {
 
 // u = factor (x Wup^T)
 struct Up : RowScaled {
-    static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& fetched, int r, float u0, float u1, uint32_t, float&) {
+    static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& fetched, int r, float u0, float u1, uint32_t,
+                                                      float&) {
         const float factor = fetched.factor(p, r);
         return ptx::pack_bf16(factor * u0, factor * u1);
     }
@@ -72,7 +73,8 @@ template <Activation kActivation>
 struct DownResidual : Down<kActivation> {
     static constexpr bool kHasAux = true;
     template <class Arguments, class Fetched>
-    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int, float y0, float y1, uint32_t residual, float&) {
+    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int, float y0, float y1, uint32_t residual,
+                                                      float&) {
         return ptx::pack_bf16(y0 + low(residual), y1 + high(residual));
     }
 };
@@ -168,7 +170,8 @@ template <Activation kActivation>
 cudaError_t backward_input(const FusedMlpParams& p, cudaStream_t stream) {
     using ByU = DownBackward<kActivation>;
     static_assert(fused_mlp_row_tiles(ByU::kBlockN) == 1 && fused_mlp_row_tiles(ByU::kBlockN + 1) == 2);
-    cudaError_t status = gemm::launch<ByU>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream, {p.rstd, p.rstd ? p.scale : 1.f, p.row_sums});
+    const typename ByU::Arguments factors{p.rstd, p.rstd ? p.scale : 1.f, p.row_sums};
+    cudaError_t status = gemm::launch<ByU>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream, factors);
     const gemm::Shape shape{p.m, p.d, p.h};
     if (status != cudaSuccess) return status;
     if (p.rstd == nullptr) return gemm::launch<UpBackward>(p.du, p.w_up, p.dx, nullptr, shape, stream);

@@ -22,7 +22,8 @@ __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pa
 struct ForwardResidual : Forward {
     static constexpr bool kHasAux = true;
     template <class Arguments>
-    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int, float y0, float y1, uint32_t residual, float&) {
+    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int, float y0, float y1, uint32_t residual,
+                                                      float&) {
         return ptx::pack_bf16(y0 + low(residual), y1 + high(residual));
     }
 };
@@ -32,9 +33,10 @@ struct ForwardResidualSquares : ForwardResidual {
     struct Arguments {
         float* row_sums;
     };
-    static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& f, int r, float y0, float y1, uint32_t residual, float& sum) {
-        const uint32_t y = ForwardResidual::result(p, f, r, y0, y1, residual, sum);
-        sum = fmaf(high(y), high(y), fmaf(low(y), low(y), sum));
+    static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& f, int r, float y0, float y1, uint32_t residual,
+                                                      float& row_sum) {
+        const uint32_t y = ForwardResidual::result(p, f, r, y0, y1, residual, row_sum);
+        row_sum = fmaf(high(y), high(y), fmaf(low(y), low(y), row_sum));
         return y;
     }
 };

@@ -71,7 +71,6 @@ struct Layout {
     static constexpr int kLeastKBlocks = kStaged ? kLeadKBlocks + kPasses * kPassKBlocks : 1;  // a shorter K is padded with the copy engine's zeros
     static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
     static constexpr int kStoredBlocks = kPassBlocks + (Op::kSideStored ? Op::kSideBlocks : 0);
-    static constexpr bool kRowsCalled = kStaged && !kHeldRounded && Op::kAMajor == wgmma::kMajorK;
     static constexpr int kStagingAreas = Op::kBlockN == 192 ? 3 : Op::kBlockN == 128 || Op::kSideBlocks == 0 ? 2 : 1;
     // Both together are what 384 threads start with, 168 each.
     static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
@@ -82,7 +81,6 @@ struct Layout {
 
 struct Maps {
     CUtensorMap a, b, c, aux, side_in, side_out;
-    const __nv_bfloat16* a_rows;
     float* c_fp32;  // where the output is added to, contiguous rows
 };
 
@@ -201,29 +199,17 @@ __device__ __forceinline__ int staged_column(const Work& tile, int pass, int blo
     return block < kOwn ? tile.n0 + (pass * kOwn + block) * kColumnBlock : Op::side_column(tile.n0, pass) + (block - kOwn) * kColumnBlock;
 }
 
-// All column tiles of some rows are computed at the same time and wait together for these rows of A to come from memory, which with a short
-// K takes longer than the stages last. So each calls its part of them into the L2 while its cluster has the tile before.
-template <class Op>
-__device__ __forceinline__ void call_rows(const Maps& maps, const Shape& shape, const Work& tile) {
-    const int tiles_n = (shape.n + Op::kBlockN - 1) / Op::kBlockN, part = tile.n0 / Op::kBlockN;
-    const int begin = tile.m0 + kBlockM * part / tiles_n, end = min(tile.m0 + kBlockM * (part + 1) / tiles_n, shape.m);
-    if (begin < end) ptx::bulk_prefetch_l2(maps.a_rows + int64_t(begin) * shape.k, uint32_t(end - begin) * shape.k * 2);
-}
-
 template <class Op>
 __device__ __forceinline__ void produce(const Maps& maps, const Shape& shape, uint8_t* stages, Barriers& bars) {
     using L = Layout<Op>;
     constexpr int kBlockN = Op::kBlockN;
     const uint32_t rank = ptx::cluster_rank();
-    Schedule<Op> schedule(shape), ahead(shape);
-    Work work, coming;
+    Schedule<Op> schedule(shape);
+    Work work;
     Ring<kStages> ring;
-    ahead.next(coming);
 
     while (schedule.next(work)) {
         const int m0 = work.m0, n0 = work.n0;
-        if constexpr (L::kRowsCalled)
-            if (ahead.next(coming)) call_rows<Op>(maps, shape, coming);
         for (int kb = work.k_begin; kb < work.k_end; ++kb, ring.next()) {
             ptx::mbarrier_wait(&bars.empty[ring.stage], ring.phase ^ 1);
             ptx::mbarrier_arrive_expect(&bars.full[ring.stage], L::kStageBytes);
@@ -637,7 +623,6 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
     if (shape.m == 0 || shape.k == 0) return cudaSuccess;
     constexpr int kSharedBytes = Layout<Op>::kSharedBytes;
     Maps maps{};
-    maps.a_rows = static_cast<const __nv_bfloat16*>(a);
     maps.c_fp32 = static_cast<float*>(c);
     cudaError_t status = Op::kAMajor == wgmma::kMajorK ? map_2d(&maps.a, a, shape.m, shape.k, shape.k, kBlockM)
                                                        : map_2d(&maps.a, a, shape.k, shape.m, shape.m, kBlockK);
