@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -120,11 +121,12 @@ def measure(folder: Path, data: Path | None, device: torch.device) -> dict:
     }
 
 
-def measure_fits(folder: Path, data: Path | None, device: torch.device, published_bytes: int) -> dict:
-    """The search's seconds, and per room what it found, scored on validation, which it has not seen."""
+def measure_fits(folder: Path, data: Path | None, device: torch.device, published_bytes: int) -> Iterator[dict]:
+    """The search's seconds, and per room what it found, scored on validation, which it has not seen; after each room, all so far."""
     run = export.read_run(folder)
     validation = load_validation(data or run.recipe.train.data, run.recipe.train.seq_len)
     search, search_s = timed(lambda: Search(run, device, data))
+    predicted = [(round(c.bytes), c.loss - search.unquantized_loss) for c in search.frontier[::20]]
     code = count_code(own_sources())
     fits = []
     rooms = (("wrapped", code.wrapped, CAP_BYTES), ("as published", 0, published_bytes), ("strict", code.strict, CAP_BYTES))
@@ -144,8 +146,7 @@ def measure_fits(folder: Path, data: Path | None, device: torch.device, publishe
         rise = f"rise on training text {row['train_rise']:.5f}, published table {row['tried'][0]['train_rise']:.5f}"
         print(f"  fit, {room}: {size:,} + {code_bytes:,} = {row['total']:,}  bpb {row['bpb']:.5f}  {rise}")
         print(f"  in {fit_s:.1f} s after {search_s:.1f} s", flush=True)
-    predicted = [(round(c.bytes), c.loss - search.unquantized_loss) for c in search.frontier[::20]]
-    return {"search_s": search_s, "rooms": fits, "predicted": predicted}
+        yield {"search_s": search_s, "rooms": fits, "predicted": predicted}
 
 
 def main():
@@ -166,9 +167,10 @@ def main():
         if arguments.save:
             save(row, folder, device)
         if arguments.fit:
-            row["fit"] = measure_fits(folder, arguments.data, device, row["bytes"]["artifact"])
-            if arguments.save:
-                save(row, folder, device)
+            for fits in measure_fits(folder, arguments.data, device, row["bytes"]["artifact"]):
+                row["fit"] = fits
+                if arguments.save:
+                    save(row, folder, device)
 
 
 def save(row: dict, folder: Path, device: torch.device) -> None:

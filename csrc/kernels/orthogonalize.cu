@@ -22,7 +22,8 @@ constexpr int kNormInputs = 120;                     // of one launch; a kernel 
 struct NormLaunch {
     OrthogonalizeInput inputs[kNormInputs];
     int32_t end_block[kNormInputs];
-    int32_t count;
+    int32_t count, num_counters;
+    uint32_t* counters;    // to be zeroed on the way
     double* partial_sums;  // of the first block
 };
 static_assert(sizeof(NormLaunch) <= 4096);
@@ -78,6 +79,8 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constan
         v[i] = at < input.elements ? load_bf16x8(matrix + at) : uint4{};
     }
     if constexpr (!kScale) {
+        if (blockIdx.x == 0)
+            for (int i = threadIdx.x; i < launch.num_counters; i += kNormThreads) launch.counters[i] = 0;
         double sum = 0;
 #pragma unroll
         for (int i = 0; i < kNormVectors; ++i)
@@ -112,9 +115,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_kernel(const __grid_constan
 
 // ---- the iteration ----------------------------------------------------------------------------------
 //
-// A task is one or two tiles of one product that share an operand; each is multiplied by a warpgroup of its own.
-// What limits a 128 x 128 tile is the L2's bandwidth, so two tiles that share are half a third cheaper than two that do
-// not. Few matrices leave multiprocessors idle: then every task is one tile, and the two warpgroups take turns.
+// A task is two tiles of one product that share an operand, and each of two warpgroups multiplies one; or it is one tile, and
+// each multiplies half of its rows. What limits a 128 x 128 tile is the L2's bandwidth, so two tiles that share are a quarter
+// cheaper than two that do not. Few matrices leave multiprocessors idle: then every task is one tile.
 //
 //     product       tile           A                  B
 //     gram          [own, shared]  X rows own         X rows shared      (tall: columns)
@@ -132,7 +135,7 @@ constexpr int kBoxBytes = kBox * kBox * 2;
 constexpr int kTileBytes = kTile * kTile * 2;
 constexpr int kSlotBytes = kTile * kBox * 2;  // one operand of one k block
 constexpr int kSlots = 10;
-constexpr int kInFlight = kSlots - 3;  // slots that may be on their way from memory; see load_operand
+constexpr int kInFlight = kSlots - 3;  // slots that may be on their way from memory; one more hangs, see load_tasks
 constexpr int kTeams = 2;  // warpgroups that multiply
 constexpr int kLoader = kTeams * 4, kScheduler = kLoader + 1, kStorer = kLoader + 2;  // warps; one storer per team
 constexpr int kThreads = (kStorer + kTeams) * 32;
@@ -186,7 +189,7 @@ struct Iteration {
     int32_t num_groups, num_rounds;
     int32_t width;  // tiles of a task
     uint32_t* next_task;
-    uint32_t* done;  // per matrix: tiles finished, over all products
+    uint32_t* done;  // per matrix: halves of tiles finished, over all products
 };
 
 struct Task {
@@ -196,26 +199,37 @@ struct Task {
     int num_k;                   // k blocks of 64
 };
 
-// A task as a team sees it.
+// A place in the ring of slots, and which phase of its barriers is meant.
+struct Place {
+    uint32_t slot, parity;
+
+    __device__ explicit Place(uint32_t position) : slot(position % kSlots), parity(position / kSlots & 1) {}
+    __device__ void advance(uint32_t by) {  // by less than kSlots
+        slot += by;
+        if (slot >= kSlots) slot -= kSlots, parity ^= 1;
+    }
+};
+
+// A task as the teams see it. The operands of a k block lie one behind the other: shared, first own, second own.
 struct TeamTask : Task {
-    uint32_t position, stride;  // of the shared operand's first k block in the ring of slots, and from one k block to the next
-    int own_offset;             // from the shared operand's slot to the own operand's; 0 where they are the same
+    uint32_t position, stride;  // of the first k block in the ring of slots, and from one k block to the next
+    bool same;                  // the first own operand is the shared one: on the diagonal
 };
 
 struct StoreTask {
     const CUtensorMap* map;
     uint32_t* done;  // counted up once stored
-    int row, column, matrix;
+    int row, column, matrix, halves;  // row and column of an element
 };
 
 struct Shared {
     alignas(1024) uint8_t slots[kSlots][kSlotBytes];
     alignas(1024) uint8_t staging[kTeams][kTileBytes];
     Task ready[kAhead];
-    TeamTask task[kTeams];
+    TeamTask task;
     StoreTask store[kTeams];
     uint64_t ready_full[kAhead], ready_empty[kAhead];
-    uint64_t full[kSlots], empty[kSlots], task_full[kTeams], task_empty[kTeams], store_full[kTeams], store_empty[kTeams];
+    uint64_t full[kSlots], empty[kSlots], task_full, task_empty, store_full[kTeams], store_empty[kTeams];
 };
 
 __device__ uint32_t load_acquire(const uint32_t* p) {
@@ -225,6 +239,9 @@ __device__ uint32_t load_acquire(const uint32_t* p) {
 }
 __device__ void add_release(uint32_t* p, uint32_t v) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void arrive(uint64_t* bar, int times) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(smem_u32(bar)), "r"(times) : "memory");
 }
 // Between the copy engine's accesses to global memory and this thread's counter.
 __device__ void fence_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
@@ -282,9 +299,9 @@ struct Cursor {
     }
 };
 
-// Tiles of the task's matrix that must be finished before it may start: all of its earlier products.
+// Halves of tiles of the task's matrix that must be finished before it may start: all of its earlier products.
 __device__ uint32_t prerequisite(const GroupMaps& group, const Product& product) {
-    return product.squares_before * group.square_tiles() + product.updates_before * group.update_tiles();
+    return 2 * (product.squares_before * group.square_tiles() + product.updates_before * group.update_tiles());
 }
 
 // Takes tasks from the queue and hands them on once they may start, while the loader still works on earlier ones.
@@ -311,15 +328,7 @@ __device__ void schedule(const Iteration& it, Shared& s) {
 // six boxes than the tensor cores need for their products.
 __device__ void load_tasks(const Iteration& it, Shared& s) {
     const int lane = threadIdx.x % 32, operand = lane / 2, half = lane % 2;
-    uint32_t position = 0, rounds[kTeams] = {};
-    const auto hand_over = [&](int team, const TeamTask& task) {
-        mbarrier_wait(&s.task_empty[team], (rounds[team]++ & 1) ^ 1);
-        __syncwarp();  // NOTE: a lane that looks after the hand-over may find the place empty again, and would wait for a phase too many
-        if (lane == 0) {
-            s.task[team] = task;
-            mbarrier_arrive(&s.task_full[team]);
-        }
-    };
+    uint32_t position = 0;
     for (int n = 0;; ++n) {
         const int place = n % kAhead;
         mbarrier_wait(&s.ready_full[place], (n / kAhead) & 1);
@@ -329,65 +338,64 @@ __device__ void load_tasks(const Iteration& it, Shared& s) {
         if (lane == 0) mbarrier_arrive(&s.ready_empty[place]);
         fence_async_all();
         const int kind = task.product.kind;
-        if (kind == kNoMore) {
-            for (int team = 0; team < kTeams; ++team) hand_over(team, task);
-            return;
-        }
-        const bool same = (kind == kGram || kind == kPolynomial) && task.own == task.shared;  // on the diagonal, of the first tile
+        task.same = (kind == kGram || kind == kPolynomial) && task.own == task.shared;
         task.position = position;
-        task.stride = 1 + task.num_tiles - same;
-        for (int i = 0; i < task.num_tiles; ++i) {
-            TeamTask mine = task;
-            mine.own += i;
-            mine.own_offset = 1 + i - same;
-            hand_over(task.num_tiles == 2 ? i : n % kTeams, mine);
+        task.stride = 1 + task.num_tiles - task.same;
+        mbarrier_wait(&s.task_empty, (n & 1) ^ 1);
+        __syncwarp();  // NOTE: a lane that looks after the hand-over may find the place empty again, and would wait for a phase too many
+        if (lane == 0) {
+            s.task = task;
+            mbarrier_arrive(&s.task_full);
         }
+        if (kind == kNoMore) return;
         position += task.num_k * task.stride;
         if (operand >= task.stride) continue;
 
         const GroupMaps& group = it.groups[task.group];
         const bool is_shared = operand == 0, of_x = kind == kGram || (kind == kUpdate && !is_shared);
-        const int tile = is_shared ? task.shared : task.own + operand - 1 + same;
+        const int tile = is_shared ? task.shared : task.own + operand - 1 + task.same;
         const int square = is_shared && kind != kUpdate ? task.product.right : task.product.left;
         const CUtensorMap* map = of_x ? &group.x[task.product.updates_before % 2] : &group.squares;
         const int matrix = of_x ? task.matrix : square * group.count + task.matrix, across = tile * kTile + half * kBox;
         const bool x_k_major = (kind == kGram) != group.tall();
         const uint32_t lanes = (1u << 2 * task.stride) - 1;
-        uint32_t at = task.position + operand;
-        for (int i = 0; i < task.num_k; ++i, at += task.stride) {
-            // NOTE: else a lane could be so far ahead that the phase another one waits for below is over and the next one too.
+        Place at(task.position + operand), landed(task.position + operand + kSlots - kInFlight);
+        for (int i = 0; i < task.num_k; ++i, at.advance(task.stride), landed.advance(task.stride)) {
+            // NOTE: else a lane could be so far ahead that the phase another one waits for below is over and the next one too. Position
+            // p - kInFlight shares its slot with p + 3, which no lane loads before all have begun the next k block.
             __syncwarp(lanes);
             // NOTE: a team does not look at the slots of the other team's operands, and a parity tells a phase from its neighbours only. A
-            // team that waits for position p has seen p - 3 at least, or has its task from after the loads up to p - 3 were issued; so the
-            // load of p - kSlots must be complete by then, or the slot's phase before it would pass for the one waited for.
-            const uint32_t slot = at % kSlots, landed = at - kInFlight;
-            if (at >= kInFlight) mbarrier_wait(&s.full[landed % kSlots], landed / kSlots & 1);
-            mbarrier_wait(&s.empty[slot], (at / kSlots & 1) ^ 1);
-            if (half == 0) mbarrier_arrive_expect(&s.full[slot], kSlotBytes);
+            // team that waits for position p has seen the shared operand's, at p - 2 at least, and the loads up to p - 3 were issued before
+            // that; so the load of p - kSlots must be complete by then, or the slot's phase before it would pass for the one waited for.
+            if (task.position + operand + i * task.stride >= kInFlight) mbarrier_wait(&s.full[landed.slot], landed.parity ^ 1);
+            mbarrier_wait(&s.empty[at.slot], at.parity ^ 1);
+            if (half == 0) mbarrier_arrive_expect(&s.full[at.slot], kSlotBytes);
             // A square's tiles above the diagonal are read as mirror images of those below.
             const int k = k_block(task, i);
             const bool k_major = of_x ? x_k_major : k / 2 <= tile;
             const int column = k_major ? k * kBox : across, row = k_major ? across : k * kBox;
-            tma_load_3d(s.slots[slot] + half * kBoxBytes, map, &s.full[slot], column, row, matrix);
+            tma_load_3d(s.slots[at.slot] + half * kBoxBytes, map, &s.full[at.slot], column, row, matrix);
         }
     }
 }
 
-// A warpgroup's tile: [half of the rows][wgmma fragment of 64 x 128].
-using Tile = float[2][64];
+// What a warpgroup multiplies of a tile: [half of the rows][wgmma fragment of 64 x 128].
+template <int kHalves>
+using Tile = float[kHalves][64];
 
 // Byte of column group `group` (8 columns) of row `row` in a 128-byte swizzled box.
 __device__ __forceinline__ uint32_t swizzled(int row, int group) { return row * 128 + ((group ^ (row & 7)) << 4); }
 
 // tile = weight * T + diagonal * I, where T's box (half of rows, half of columns) lies at `box(half, column_half)`.
-template <typename Box>
-__device__ __forceinline__ void start_from(Tile& tile, float weight, float diagonal, const Box& box) {
+template <int kHalves, typename Box>
+__device__ __forceinline__ void start_from(Tile<kHalves>& tile, int first_half, float weight, float diagonal, const Box& box) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < kHalves; ++half)
 #pragma unroll
         for (int column_half = 0; column_half < 2; ++column_half) {
-            const uint8_t* p = box(half, column_half);
+            const uint8_t* p = box(first_half + half, column_half);
+            const bool on_diagonal = first_half + half == column_half;
 #pragma unroll
             for (int j = 0; j < 8; ++j)
 #pragma unroll
@@ -395,43 +403,49 @@ __device__ __forceinline__ void start_from(Tile& tile, float weight, float diago
                     const int row = 16 * warp + 8 * eight + lane / 4, column = 8 * j + lane % 4 * 2;  // of the box
                     const float2 pair = unpack_fp16(*reinterpret_cast<const uint32_t*>(p + swizzled(row, j) + lane % 4 * 4));
                     float* d = &tile[half][4 * (8 * column_half + j) + 2 * eight];
-                    d[0] = weight * pair.x + (half == column_half && row == column ? diagonal : 0);
-                    d[1] = weight * pair.y + (half == column_half && row == column + 1 ? diagonal : 0);
+                    d[0] = weight * pair.x + (on_diagonal && row == column ? diagonal : 0);
+                    d[1] = weight * pair.y + (on_diagonal && row == column + 1 ? diagonal : 0);
                 }
         }
 }
 
-__device__ __forceinline__ uint8_t* wait_for_slot(Shared& s, uint32_t position) {
-    mbarrier_wait(&s.full[position % kSlots], (position / kSlots) & 1);
-    return s.slots[position % kSlots];
-}
+// Where a team reads a k block's operands.
+struct Operands {
+    Place shared, own;
+    bool apart;  // else they are the same
+    bool own_is_a;
+    uint32_t stride;
+    int own_releases;  // how often each of its warps releases an own slot, so that every slot hears from 8
 
-// Every slot hears from 8 warps: once from each of two teams that share it, twice from each warp of a team alone.
-__device__ __forceinline__ void release_slot(Shared& s, uint32_t position, int times) {
-    if (threadIdx.x % 32 == 0)
-        for (int i = 0; i < times; ++i) mbarrier_arrive(&s.empty[position % kSlots]);
-}
+    __device__ void wait(Shared& s) const {
+        mbarrier_wait(&s.full[shared.slot], shared.parity);
+        if (apart) mbarrier_wait(&s.full[own.slot], own.parity);
+    }
+    __device__ void release(Shared& s) const {
+        if (threadIdx.x % 32 != 0) return;
+        mbarrier_arrive(&s.empty[shared.slot]);
+        if (apart) arrive(&s.empty[own.slot], own_releases);
+    }
+    __device__ void advance() {
+        shared.advance(stride);
+        own.advance(stride);
+    }
+};
 
-__device__ __forceinline__ void release_block(Shared& s, const TeamTask& task, int i) {
-    const uint32_t position = task.position + i * task.stride;
-    release_slot(s, position, 3 - task.num_tiles);
-    if (task.own_offset > 0) release_slot(s, position + task.own_offset, 2);
-}
-
-// tile += the products of the k blocks from the `first`-th to before the `end`-th.
-template <int kMajorA, int kMajorB>
-__device__ __forceinline__ void multiply(Tile& tile, Shared& s, const TeamTask& task, bool own_is_a, int first, int end) {
+// tile += the products of the next `count` k blocks, at least one.
+template <int kMajorA, int kMajorB, int kHalves>
+__device__ __forceinline__ void multiply(Tile<kHalves>& tile, Shared& s, Operands& now, int first_half, int count) {
     constexpr int kStepA = kMajorA == wgmma::kMajorK ? 32 : 2048, kStepB = kMajorB == wgmma::kMajorK ? 32 : 2048;  // bytes of 16 k
-    for (int i = first; i < end; ++i) {
-        const uint32_t position = task.position + i * task.stride;
-        const uint8_t* shared = wait_for_slot(s, position);
-        const uint8_t* own = task.own_offset > 0 ? wait_for_slot(s, position + task.own_offset) : shared;
-        const uint8_t* a = own_is_a ? own : shared;
-        const uint8_t* b = own_is_a ? shared : own;
+    Operands before = now;
+    int i = 0;
+    do {
+        now.wait(s);
+        const uint8_t* a = s.slots[now.own_is_a ? now.own.slot : now.shared.slot] + first_half * kBoxBytes;
+        const uint8_t* b = s.slots[now.own_is_a ? now.shared.slot : now.own.slot];
         const uint64_t b_descriptor = kMajorB == wgmma::kMajorK ? wgmma::descriptor(b) : wgmma::descriptor_mn_major(b, kBoxBytes);
         wgmma::fence();
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < kHalves; ++half) {
             const uint8_t* box = a + half * kBoxBytes;
             const uint64_t a_descriptor = kMajorA == wgmma::kMajorK ? wgmma::descriptor(box) : wgmma::descriptor_mn_major(box, kBoxBytes);
 #pragma unroll
@@ -441,21 +455,23 @@ __device__ __forceinline__ void multiply(Tile& tile, Shared& s, const TeamTask& 
         }
         wgmma::commit();
         wgmma::wait<1>();
-        if (i > first) release_block(s, task, i - 1);
-    }
+        if (i > 0) before.release(s);
+        before = now;
+        now.advance();
+    } while (++i < count);
     wgmma::wait<0>();
-    release_block(s, task, end - 1);
+    before.release(s);
 }
 
 // The tile, times `factor`, in bf16 or fp16, as four swizzled boxes [half of rows][half of columns].
-template <bool kBf16>
-__device__ __forceinline__ void stage_tile(const Tile& tile, float factor, uint8_t* staging) {
+template <bool kBf16, int kHalves>
+__device__ __forceinline__ void stage_tile(const Tile<kHalves>& tile, float factor, uint8_t* staging) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const auto pack = [&](float low, float high) {
         return kBf16 ? pack_bf16(factor * low, factor * high) : pack_fp16(factor * low, factor * high);
     };
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < kHalves; ++half)
 #pragma unroll
         for (int j = 0; j < 16; j += 2) {
             const float* d = &tile[half][4 * j];
@@ -466,78 +482,92 @@ __device__ __forceinline__ void stage_tile(const Tile& tile, float factor, uint8
         }
 }
 
+// The team's part of a task, up to where it is staged. kHalves is 2 for a tile, 1 for half of one.
+template <int kHalves>
+__device__ __forceinline__ void multiply_and_stage(const Iteration& it, Shared& s, const TeamTask& task, int team, int round) {
+    const GroupMaps& group = it.groups[task.group];
+    const int kind = task.product.kind, first_half = kHalves == 2 ? 0 : team;
+    const int tile_of_team = kHalves == 2 ? team : 0, own_tile = task.own + tile_of_team, own_offset = 1 + tile_of_team - task.same;
+    const bool wide_update = kind == kUpdate && !group.tall();
+    Operands operands{Place(task.position), Place(task.position + own_offset), own_offset > 0, !wide_update, task.stride, kHalves};
+
+    Tile<kHalves> tile;
+    float factor = 1;
+    if (kind == kPolynomial) {
+        const float* abc = it.coefficients[task.product.step];
+        factor = abc[2];
+        Operands second = operands;
+        second.advance();
+        operands.wait(s);
+        second.wait(s);
+        start_from<kHalves>(tile, first_half, abc[1] / factor, own_tile == task.shared ? abc[0] / factor : 0,
+                            [&](int half, int column_half) {
+                                return s.slots[column_half == 0 ? operands.own.slot : second.own.slot] + half * kBoxBytes;
+                            });
+    } else {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+            for (int i = 0; i < 64; ++i) tile[half][i] = 0;
+    }
+    // The order of k blocks is such that the operands change their majors at most twice.
+    int until_k_k, until_k_mn;
+    if (kind == kGram) until_k_k = until_k_mn = group.tall() ? 0 : task.num_k;
+    else if (wide_update) until_k_k = 0, until_k_mn = 2 * (task.shared + 1);
+    else until_k_k = 2 * (task.shared + 1), until_k_mn = kind == kUpdate ? task.num_k : 2 * (own_tile + 1);
+    constexpr int kK = wgmma::kMajorK, kMN = wgmma::kMajorMN;
+    if (0 < until_k_k) multiply<kK, kK, kHalves>(tile, s, operands, first_half, until_k_k);
+    if (until_k_k < until_k_mn) multiply<kK, kMN, kHalves>(tile, s, operands, first_half, until_k_mn - until_k_k);
+    if (until_k_mn < task.num_k) multiply<kMN, kMN, kHalves>(tile, s, operands, first_half, task.num_k - until_k_mn);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) wgmma::pin(tile[half]);
+
+    mbarrier_wait(&s.store_empty[team], (round & 1) ^ 1);
+    if (task.product.last) stage_tile<true, kHalves>(tile, factor, s.staging[team]);
+    else stage_tile<false, kHalves>(tile, factor, s.staging[team]);
+    fence_async_shared();
+    if (threadIdx.x % 128 == 0) {
+        const bool square = kind != kUpdate;
+        const CUtensorMap* map = square              ? &group.squares
+                                 : task.product.last ? &group.out
+                                                     : &group.x[(task.product.updates_before + 1) % 2];
+        const int row = wide_update ? task.shared : own_tile, column = wide_update ? own_tile : task.shared;
+        s.store[team] = {map, &it.done[group.first_matrix + task.matrix], row * kTile + first_half * kBox, column * kTile,
+                         square ? task.product.out * group.count + task.matrix : task.matrix, kHalves};
+    }
+    mbarrier_arrive(&s.store_full[team]);
+}
+
 __device__ void consume(const Iteration& it, Shared& s, int team) {
     for (int round = 0;; ++round) {
-        mbarrier_wait(&s.task_full[team], round & 1);
-        const TeamTask task = s.task[team];
-        mbarrier_arrive(&s.task_empty[team]);
-        const int kind = task.product.kind;
-        if (kind == kNoMore) {
+        mbarrier_wait(&s.task_full, round & 1);
+        const TeamTask task = s.task;
+        mbarrier_arrive(&s.task_empty);
+        if (task.product.kind == kNoMore) {
             mbarrier_wait(&s.store_empty[team], (round & 1) ^ 1);
             if (threadIdx.x % 128 == 0) s.store[team].map = nullptr;
             mbarrier_arrive(&s.store_full[team]);
             return;
         }
-        const GroupMaps& group = it.groups[task.group];
-        const bool wide_update = kind == kUpdate && !group.tall();
-
-        Tile tile;
-        float factor = 1;
-        if (kind == kPolynomial) {
-            const float* abc = it.coefficients[task.product.step];
-            factor = abc[2];
-            const uint8_t* block[2];
-            for (int i = 0; i < 2; ++i) block[i] = wait_for_slot(s, task.position + i * task.stride + task.own_offset);
-            start_from(tile, abc[1] / factor, task.own == task.shared ? abc[0] / factor : 0,
-                       [&](int half, int column_half) { return block[column_half] + half * kBoxBytes; });
-        } else {
-#pragma unroll
-            for (int i = 0; i < 64; ++i) tile[0][i] = tile[1][i] = 0;
-        }
-        // The order of k blocks is such that the operands change their majors at most twice.
-        int until_k_k, until_k_mn;
-        if (kind == kGram) until_k_k = until_k_mn = group.tall() ? 0 : task.num_k;
-        else if (wide_update) until_k_k = 0, until_k_mn = 2 * (task.shared + 1);
-        else until_k_k = 2 * (task.shared + 1), until_k_mn = kind == kUpdate ? task.num_k : 2 * (task.own + 1);
-        if (0 < until_k_k) multiply<wgmma::kMajorK, wgmma::kMajorK>(tile, s, task, !wide_update, 0, until_k_k);
-        if (until_k_k < until_k_mn) multiply<wgmma::kMajorK, wgmma::kMajorMN>(tile, s, task, !wide_update, until_k_k, until_k_mn);
-        if (until_k_mn < task.num_k) multiply<wgmma::kMajorMN, wgmma::kMajorMN>(tile, s, task, !wide_update, until_k_mn, task.num_k);
-        wgmma::pin(tile[0]);
-        wgmma::pin(tile[1]);
-
-        mbarrier_wait(&s.store_empty[team], (round & 1) ^ 1);
-        if (task.product.last) stage_tile<true>(tile, factor, s.staging[team]);
-        else stage_tile<false>(tile, factor, s.staging[team]);
-        fence_async_shared();
-        if (threadIdx.x % 128 == 0) {
-            const bool square = kind != kUpdate;
-            const CUtensorMap* map = square              ? &group.squares
-                                     : task.product.last ? &group.out
-                                                         : &group.x[(task.product.updates_before + 1) % 2];
-            s.store[team] = {map, &it.done[group.first_matrix + task.matrix], wide_update ? task.shared : task.own,
-                             wide_update ? task.own : task.shared, square ? task.product.out * group.count + task.matrix : task.matrix};
-        }
-        mbarrier_arrive(&s.store_full[team]);
+        if (task.num_tiles == 2) multiply_and_stage<2>(it, s, task, team, round);
+        else multiply_and_stage<1>(it, s, task, team, round);
     }
 }
 
-// Stores what a team has staged, and reports a tile as done once it is in memory.
+// Stores what a team has staged, and reports it as done once it is in memory.
 __device__ void store_tiles(Shared& s, int team) {
     for (int round = 0;; ++round) {
         mbarrier_wait(&s.store_full[team], round & 1);
         const StoreTask task = s.store[team];
         if (task.map == nullptr) return;
-#pragma unroll
-        for (int box = 0; box < 4; ++box) {
-            const int column = task.column * kTile + box % 2 * kBox, row = task.row * kTile + box / 2 * kBox;
-            tma_store_3d(task.map, s.staging[team] + box * kBoxBytes, column, row, task.matrix);
-        }
+        for (int box = 0; box < 2 * task.halves; ++box)
+            tma_store_3d(task.map, s.staging[team] + box * kBoxBytes, task.column + box % 2 * kBox, task.row + box / 2 * kBox, task.matrix);
         bulk_commit();
         bulk_wait_read<0>();
         mbarrier_arrive(&s.store_empty[team]);
         bulk_wait<0>();
         fence_async_all();
-        add_release(task.done, 1);
+        add_release(task.done, task.halves);
     }
 }
 
@@ -547,10 +577,8 @@ __global__ void __launch_bounds__(kThreads, 1) orthogonalize_kernel(const __grid
     if (threadIdx.x == 0) {
         for (int i = 0; i < kSlots; ++i) mbarrier_init(&s.full[i], 1), mbarrier_init(&s.empty[i], 8);
         for (int i = 0; i < kAhead; ++i) mbarrier_init(&s.ready_full[i], 1), mbarrier_init(&s.ready_empty[i], 1);
-        for (int i = 0; i < kTeams; ++i) {
-            mbarrier_init(&s.task_full[i], 1), mbarrier_init(&s.task_empty[i], 128);
-            mbarrier_init(&s.store_full[i], 128), mbarrier_init(&s.store_empty[i], 1);
-        }
+        mbarrier_init(&s.task_full, 1), mbarrier_init(&s.task_empty, kTeams * 128);
+        for (int i = 0; i < kTeams; ++i) mbarrier_init(&s.store_full[i], 128), mbarrier_init(&s.store_empty[i], 1);
         fence_mbarrier_init();
     }
     __syncthreads();
@@ -566,6 +594,12 @@ __global__ void __launch_bounds__(kThreads, 1) orthogonalize_kernel(const __grid
 
 int64_t norm_blocks(int64_t elements) { return (elements + kNormElements - 1) / kNormElements; }
 
+// The iteration's, of all its launches.
+int64_t num_counters(const OrthogonalizeParams& p) {
+    const int64_t launches = (p.num_groups + kOrthogonalizeMaxGroups - 1) / kOrthogonalizeMaxGroups;
+    return launches * kOrthogonalizeCounters + p.num_inputs;
+}
+
 template <typename T>
 cudaError_t launch_norms(const OrthogonalizeParams& p, cudaStream_t stream) {
     double* partial_sums = p.partial_sums;
@@ -573,6 +607,8 @@ cudaError_t launch_norms(const OrthogonalizeParams& p, cudaStream_t stream) {
         NormLaunch launch;
         launch.count = int32_t(std::min<int64_t>(kNormInputs, p.num_inputs - first));
         launch.partial_sums = partial_sums;
+        launch.counters = p.counters;
+        launch.num_counters = first == 0 ? int32_t(num_counters(p)) : 0;
         int64_t blocks = 0;
         for (int i = 0; i < launch.count; ++i) {
             launch.inputs[i] = p.inputs[first + i];
@@ -677,8 +713,6 @@ cudaError_t orthogonalize(const OrthogonalizeParams& p, cudaStream_t stream) {
             it.groups[g].square_tasks = square_tasks(it.groups[g], it.width);
             it.groups[g].update_tasks = update_tasks(it.groups[g], it.width);
         }
-        status = cudaMemsetAsync(counters, 0, sizeof(uint32_t) * (kOrthogonalizeCounters + matrices), stream);
-        if (status != cudaSuccess) return status;
         orthogonalize_kernel<<<num_multiprocessors(), kThreads, kSharedBytes, stream>>>(it);
         status = cudaGetLastError();
         counters += kOrthogonalizeCounters + matrices;
