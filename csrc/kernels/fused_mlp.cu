@@ -84,8 +84,8 @@ template <Activation kActivation>
 struct DownBackward : RowScaled {
     static constexpr int kBMajor = kMajorMN;
     static constexpr bool kHasAux = true, kRowSums = true;
-    static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& fetched, int r, float dact0, float dact1, uint32_t u,
-                                                      float& row_sum) {
+    static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& fetched, int r, float dact0, float dact1,
+                                                      uint32_t u, float& row_sum) {
         if (kActivation == Activation::kRelu2) u = as_bits(__hmax2(as_pair(u), __float2bfloat162_rn(0.f)));
         const float factor = fetched.factor(p, r), u0 = low(u), u1 = high(u);
         const float du0 = dact0 * slope<kActivation>(factor, u0), du1 = dact1 * slope<kActivation>(factor, u1);

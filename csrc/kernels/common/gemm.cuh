@@ -13,8 +13,8 @@
 // when the next is.
 // The result of one tile is computed, staged and stored under the products of the next, in passes of 64 columns; the auxiliary columns of a
 // pass come into the same staging area before. There are as many areas as fit, used in turn: while one is written, others are on their way
-// out and in. 128 or 192 columns leave registers for two accumulators; 256 columns, for a long K, do not: they are rounded between two tiles.
-// A tile of 128 columns is one pass, for results that take long to compute.
+// out and in. 128 or 192 columns leave registers for two accumulators; 256 columns, for a long K, do not: they are rounded between two
+// tiles. A tile of 128 columns is one pass, for results that take long to compute.
 // Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
 //
 // What varies is the Op:
@@ -68,7 +68,8 @@ struct Layout {
     static constexpr int kLeadKBlocks = Op::kBlockN == 192 ? 2 : 0;
     static constexpr int kPassKBlocks = Op::kBlockN == 128 ? 8 : Op::kBlockN == 192 ? 2 : Op::kSideBlocks == 0 ? 4 : 6;
     static constexpr int kStageSteps = Op::kBlockN == 128 ? 7 : 2;
-    static constexpr int kLeastKBlocks = kStaged ? kLeadKBlocks + kPasses * kPassKBlocks : 1;  // a shorter K is padded with the copy engine's zeros
+    // A shorter K is padded with the copy engine's zeros.
+    static constexpr int kLeastKBlocks = kStaged ? kLeadKBlocks + kPasses * kPassKBlocks : 1;
     static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
     static constexpr int kStoredBlocks = kPassBlocks + (Op::kSideStored ? Op::kSideBlocks : 0);
     static constexpr int kStagingAreas = Op::kBlockN == 192 ? 3 : Op::kBlockN == 128 || Op::kSideBlocks == 0 ? 2 : 1;
@@ -105,7 +106,8 @@ struct PlainOp {
     static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[32], int row, int column, int m) {}
     // `r`: which of the thread's rows.
     template <class Arguments, class Fetched>
-    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int r, float low, float high, uint32_t aux, float& row_sum) {
+    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int r, float low, float high, uint32_t aux,
+                                                      float& row_sum) {
         return ptx::pack_bf16(low, high);
     }
 };
@@ -409,7 +411,8 @@ struct Consumer {
             Op::stage(arguments, fetched, held, pass, step, row_of(work), work.n0, shape.m, address);
         } else {
 #pragma unroll
-            for (int c = step * kChunks / L::kStageSteps; c < (step + 1) * kChunks / L::kStageSteps; ++c) stage_chunk(held, pass, c, fetched);
+            for (int c = step * kChunks / L::kStageSteps; c < (step + 1) * kChunks / L::kStageSteps; ++c)
+                stage_chunk(held, pass, c, fetched);
         }
     }
     __device__ __forceinline__ uint32_t chunk_address(int i) const {
@@ -475,7 +478,8 @@ struct Consumer {
         unreleased = -1;
     }
     // The accumulators of a pass are final.
-    __device__ __forceinline__ void finish_pass(float (&acc)[kAccumulators], int pass, const Work& work, const typename Op::Fetched& fetched) {
+    __device__ __forceinline__ void finish_pass(float (&acc)[kAccumulators], int pass, const Work& work,
+                                                const typename Op::Fetched& fetched) {
 #pragma unroll
         for (int block = pass * L::kPassBlocks; block < (pass + 1) * L::kPassBlocks; ++block) finish(acc, block, work, fetched);
     }
