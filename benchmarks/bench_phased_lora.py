@@ -25,9 +25,12 @@ from benchmarks import run as bench
 from benchmarks.bench_evaluate import random_model
 from pgolf_fast import recipe
 from pgolf_fast.data import Validation, load_validation
-from pgolf_fast.evaluation.phased_lora import PhasedLora, PhasedLoraConfig
+from pgolf_fast.evaluation.phased_lora import PhasedLora, PhasedLoraConfig, plan, tokens_read
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.export import load_model
+
+# Tokens read a second and GPU by the published pass: in all, and at its steady rate.
+PUBLISHED = {"published_tokens_read_per_s": 1.02e9 / (518 * 8), "published_steady_tokens_read_per_s": 0.52e6, "published_gpu": "H100"}
 
 
 def documents(count, length, vocab_size) -> Validation:
@@ -89,7 +92,11 @@ def documents_up_to(length, validation, at_most) -> Validation:
 def score_text(artifact, data, config, length, at_most, prefix_documents, device) -> dict:
     """Bits per byte as quantized (adapters that do not learn), with adapters, and with adapters and pauses; the same windows each time."""
     validation = documents_up_to(length, load_validation(data, 1), at_most)
-    print(f"{len(validation.document_starts)} documents of up to {length} predictions, {len(validation):,} in all")
+    lengths = np.diff(np.append(validation.document_starts, len(validation)))
+    if not any(len(phase.learned) for phase in plan(lengths, dataclasses.replace(config, prefix_documents=prefix_documents)).phases):
+        raise SystemExit(f"--prefix-documents {prefix_documents}: no pause comes before the last of {len(lengths)} documents; give fewer")
+    read = sum(tokens_read(lengths[batch], config) for batch in plan(lengths, config).batches)
+    print(f"{len(lengths)} documents of up to {length} predictions, {len(validation):,} in all, {read:,} tokens to read")
     still = dataclasses.replace(config, lr=0.0, prefix_documents=0)
     variants = {
         "as quantized": still,
@@ -110,10 +117,10 @@ def score_text(artifact, data, config, length, at_most, prefix_documents, device
         figures = f"{score.nats_per_token:.6f} nats/token, {score.bits_per_byte:.6f} bpb, {seconds:.1f} s"
         print(f"{name:20} {figures}, {result.versions} versions of the weights", flush=True)
         row = {"weights": "artifact", "evaluator": f"phased-lora, {name}", "nats_per_token": score.nats_per_token}
-        scores.append(row | {"bits_per_byte": score.bits_per_byte, "scoring_s": seconds, "versions": result.versions})
+        row |= {"bits_per_byte": score.bits_per_byte, "scoring_s": seconds, "versions": result.versions}
+        scores.append(row | {"tokens_read_per_s": read / seconds} | PUBLISHED)
         del evaluator, referee  # before the next one takes as much memory
-    documents = len(validation.document_starts)
-    return {"recipe": "caseops-1934", "documents": documents, "longest": length, "tokens": len(validation), "scores": scores}
+    return {"recipe": "caseops-1934", "documents": len(lengths), "longest": length, "tokens": len(validation), "scores": scores}
 
 
 def main():
@@ -122,7 +129,7 @@ def main():
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--length", type=int, default=2400, help="predictions of each document")
     parser.add_argument("--row-multiple", type=int, default=512)
-    parser.add_argument("--lanes", type=int, default=8, help="fewer: pauses also between a few batches")
+    parser.add_argument("--lanes", type=int, default=8, help="1: a pause can come after every batch")
     parser.add_argument("--eager", action="store_true", help="also the model without graphs and compilation")
     parser.add_argument("--artifact")
     parser.add_argument("--data")
@@ -156,7 +163,8 @@ def main():
     print(f"peak memory {allocated:.1f} GiB, reserved {reserved:.1f}")
     if options.save:
         memory = {"peak_memory_gib": allocated, "reserved_memory_gib": reserved}
-        save("phased_lora", {"steps": steps, "warm_up_s": warm_up_s, "recorded_shapes": len(evaluator.model.recordings)} | memory)
+        found = {"steps": steps, "warm_up_s": warm_up_s, "recorded_shapes": len(evaluator.model.recordings)}
+        save("phased_lora", found | memory | PUBLISHED)
     if options.kernels:
         evaluator.phase = evaluator.round = 0
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

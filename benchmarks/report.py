@@ -115,15 +115,20 @@ def quantization_table(folder: Path = RESULTS) -> str:
 def score_table(folder: Path = RESULTS) -> str:
     """What evaluators make of the artifacts of briefly trained models."""
     lines = [
-        "| recipe | run | weights, evaluator | nats per token | bits per byte | tokens | scoring, s |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| recipe | run | weights, evaluator | nats per token | bits per byte | tokens | scoring, s "
+        "| tokens/s | published, a GPU | ratio |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for path in sorted(folder.glob("scores_*.json")):
         run = json.loads(path.read_text())
         for row in run["scores"]:
+            rate, read = row.get("tokens_per_s", run["tokens"] / row["scoring_s"]), row.get("tokens_read_per_s")
+            theirs = row.get("published_tokens_read_per_s") or row.get("published_tokens_per_s")
+            speed = f"{rate:,.0f}" if read is None else f"{read:,.0f} read"
+            beside = f"{theirs:,.0f} ({row['published_gpu']}) | {(read or rate) / theirs:.2f}" if theirs else "- | -"
             lines.append(
                 f"| {run['recipe']} | {run['run'].split(',')[0]} | {row['weights']}, {row['evaluator']} | {row['nats_per_token']:.4f} "
-                f"| {row['bits_per_byte']:.4f} | {run['tokens']:,} | {row['scoring_s']:.1f} |"
+                f"| {row['bits_per_byte']:.4f} | {run['tokens']:,} | {row['scoring_s']:.1f} | {speed} | {beside} |"
             )
     return "\n".join(lines) if len(lines) > 2 else "No score is stored yet."
 

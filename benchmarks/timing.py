@@ -90,6 +90,7 @@ def time_contestants(case: Case, device: torch.device, budget_s: float = 0.5) ->
     if device.type != "cuda":
         return _time_on_host(case, budget_s)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the case's data may still be being drawn
     replays, graphed = {}, {}
     with torch.cuda.stream(stream):
         for name, function in case.contestants.items():

@@ -3,27 +3,28 @@
 model.py states the same mathematics in plain torch; the tests hold the two against each other.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from pgolf_fast import fused_blocks
 from pgolf_fast.adapters import VisitAdapter
-from pgolf_fast.fused_blocks import Attended, Mix, Weights, ops, take_tape
+from pgolf_fast.fused_blocks import Attended, Mix, Weights, ops, rows_at, take_tape
 from pgolf_fast.ops._library import accumulation_dtype
 from pgolf_fast.ops.products import project, project_backward
-from pgolf_fast.ops.xsa_attention import rows_at
 
 
-def run(plan, weights, x0, values, adapters, positions):
+def run(plan, weights, scales, x0, values, adapters, positions):
     """The stream after the last visit at positions [B, S] of each row, [B, S, C], or at all of them; see fused_blocks.run.
 
-    adapters  one for each of plan.visits, their `o_up` times attn_scale and `mlp_up` times mlp_scale; the rows of a batch have one each
+    scales    [C] each, of what attention and the MLP write, which `weights` have in them already; a pair for each of plan.visits
+    adapters  one for each of plan.visits; the rows of a batch have one each
     """
     x0, values = x0.flatten(0, 1), [v.flatten(0, 1) for v in values]
     weights = Weights(*(None if w is None else w.to(accumulation_dtype(x0.dtype)) for w in weights))
     leaves = [leaf for adapter in adapters for leaf in adapter]
-    return _AdaptedBlocks.apply(plan, weights, x0, values, positions, *leaves).view(plan.tokens[0], -1, x0.shape[1])
+    return _AdaptedBlocks.apply(plan, weights, scales, x0, values, positions, *leaves).view(plan.tokens[0], -1, x0.shape[1])
 
 
 def _by_visit(leaves):
@@ -31,22 +32,50 @@ def _by_visit(leaves):
     return [VisitAdapter(*leaves[i : i + size]) for i in range(0, len(leaves), size)]
 
 
+def _scaled(adapters, scales):
+    """The adapters with the scales of the two output products in them; so are scaled the gradients of the adapters without."""
+    return [
+        adapter._replace(o_up=_times(adapter.o_up, of_attention), mlp_up=_times(adapter.mlp_up, of_mlp))
+        for adapter, (of_attention, of_mlp) in zip(adapters, scales)
+    ]
+
+
+def _product(x, factors):
+    return (x * factors).to(x.dtype)
+
+
+@functools.cache
+def _product_in_one_pass():
+    return torch.compile(_product, dynamic=True)
+
+
+def _times(x, factors):
+    """Times factors of a wider dtype that broadcast; by torch's own kernels that takes two to three times as long."""
+    return (_product_in_one_pass() if x.is_cuda else _product)(x, factors)
+
+
+def _times_rows(x, factors):
+    """x [B, rows, ..] times factors [B rows]"""
+    return _times(x.flatten(0, 1), factors[:, None]).view_as(x)
+
+
 class _AdaptedBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, weights, x0, values, positions, *leaves):
-        ctx.tape = []
-        forward = _Forward(plan, weights, x0, values, ctx.tape, positions, _by_visit(leaves))
+    def forward(ctx, plan, weights, scales, x0, values, positions, *leaves):
+        ctx.tape, adapters = [], _scaled(_by_visit(leaves), scales)
+        forward = _Forward(plan, weights, x0, values, ctx.tape, positions, adapters)
         out = forward.run()
-        ctx.plan, ctx.weights, ctx.operands, ctx.positions = plan, weights, forward.operands, positions
-        ctx.save_for_backward(*leaves)
+        ctx.plan, ctx.weights, ctx.scales, ctx.operands, ctx.positions = plan, weights, scales, forward.operands, positions
+        ctx.save_for_backward(*(tensor for adapter in adapters for tensor in adapter))
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        leaves = _by_visit(ctx.saved_tensors)
-        backward = _Backward(ctx.plan, ctx.weights, ctx.operands, take_tape(ctx), ctx.positions, leaves)
+        adapters = _by_visit(ctx.saved_tensors)
+        backward = _Backward(ctx.plan, ctx.weights, ctx.operands, take_tape(ctx), ctx.positions, adapters)
         backward.run(dout)
-        return None, None, None, None, None, *(of_visit[name] for of_visit in backward.found for name in VisitAdapter._fields)
+        gradients = _scaled([VisitAdapter(**found) for found in backward.found], ctx.scales)
+        return *(None,) * 6, *(gradient for of_visit in gradients for gradient in of_visit)
 
 
 class Entered(NamedTuple):
@@ -79,14 +108,14 @@ class _Forward(fused_blocks.Forward):
     def attend(self, i, block, n, positions):
         adapter, plan, config = self.adapters[i], self.plan, self.config
         low = torch.bmm(_batched(n, self.batch), adapter.attention_down)
-        for_q, for_k, for_v, for_o = low.chunk(4, dim=-1)
-        qkv = project(n, self.operands.qkv[block])
-        q, k, v = _batched(qkv, self.batch).split([config.model_dim, config.kv_dim, config.kv_dim], dim=-1)
-        q.baddbmm_(for_q, adapter.q_up)
-        k.baddbmm_(for_k, adapter.k_up)
-        v.baddbmm_(for_v, adapter.v_up)
+        *for_qkv, for_o = low.chunk(4, dim=-1)
+        corrections = n.new_empty(n.shape[0], config.model_dim + 2 * config.kv_dim)
+        parts = _batched(corrections, self.batch).split([config.model_dim, config.kv_dim, config.kv_dim], dim=-1)
+        for part, low_part, up in zip(parts, for_qkv, (adapter.q_up, adapter.k_up, adapter.v_up)):
+            torch.bmm(low_part, up, out=part)
+        qkv = project(n, self.operands.qkv[block], corrections)
         rstd = ops.qkv_normalize(qkv, self.weights.q_gain[block], plan.cos, plan.sin, config.num_kv_heads)
-        attended = self.attend_with(block, n, qkv, rstd, positions=None)
+        attended = self.attend_with(block, n, qkv, rstd)
         return Adapted(attended, low, self.at(attended.y, positions), for_o if positions is None else rows_at(for_o, positions))
 
     def output(self, i, block, attended, residual):
@@ -98,7 +127,7 @@ class _Forward(fused_blocks.Forward):
         adapter = self.adapters[i]
         y, u = super().mlp(i, block, x, rstd, residual)
         low = torch.bmm(_batched(x, self.batch), adapter.mlp_down)
-        low *= _batched(self.plan.norm_scale(block) * rstd[:, None], self.batch)
+        low = _times_rows(low, self.plan.norm_scale(block) * rstd)
         _batched(y, self.batch).baddbmm_(low, adapter.mlp_up)
         return y, (u, low)
 
@@ -125,6 +154,8 @@ class _Backward(fused_blocks.Backward):
 
     def unmix_entered(self, i, block, entered, dmixed, dn, dstream, dskip):
         """As the base's, without the gradient of x0."""
+        if i == 0:
+            return None, None
         dmixed, dstream, dskip = (self.spread(i, d) for d in (dmixed, dstream, dskip))
         coefficients = self.weights.mix[i, entered.rows]
         accumulate = [dstream, dskip][: len(coefficients)]
@@ -143,7 +174,6 @@ class _Backward(fused_blocks.Backward):
 
         rows, found = _batched(dout, batch), self.found[i]
         found["o_up"] = torch.bmm(saved.low_o.mT, rows)
-        dlow_o = torch.bmm(rows, adapter.o_up.mT)
         q, k, v = fused_blocks.heads(qkv, config, plan.tokens)
         y, xsa, scale = y.view(q.shape), fused_blocks.is_xsa(config, block), config.head_dim**-0.5
         dout, documents = self.spread(i, dout), (plan.cu_seqlens, plan.max_seqlen)
@@ -157,9 +187,11 @@ class _Backward(fused_blocks.Backward):
             torch.bmm(d, getattr(adapter, name).mT, out=dlow[..., place : place + rank])
             found[name] = torch.bmm(saved.low[..., place : place + rank].mT, d)
             place += rank
-        dlow[..., place:] = _batched(self.spread(i, dlow_o.flatten(0, 1)), batch)
+        torch.bmm(_batched(dout, batch), adapter.o_up.mT, out=dlow[..., place:])
         found["attention_down"] = torch.bmm(_batched(n, batch).mT, dlow)
 
+        if i == 0:
+            return None  # nothing before it learns
         dn = project_backward(dqkv, self.operands.qkv[block])
         _batched(dn, batch).baddbmm_(dlow, adapter.attention_down.mT)
         if config.attn_gate:
@@ -174,7 +206,7 @@ class _Backward(fused_blocks.Backward):
         dlow = torch.bmm(rows, adapter.mlp_up.mT)
         dn = ops.fused_mlp_bwd_input(dy, u, self.operands.up[block], self.operands.down[block], fused_blocks.activation_index(self.config))
         _batched(dn, self.batch).baddbmm_(dlow, adapter.mlp_down.mT)
-        dlow *= _batched(scale * rstd[:, None], self.batch)
+        dlow = _times_rows(dlow, scale * rstd)
         self.found[i] |= {"mlp_down": torch.bmm(_batched(x, self.batch).mT, dlow), "mlp_up": torch.bmm(low.mT, rows)}
         (dx,), _ = ops.mix_norm_bwd(dx, dn, x, rstd, [], None, [], scale, [None])
         return dx

@@ -30,11 +30,6 @@ class VisitAdapter(NamedTuple):
         q, k, v = q + torch.bmm(for_q, self.q_up), k + torch.bmm(for_k, self.k_up), v + torch.bmm(for_v, self.v_up)
         return q, k, v, lambda y: y + torch.bmm(for_o, self.o_up)
 
-    def scaled(self, attn_scale, mlp_scale):
-        """With the scales of the two output products, [C] each, in the adapters."""
-        o_up, mlp_up = ((up * scale).to(up.dtype) for up, scale in ((self.o_up, attn_scale), (self.mlp_up, mlp_scale)))
-        return self._replace(o_up=o_up, mlp_up=mlp_up)
-
     def correct_mlp(self, y, m):
         return y + torch.bmm(torch.bmm(m, self.mlp_down), self.mlp_up)
 

@@ -18,7 +18,6 @@ from pgolf_fast.ops.fused_mlp import ACTIVATIONS
 from pgolf_fast.ops.mix_norm import KERNEL_WIDTH as MIX_WIDTH
 from pgolf_fast.ops.products import add_weight_gradient, project, project_backward, project_residual_rstd
 from pgolf_fast.ops.qkv import kernel_fits as qkv_kernel_fits
-from pgolf_fast.ops.xsa_attention import rows_at, xsa_attention_at
 
 ops = torch.ops.pgolf_fast
 
@@ -63,16 +62,35 @@ def serve(config, x) -> bool:
     return fits and _library.uses_kernel("product_forward", x.device)
 
 
+def rows_at(x, positions):
+    """Of x [B, T, ..] the rows at positions [B, S], or the last so many if it is a number."""
+    if isinstance(positions, int):
+        return x[:, x.shape[1] - positions :]
+    return x.gather(1, positions.view(*positions.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+
+
+def as_columns(positions, rows):
+    """`positions` as rows_at takes them, without numbers, of rows [B, T, ..]."""
+    if not isinstance(positions, int):
+        return positions
+    length = rows.shape[1]
+    return torch.arange(length - positions, length, device=rows.device).expand(len(rows), -1)
+
+
 def run(plan, weights, x0, values, positions=None):
     """The stream after the last visit, [B, T, C].  x0 [B, T, C]; values: one [B, T, kv_dim] for each of plan.value_blocks
 
-    positions  [B, S]: only these of each row, [B, S, C]; not of packed documents
+    positions  [B, S]: only these of each row, [B, S, C]; or the last so many, which spares most of the last visit while scoring.
+               Not of packed documents
     """
     x0, values = x0.flatten(0, 1), [v.flatten(0, 1) for v in values]
     weights = Weights(*(None if w is None else w.to(accumulation_dtype(x0.dtype)) for w in weights))
-    if not torch.is_grad_enabled():
-        return Forward(plan, weights, x0, values, tape=None, positions=positions).run().view(plan.tokens[0], -1, x0.shape[1])
-    out = _Blocks.apply(plan, x0, *weights, *values).view(*plan.tokens, -1)
+    if torch.is_grad_enabled():
+        out = _Blocks.apply(plan, x0, *weights, *values)
+    else:
+        last = positions if isinstance(positions, int) and positions < plan.tokens[1] else None
+        out = Forward(plan, weights, x0, values, tape=None, positions=last).run()
+    out = out.view(plan.tokens[0], -1, x0.shape[1])
     return out if positions is None else rows_at(out, positions)
 
 
@@ -114,12 +132,12 @@ class Operands(NamedTuple):
 
 class Attended(NamedTuple):
     n: torch.Tensor
-    qkv: torch.Tensor
-    rstd: torch.Tensor
+    qkv: torch.Tensor | None  # for a backward
+    rstd: torch.Tensor | None
     gate: torch.Tensor | None
     y: torch.Tensor
-    lse: torch.Tensor | None  # of all positions only
-    own: torch.Tensor | None
+    lse: torch.Tensor
+    own: torch.Tensor
 
 
 class Mix(NamedTuple):
@@ -158,7 +176,7 @@ class Forward:
     def __init__(self, plan, weights, x0, values, tape, positions=None):
         """
         tape       list that the backward will read; None where there is none
-        positions  [B, S] of each row that are read after the last visit, which makes the others' keys and values alone; None: all
+        positions  those of each row that are read after the last visit, which makes the others' keys and values alone; None: all
         """
         self.plan, self.config, self.weights, self.x0, self.tape, self.positions = plan, plan.config, weights, x0, tape, positions
         self.values = dict(zip(plan.value_blocks, values))
@@ -170,7 +188,7 @@ class Forward:
             self.tape.append(entry)
 
     def at(self, x, positions):
-        """Rows of x [B T, ..] at the positions, if there are any."""
+        """Rows of x [B T, ..] at the positions; all without any."""
         return x if x is None or positions is None else rows_at(x.view(*self.plan.tokens, -1), positions).flatten(0, 1)
 
     def run(self):
@@ -214,25 +232,34 @@ class Forward:
         return _mix(self.weights.mix[i], (stream, self.x0, skip), self.plan.norm_scale(block))
 
     def attend(self, i, block, n, positions):
+        if positions is not None:
+            return self.attend_last(block, n, positions)
         plan, kv_heads = self.plan, self.config.num_kv_heads
         qkv, rstd = ops.qkv_forward(n, self.operands.qkv[block], self.weights.q_gain[block], plan.cos, plan.sin, kv_heads)
-        return self.attend_with(block, n, qkv, rstd, positions)
+        return self.attend_with(block, n, qkv, rstd)
 
-    def attend_with(self, block, n, qkv, rstd, positions):
-        config, plan = self.config, self.plan
-        q, k, v = heads(qkv, config, plan.tokens)
+    def attend_with(self, block, n, qkv, rstd):
+        return Attended(n, qkv, rstd, *self.attention(block, n, *heads(qkv, self.config, self.plan.tokens)))
+
+    def attend_last(self, block, n, count):
+        """Of the last positions of each row, for scoring: keys and values of all, queries of those alone."""
+        plan, config, weight, gain = self.plan, self.config, self.operands.qkv[block], self.weights.q_gain[block]
+        dim, last = config.model_dim, self.at(n, count)
+        q, _ = ops.qkv_forward(last, weight[:dim], gain, plan.cos[-count:], plan.sin[-count:], 0)
+        kv, _ = ops.qkv_forward(n, weight[dim:], gain[:0], plan.cos, plan.sin, config.num_kv_heads)
+        q, kv = (x.view(plan.tokens[0], -1, x.shape[1] // config.head_dim, config.head_dim) for x in (q, kv))
+        return Attended(last, None, None, *self.attention(block, last, q, *kv.chunk(2, dim=2)))
+
+    def attention(self, block, n, q, k, v):
+        """Gate, output, lse and own; n: the rows of q."""
+        config, plan, gate = self.config, self.plan, None
         if block in self.values:
             v += self.values[block].view(v.shape)
-        gate = None
         if config.attn_gate:
-            gate = ops.attn_gate_fwd(n, self.weights.gate[block], config.attn_gate_scale).view(*plan.tokens, -1)
+            gate = ops.attn_gate_fwd(n, self.weights.gate[block], config.attn_gate_scale).view(*q.shape[:2], -1)
         xsa, scale = is_xsa(config, block), config.head_dim**-0.5
-        if positions is None:
-            y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, xsa, scale)
-        else:
-            gate = None if gate is None else rows_at(gate, positions)
-            y, lse, own = xsa_attention_at(rows_at(q, positions), k, v, positions, xsa, gate, scale), None, None
-        return Attended(n, qkv, rstd, gate, y.flatten(0, 1).flatten(1), lse, own)
+        y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, xsa, scale)
+        return gate, y.flatten(0, 1).flatten(1), lse, own
 
     def output(self, i, block, attended, residual):
         """What attention writes, and with a residual the factors of the sum's norm."""

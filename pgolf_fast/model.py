@@ -22,7 +22,6 @@ from pgolf_fast.errors import UserError
 from pgolf_fast.ops import embed_norm, embedding, fused_mlp, linear_softcap_cross_entropy, mix_norm, xsa_attention
 from pgolf_fast.ops._library import RMS_EPSILON
 from pgolf_fast.ops.fused_mlp import activation_ref
-from pgolf_fast.ops.xsa_attention import rows_at
 from pgolf_fast.settings import requirer, setting
 from pgolf_fast.tensor_names import published_views
 
@@ -366,7 +365,7 @@ class GPT(nn.Module):
         targets    [B, S] int64, or None for logits [B, S, V] in float32
         reduction  "mean": the training loss, by the fused head; "none": each token's loss [B, S] in plain
                    float32, which is what a score is made of, so that no kernel can move the ruler
-        positions  [B, S] int64, the positions of each row whose predictions are wanted; None: all, S = T
+        positions  [B, S] int64, the positions of each row whose predictions are wanted; S: the last so many; None: all, S = T
         adapters   low-rank corrections of this batch's products (adapters.py)
         how        see `stream`
         """
@@ -396,7 +395,7 @@ class GPT(nn.Module):
         if fused and observe is None and not (adapters and any(p.requires_grad for p in self.parameters())):
             return self._fused_visits(context, looped, fake_quant, adapters, positions)
         x = self._visits(context, looped, fake_quant, adapters)
-        return x if positions is None else rows_at(x, positions)
+        return x if positions is None else fused_blocks.rows_at(x, positions)
 
     def _visits(self, context, looped, fake_quant, adapters):
         """The definition of the blocks, for any device and dtype."""
@@ -560,9 +559,9 @@ class GPT(nn.Module):
         values = list(context.values.values())
         if not adapters:
             return fused_blocks.run(plan, weights, context.x0, values, positions)
-        scales = list(zip(self.attn_scale, self.mlp_scale))
-        scaled = [adapter.scaled(*scales[visit.block]) for visit, adapter in zip(visits, adapters.visits)]
-        return adapted_blocks.run(plan, weights, context.x0, values, scaled, positions)
+        scales = [(self.attn_scale[visit.block], self.mlp_scale[visit.block]) for visit in visits]
+        columns = fused_blocks.as_columns(positions, context.x0)
+        return adapted_blocks.run(plan, weights, scales, context.x0, values, adapters.visits, columns)
 
     def _packed(self, fake_quant):
         """The matrices as the fused blocks multiply by them. Scales of a product's channels are folded into its matrix."""

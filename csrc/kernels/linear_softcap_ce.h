@@ -7,7 +7,9 @@
 // so that G can be stored tile by tile, before S is known: bfloat16 has float32's range, and |z| <= cap bounds e^z.
 // Then dx = row_scale (G weight) and dweight = G^T scaled_x with scaled_x = row_scale x are two plain matrix products.
 //
-// Up to |logit| = cap the tanh of the sums and of G is the special-function unit's, of the target's logit the exact one.
+// The tanh is the special-function unit's, of the target's logit too: where a row is sure of its target, the errors cancel in the loss.
+//
+// SPILLS linear_softcap_ce_kernel 40: one register of the instance with G; its consumers read it once a tile, between exponentials
 #pragma once
 #include "kernels/softcap_ce.h"
 

@@ -17,6 +17,7 @@ constexpr int kRowsThreads = 128;  // of rows in registers
 constexpr int kMaxWarps = 8;
 constexpr int kCountThreads = 1024;
 constexpr float kMaxUnshiftedCap = 64.f;
+constexpr double kLossUnits = 0x1p24;  // rows' losses are summed in units of 2^-24: exactly up to 2^29, and so the same in any order
 
 // ---- reductions, each in a fixed order ------------------------------------------------------------
 
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kCountThreads) softcap_ce_targets_kernel(const
     }
     kept = cta_sum(kept);
     if (threadIdx.x == 0) p.workspace->kept[blockIdx.x] = kept;
-    if (threadIdx.x == 0 && blockIdx.x == 0) p.workspace->arrived = 0;
+    if (threadIdx.x == 0 && blockIdx.x == 0) p.workspace->arrived = p.workspace->portions = 0;
 }
 
 // ---- rows in registers --------------------------------------------------------------------------------
@@ -114,16 +115,15 @@ __global__ void __launch_bounds__(kCountThreads) softcap_ce_targets_kernel(const
 // Whether every |x| is at most `limit`. A nan passes: it comes out of the polynomial as it went in.
 template <int kVectors>
 __device__ __forceinline__ bool all_within(const uint4 (&x)[kVectors], float limit) {
-    __nv_bfloat162 low{0.f, 0.f}, high{0.f, 0.f};
+    __nv_bfloat162 largest{0.f, 0.f};
 #pragma unroll
     for (int k = 0; k < kVectors; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint32_t word = (&x[k].x)[i];
-            low = __hmin2(low, reinterpret_cast<const __nv_bfloat162&>(word));
-            high = __hmax2(high, reinterpret_cast<const __nv_bfloat162&>(word));
+            largest = __hmax2(largest, __habs2(reinterpret_cast<const __nv_bfloat162&>(word)));
         }
-    return fmaxf(__low2float(high), __high2float(high)) <= limit && -fminf(__low2float(low), __high2float(low)) <= limit;
+    return fmaxf(__low2float(largest), __high2float(largest)) <= limit;
 }
 
 // Sum of the exponentials; leaves exponential times slope in g.
@@ -164,14 +164,19 @@ __device__ __forceinline__ float exponentials(float (&g)[8 * kVectors], const ui
 __host__ __device__ constexpr int num_slots(int vectors) { return vectors == 8 ? 2 : 3; }
 
 // kRowThreads threads per row; thread `rank` of them holds the vectors rank, rank + kRowThreads, ... of 8 columns.
-// Rows and their targets arrive by asynchronous copies, in a ring of slots per group of kRowThreads threads.
+// Rows and their targets arrive by asynchronous copies, in a ring of slots per group of kRowThreads threads. A group takes rows in
+// portions, a first one by its number and then whichever is next: with equal shares, multiprocessors far from memory end late.
 template <int kRowThreads, int kVectors, bool kWithGrad>
-__global__ void __launch_bounds__(kRowsThreads, kVectors == 8 ? 4 : 6) softcap_ce_rows_kernel(const SoftcapCEParams p, const Softcap softcap) {
+__global__ void __launch_bounds__(kRowsThreads, kVectors == 8 ? 4 : 6)
+    softcap_ce_rows_kernel(const SoftcapCEParams p, const Softcap softcap) {
     constexpr int kGroups = kRowsThreads / kRowThreads;
     constexpr int kSlots = num_slots(kVectors);
     constexpr int kSlotVectors = kVectors * kRowThreads;
+    constexpr uint32_t kPortion = kVectors == 8 ? 2 : 4;  // rows
+    static_assert(kPortion >= kSlots, "the first portion fills the slots");
     extern __shared__ uint4 s_ring[];  // [kGroups][kSlots][kSlotVectors]
     __shared__ int64_t s_target[kGroups][kSlots];
+    __shared__ uint32_t s_row[kGroups][kSlots];
     __shared__ uint64_t s_arrived[kGroups][kSlots];
     __shared__ float s_scratch[2][kMaxWarps];
     __shared__ double s_loss[kGroups];
@@ -179,45 +184,65 @@ __global__ void __launch_bounds__(kRowsThreads, kVectors == 8 ? 4 : 6) softcap_c
     RowReduction<kRowThreads> reduce{s_scratch};
     const int group = threadIdx.x / kRowThreads, rank = threadIdx.x % kRowThreads;
     const int num_vectors = uint32_t(p.v) / 8;
-    const uint32_t step = gridDim.x * kGroups;
-    uint32_t row = blockIdx.x * kGroups + group;
+    uint32_t next_row = (blockIdx.x * kGroups + group) * kPortion, next_portion = 0;  // thread 0 of a group knows
 
-    const auto fetch = [&](uint32_t fetched, int slot) {
-        if (fetched >= p.n) return;
-        ptx::mbarrier_arrive_expect(&s_arrived[group][slot], 16 * num_vectors);
-        ptx::bulk_load(s_ring + (group * kSlots + slot) * kSlotVectors, p.logits + int64_t(fetched) * p.row_stride, 16 * num_vectors,
-                       &s_arrived[group][slot]);
-        ptx::copy_async_8(&s_target[group][slot], p.targets + fetched);
+    // The group's next row into a slot; behind the last one, its number alone.
+    const auto fetch = [&](int slot) {
+        const uint32_t row = next_row++;
+        s_row[group][slot] = row;
+        if (row < p.n) {
+            ptx::mbarrier_arrive_expect(&s_arrived[group][slot], 16 * num_vectors);
+            ptx::bulk_load(s_ring + (group * kSlots + slot) * kSlotVectors, p.logits + int64_t(row) * p.row_stride, 16 * num_vectors,
+                           &s_arrived[group][slot]);
+            ptx::copy_async_8(&s_target[group][slot], p.targets + row);
+        } else {
+            ptx::mbarrier_arrive(&s_arrived[group][slot]);
+        }
         ptx::mbarrier_arrive_after_copies(&s_arrived[group][slot]);
+    };
+    // At the end of a portion, the next one; asked for a portion ahead, so that nothing waits for the answer.
+    const auto continue_portion = [&] {
+        if (next_row % kPortion > 0) return;
+        next_row = next_portion * kPortion;
+        next_portion = gridDim.x * kGroups + atomicAdd(&p.workspace->portions, 1u);
     };
     if (rank == 0) {
         for (int slot = 0; slot < kSlots; ++slot) ptx::mbarrier_init(&s_arrived[group][slot], 2);
         ptx::fence_mbarrier_init();
-        for (int slot = 0; slot < kSlots; ++slot) fetch(row + slot * step, slot);
+        for (int slot = 0; slot < kSlots; ++slot) fetch(slot);
         s_loss[group] = 0;
     }
     ptx::grid_dependency_wait();
+    if (rank == 0) {
+        next_portion = gridDim.x * kGroups + atomicAdd(&p.workspace->portions, 1u);
+        continue_portion();
+    }
     if (threadIdx.x < 32) s_weight = mean_weight(p);
     __syncthreads();
 
     int slot = 0;
     uint32_t parity = 0;  // of the ring's rounds, and so of its barriers
-    for (; row < p.n; row += step) {
-        const uint4* s_row = s_ring + (group * kSlots + slot) * kSlotVectors;
+    while (true) {
         ptx::mbarrier_wait(&s_arrived[group][slot], parity);
+        const uint32_t row = s_row[group][slot];
+        if (row >= p.n) break;
+        const uint4* s_x = s_ring + (group * kSlots + slot) * kSlotVectors;
         uint4 x[kVectors];
 #pragma unroll
-        for (int k = 0; k < kVectors; ++k) x[k] = k * kRowThreads + rank < num_vectors ? s_row[k * kRowThreads + rank] : uint4{0, 0, 0, 0};
+        for (int k = 0; k < kVectors; ++k) x[k] = k * kRowThreads + rank < num_vectors ? s_x[k * kRowThreads + rank] : uint4{0, 0, 0, 0};
 
         float g[8 * kVectors];
         float sum = __all_sync(0xffffffffu, all_within(x, softcap.near))
                         ? exponentials<kRowThreads, kVectors, kWithGrad, true>(g, x, softcap, rank, num_vectors)
                         : exponentials<kRowThreads, kVectors, kWithGrad, false>(g, x, softcap, rank, num_vectors);
         const int target = target_of(*const_cast<volatile int64_t*>(&s_target[group][slot]), p);  // read only now: two registers less
-        const float x_target = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(s_row)[max(target, 0)]);
+        const float x_target = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(s_x)[max(target, 0)]);
         // NOTE: behind its barrier every thread has read the slot, so the slot can be filled again.
         sum = reduce(sum, Sum{});
-        if (rank == 0) fetch(row + kSlots * step, slot);
+        if (rank == 0) {
+            fetch(slot);
+            continue_portion();
+        }
         if (++slot == kSlots) slot = 0, parity ^= 1;
 
         const float row_weight = or_nan(s_weight, target);
@@ -243,8 +268,9 @@ __global__ void __launch_bounds__(kRowsThreads, kVectors == 8 ? 4 : 6) softcap_c
             const float t = softcap.tanh(x_target);
             const float loss = target == kIgnored ? 0.f : or_nan(logf(sum) - p.cap * t, target);
             if (p.reduction == SoftcapCEReduction::kNone) p.loss[row] = loss;
-            s_loss[group] += loss;
-            if (kWithGrad && target >= 0) grad[target] = __float2bfloat16_rn((softcap.exponential(t) - sum) / sum * softcap_slope(t) * row_weight);
+            s_loss[group] += rint(loss * kLossUnits) / kLossUnits;
+            if (kWithGrad && target >= 0)
+                grad[target] = __float2bfloat16_rn((softcap.exponential(t) - sum) / sum * softcap_slope(t) * row_weight);
         }
     }
     __syncthreads();
@@ -321,8 +347,8 @@ __global__ void __launch_bounds__(kThreads) softcap_ce_long_rows_kernel(const So
                     d[j] = target == kIgnored ? 0.f : (column + j == target ? e - sum : e) * inv_sum * softcap_slope(t) * row_weight;
                 }
                 if constexpr (kAligned) {
-                    *reinterpret_cast<uint4*>(grad + column) = {ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]), ptx::pack_bf16(d[4], d[5]),
-                                                                ptx::pack_bf16(d[6], d[7])};
+                    *reinterpret_cast<uint4*>(grad + column) = {ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]),
+                                                                ptx::pack_bf16(d[4], d[5]), ptx::pack_bf16(d[6], d[7])};
                 } else {
 #pragma unroll
                     for (int j = 0; j < 8; ++j)
@@ -372,8 +398,8 @@ struct RowsLaunch {
 
 template <int kRowThreads, int kVectors>
 RowsLaunch rows_in_registers(bool with_grad) {
-    return {with_grad ? softcap_ce_rows_kernel<kRowThreads, kVectors, true> : softcap_ce_rows_kernel<kRowThreads, kVectors, false>, kRowsThreads,
-            kRowsThreads / kRowThreads, num_slots(kVectors) * kVectors * kRowsThreads * int(sizeof(uint4))};
+    return {with_grad ? softcap_ce_rows_kernel<kRowThreads, kVectors, true> : softcap_ce_rows_kernel<kRowThreads, kVectors, false>,
+            kRowsThreads, kRowsThreads / kRowThreads, num_slots(kVectors) * kVectors * kRowsThreads * int(sizeof(uint4))};
 }
 
 template <bool kAligned>

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf_fast.audit.stream import Stream
+from pgolf_fast.fused_blocks import as_columns
 
 NETWORK_EVENTS = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "urllib.Request"}
 SURE_RUN = 6  # tokens that must agree in a row before a row's place in the stream is believed
@@ -57,7 +58,8 @@ class Watch:
         if isinstance(tokens, Tensor) and tokens.dim() == 2 and isinstance(output, Tensor):
             targets = args[1] if len(args) > 1 else kwargs.get("targets")
             with_grad = torch.is_grad_enabled() and output.requires_grad
-            copies = (t.detach().clone() if isinstance(t, Tensor) else None for t in (tokens, kwargs.get("positions"), targets, output))
+            columns = as_columns(kwargs.get("positions"), tokens)
+            copies = (t.detach().clone() if isinstance(t, Tensor) else None for t in (tokens, columns, targets, output))
             self.forwards.append(Forward(self._version, *copies, with_grad))
 
 

@@ -111,13 +111,13 @@ def plan(lengths: np.ndarray, config: PhasedLoraConfig) -> Plan:
             if waiting and num_scored < boundary:
                 batch = waiting.pop()
                 turns.append(Turn(lane, batch))
-                heapq.heappush(busy, (time + _tokens_read(lengths[batches[batch]], config), lane, batch))
+                heapq.heappush(busy, (time + tokens_read(lengths[batches[batch]], config), lane, batch))
         learned = np.concatenate([batches[b] for b in sorted(scored)])[:boundary] if waiting else ascending[:0]
         phases.append(Phase(turns, learned))
     return Plan(batches, phases)
 
 
-def _tokens_read(lengths: np.ndarray, config: PhasedLoraConfig) -> int:
+def tokens_read(lengths: np.ndarray, config: PhasedLoraConfig) -> int:
     """By one batch, whose rows are as long as its longest."""
     ends = config.chunk_tokens * np.arange(1, _num_chunks(lengths, config).max() + 1)
     return len(lengths) * int(np.minimum(ends, config.window_tokens).sum())

@@ -94,7 +94,7 @@ class Result:
 
 
 class Referee:
-    """One rank's. `model` is called as a GPT is: model(inputs [B, T], positions=columns [B, S] or None, **how) -> logits [B, S, V]."""
+    """One rank's. `model` is called as a GPT is: model(inputs [B, T], positions=columns [B, S] or S, **how) -> logits [B, S, V]."""
 
     def __init__(
         self, model: Callable[..., Tensor], validation: Validation, device: torch.device | str = "cpu", allow_published_tail: bool = False
@@ -166,9 +166,9 @@ class Referee:
         position = torch.where(is_kept, position, first)
         columns = position - start
         targets = torch.where(is_kept, self._tokens[(position + 1).clamp(max=self.num_positions)], 0).long()
-        whole_rows = width == length and bool((windows.first == windows.start).all())
+        at_the_end = bool((windows.first - windows.start == length - width).all())
         with torch.set_grad_enabled(with_grad):
-            logits = self._model(inputs, positions=None if whole_rows else columns, **how)
+            logits = self._model(inputs, positions=width if at_the_end else columns, **how)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
             losses = torch.where(is_kept, losses, 0.0)
         self._require_unchanged_weights()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgolf_fast.fused_blocks import as_columns
+
 
 class Recording(NamedTuple):
     forward: torch.cuda.CUDAGraph  # inputs, positions -> logits
@@ -43,8 +45,7 @@ class Replays(nn.Module):
         self.anchor = torch.zeros((), device=model.tok_emb.device, requires_grad=True)
 
     def forward(self, inputs, *, positions, adapters, max_seqlen):
-        if positions is None:
-            positions = torch.arange(inputs.shape[1], device=inputs.device).expand(inputs.shape)
+        positions = as_columns(positions, inputs)
         wanted = positions.shape[1]
         positions = F.pad(positions, (0, self.num_scored - wanted))
         key = inputs.shape, positions.shape, id(adapters)

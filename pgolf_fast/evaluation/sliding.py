@@ -11,7 +11,7 @@ from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.evaluation.rehearsal import rehearse
 from pgolf_fast.evaluation.windows import Windows, sliding
 
-STOP_WINDOWS = 1024  # of all ranks, between two places where the evaluation can stop
+STOP_BATCHES = 4  # of every rank, between two places where the evaluation can stop
 
 
 class SlidingWindow:
@@ -35,9 +35,10 @@ class SlidingWindow:
 
     def chunks(self, referee: Referee) -> Iterator[None]:
         windows = sliding(referee.num_positions, self.seq_len, self.stride)
+        step = STOP_BATCHES * self.batch_rows * dist.world_size()
         while self.done < len(windows):
-            share_out(referee, windows[self.done : self.done + STOP_WINDOWS], self.batch_rows, self.seq_len)
-            self.done += STOP_WINDOWS
+            share_out(referee, windows[self.done : self.done + step], self.batch_rows, self.seq_len)
+            self.done += step
             yield
         if self.published_tail:
             score_published_tail(referee, self.seq_len, self.stride)

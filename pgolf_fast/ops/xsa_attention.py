@@ -278,38 +278,13 @@ def _composite(q, k, v, xsa, gate, scale, cu_seqlens, max_seqlen):
         # Padding is sent to one row past the end, which is cut off again.
         target = torch.where(inside, token, q.shape[1]).reshape(-1)
         y = torch.zeros_like(torch.cat([q[0], q[0, :1]])).index_copy(0, target, y.reshape(-1, *q.shape[2:]))[None, :-1]
-    return _finished(y, v[:, -q.shape[1] :], xsa, gate)
-
-
-def _finished(y, v, xsa, gate):
-    """y [B, S, Hq, D] without the direction of its own v [B, S, Hk, D], gated."""
     out = y
     if xsa:
-        own_v = v.repeat_interleave(y.shape[2] // v.shape[2], dim=2).to(accumulation_dtype(v.dtype))
+        own_v = v[:, -y.shape[1] :].repeat_interleave(y.shape[2] // v.shape[2], dim=2).to(accumulation_dtype(v.dtype))
         out = out - _own_share(out.to(own_v.dtype), own_v) * own_v
     if gate is not None:
         out = out * gate[..., None]
     return out.to(y.dtype)
-
-
-def rows_at(x, positions):
-    """Of x [B, T, ..] the rows at positions [B, S]."""
-    return x.gather(1, positions.view(*positions.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
-
-
-def xsa_attention_at(q, k, v, positions, xsa=True, gate=None, scale=None):
-    """The outputs of `xsa_attention` at a few positions of each row, [B, S]: q [B, S, Hq, D] and gate [B, S, Hq] are theirs alone.
-
-    By torch's attention on every device: a window's last 64 positions are 3 % of its attention.
-    """
-    group = q.shape[2] // k.shape[2]
-    # The query heads of a group are rows of one head: torch's fast kernels that take a mask want as many heads of keys as of queries.
-    rows = q.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hk, group S, D]
-    visible = torch.arange(k.shape[1], device=k.device) <= positions[:, None, :, None]
-    visible = visible.expand(-1, group, -1, -1).flatten(1, 2)[:, None]  # [B, 1, group S, T]
-    y = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, scale=scale)
-    y = y.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return _finished(y, rows_at(v, positions), xsa, gate)
 
 
 def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max_seqlen=None):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.referee import OrderError, Referee, Scored
 from pgolf_fast.evaluation.windows import Windows, sliding
+from pgolf_fast.fused_blocks import as_columns
 from tests.evaluation import stream
 
 N = 200
@@ -33,9 +34,9 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.calls = []
 
-    def forward(self, tokens, positions=None, **how):
+    def forward(self, tokens, positions, **how):
         self.calls.append((tokens.clone(), positions, how))
-        return torch.zeros(*(tokens if positions is None else positions).shape, 48)
+        return torch.zeros(*as_columns(positions, tokens).shape, 48)
 
 
 def random_windows(seed: int) -> list[Windows]:
@@ -81,6 +82,26 @@ def test_the_model_is_given_the_inputs_of_its_windows_and_nothing_else(seed):
         assert how == {"adapters": "mine"}
         for row, start, end in zip(tokens, windows.start, windows.end):
             assert row[: end - start].tolist() == validation.tokens[start:end].tolist() and not row[end - start :].any()
+
+
+@pytest.mark.parametrize(
+    "windows, expected",
+    [
+        (Windows([0, 8], [24, 32], [32, 40]), 8),
+        (Windows([0, 32], [0, 32], [32, 64]), 32),
+        (Windows([0, 8], [24, 33], [32, 40]), [range(24, 32), [*range(25, 32), 25]]),  # one row scores less
+        (Windows([0, 32], [24, 40], [32, 48]), [range(24, 32), range(8, 16)]),  # one row is shorter
+        (Windows([0, 40], [24, 40], [32, 40]), [range(24, 32), [0] * 8]),  # one row is empty
+    ],
+    ids=["the last", "all", "fewer", "shorter", "empty"],
+)
+def test_positions_are_a_number_where_they_end_each_row(windows, expected):
+    model = Recorder()
+    Referee(model, stream.validation(N)).score(windows, row_tokens=32)
+    positions = model.calls[-1][1]
+    assert (positions if isinstance(positions, int) else positions.tolist()) == (
+        expected if isinstance(expected, int) else [list(row) for row in expected]
+    )
 
 
 def test_no_position_is_scored_twice(referee):
