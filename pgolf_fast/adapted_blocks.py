@@ -164,9 +164,8 @@ class _Backward(fused_blocks.Backward):
         return dstream, dskip[0] if dskip else None
 
     def unmix(self, i, name, mix: Mix, dmixed, accumulate=None):
-        coefficients = getattr(self.weights, name)[i, : len(mix.tensors)]
-        accumulate = accumulate or [None] * len(mix.tensors)
-        return ops.mix_norm_bwd(dmixed, None, None, None, [], coefficients, [], 1.0, accumulate)[0]
+        accumulate = mix.gathered(accumulate or [])
+        return mix.spread(ops.mix_norm_bwd(dmixed, None, None, None, [], mix.coefficients, [], 1.0, accumulate)[0])
 
     def attend(self, i, block, dout, saved: Adapted):
         config, plan, batch, adapter = self.config, self.plan, self.batch, self.adapters[i]

@@ -109,7 +109,7 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx, dout):
         weights = ctx.saved_tensors
         backward = Backward(ctx.plan, Weights(*weights), ctx.operands, take_tape(ctx))
-        dx0 = backward.run(dout) + backward.dx0
+        dx0 = backward.run(dout)
         return None, dx0, *backward.gradients, *(backward.dvalues.get(block) for block in ctx.plan.value_blocks)
 
 
@@ -141,10 +141,27 @@ class Attended(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """Of a sum of tensors, each times its row of coefficients, and of the norm of that sum. The backward makes the sum again."""
+    """Of a sum of tensors, each times its row of coefficients, and of the norm of that sum. The backward makes the sum again.
+
+    A tensor that is several summands (the first visit's stream is x0, the first skip the stream) is read once, times the sum of their rows.
+    """
 
     tensors: list[torch.Tensor]
+    coefficients: torch.Tensor  # [tensors, C]
+    places: list[int]  # of each summand: which of the tensors it is
     rstd: torch.Tensor
+
+    def gathered(self, gradients):
+        """The sum of each tensor's gradients, of those that its summands have; None: nothing."""
+        found = [None] * len(self.tensors)
+        for place, gradient in zip(self.places, gradients):
+            if gradient is not None:
+                found[place] = gradient if found[place] is None else found[place] + gradient
+        return found
+
+    def spread(self, gradients):
+        """Each tensor's gradient, at the first of its summands; None at the others."""
+        return [gradients[place] if self.places.index(place) == i else None for i, place in enumerate(self.places)]
 
 
 def heads(packed, config, tokens):
@@ -267,7 +284,7 @@ class Backward:
         self.dvalues = {}
 
     def run(self, dout):
-        """The gradient of the stream that enters the first visit."""
+        """The gradient of x0, which is the stream that enters the first visit."""
         visits = self.plan.visits
         dstream, dlane1, dkept = dout, None, []  # dkept: of streams kept for a skip, the first kept at the bottom
         if visits[-1].two_lanes:
@@ -283,7 +300,7 @@ class Backward:
                 dkept.append(dskip)
                 from_skip = dkept.pop() if was_kept else None  # the skip of the visit just before
                 dstream = dstream if from_skip is None else dstream + from_skip
-            if visit.two_lanes and not visits[i - 1].two_lanes:
+            if dlane1 is not None and not visits[i - 1].two_lanes:
                 dstream, dlane1 = dstream + dlane1, None
         return dstream
 
@@ -296,26 +313,31 @@ class Backward:
     def two_lanes(self, i, block, dlane0, dlane1):
         entered, attended, lane1, rstd1, u, left0, left1 = self.tape.pop()
         dlane0, dattention, dmlp, *dskip = self.unmix(i, "lane0", left0, dlane0)
-        dlane1, dattention, dmlp = self.unmix(i, "lane1", left1, dlane1, accumulate=[None, dattention, dmlp])
+        one_stream = left0.tensors[0] is left1.tensors[0]  # on both lanes, before the first such visit
+        accumulate = [dlane0 if one_stream else None, dattention, dmlp]
+        dlane1, dattention, dmlp = self.unmix(i, "lane1", left1, dlane1, accumulate=accumulate)
         dlane1 = self.mlp(i, block, dmlp, dlane1, lane1, rstd1, u)
+        if one_stream:
+            dlane0, dlane1 = dlane1, None
         dn = self.attend(i, block, dattention, attended)
         dlane0, dskip = self.unmix_entered(i, block, entered, None, dn, dlane0, *(dskip or [None]))
         return dlane0, dlane1, dskip
 
     def unmix_entered(self, i, block, entered, dmixed, dn, dstream, dskip):
         """Gradients of the stream and of the skip, added to what they have already; that of x0 is added up over the visits."""
-        accumulate = [dstream, self.dx0, dskip][: len(entered.tensors)]
+        accumulate = [dstream, self.dx0, dskip][: len(entered.places)]
         dstream, self.dx0, *dskip = self.unmix(i, "mix", entered, dmixed, dn, self.plan.norm_scale(block), accumulate)
         return dstream, dskip[0] if dskip else None
 
     def unmix(self, i, name, mix, dmixed, dn=None, scale=1.0, accumulate=None):
-        """Gradients of what was mixed, one for each coefficient row, and of the coefficients."""
+        """Gradients of the summands, added to what they have already, and of the coefficients."""
         rows = list(range(len(mix.tensors)))
-        coefficients = getattr(self.weights, name)[i, : len(rows)]
-        accumulate = accumulate or [None] * len(rows)
-        gradients, dcoefficients = ops.mix_norm_bwd(dmixed, dn, None, mix.rstd, mix.tensors, coefficients, rows, scale, accumulate)
-        getattr(self.gradients, name)[i, : len(rows)] = dcoefficients
-        return gradients
+        accumulate = mix.gathered(accumulate or [])
+        gradients, dcoefficients = ops.mix_norm_bwd(dmixed, dn, None, mix.rstd, mix.tensors, mix.coefficients, rows, scale, accumulate)
+        if len(mix.places) > len(rows):
+            dcoefficients = torch.stack([dcoefficients[place] for place in mix.places])
+        getattr(self.gradients, name)[i, : len(mix.places)] = dcoefficients
+        return mix.spread(gradients)
 
     def attend(self, i, block, dx1, saved):
         config, plan = self.config, self.plan
@@ -357,6 +379,18 @@ def activation_index(config):
 
 def _mix(coefficients, tensors, norm_scale=None):
     """Each tensor (but those that are None, at the end) times its row of coefficients, summed; the norm of the sum if it has a scale."""
-    tensors = [t for t in tensors if t is not None]
-    mixed, normed, rstd = ops.mix_norm_fwd(tensors, coefficients[: len(tensors)], list(range(len(tensors))), norm_scale)
-    return Mix(tensors, rstd), mixed, normed
+    summands = [t for t in tensors if t is not None]
+    coefficients = coefficients[: len(summands)]
+    tensors, rows, places = [], [], []
+    for summand, row in zip(summands, coefficients):
+        place = next((place for place, tensor in enumerate(tensors) if tensor is summand), len(tensors))
+        places.append(place)
+        if place < len(tensors):
+            rows[place] = rows[place] + row
+        else:
+            tensors.append(summand)
+            rows.append(row)
+    if len(tensors) < len(summands):
+        coefficients = torch.stack(rows)
+    mixed, normed, rstd = ops.mix_norm_fwd(tensors, coefficients, list(range(len(tensors))), norm_scale)
+    return Mix(tensors, coefficients, places, rstd), mixed, normed

@@ -1,9 +1,11 @@
 """The blocks as one hand-written node, against the plain torch blocks of model.py."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgolf_fast.model import GPT
 from tests.compare import relative_error
@@ -81,6 +83,32 @@ def test_matrices_stored_in_bf16_still_sum_their_gradients_in_float32():
     (losses, truth), (found_losses, found) = both_ways(model, [tokens_of(config, 2, 16)])
     assert found_losses == pytest.approx(losses, rel=1e-5) and found["qo"].dtype == torch.bfloat16
     assert relative_error(found["qo"], truth["qo"]) < 1e-2
+
+
+class MixedTensors(TorchDispatchMode):
+    """How often each tensor stands in each mix of a forward and a backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ("pgolf_fast::mix_norm_fwd", "pgolf_fast::mix_norm_bwd"):
+            tensors = args[0] if func.name().endswith("fwd") else args[4]
+            self.counts.append(Counter(t.data_ptr() for t in tensors))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name, looped", RECIPES_AND_LOOPS)
+def test_no_mix_reads_a_tensor_twice(name, looped):
+    """The first visit's stream is x0, the first skip is the stream that the visit before left."""
+    config = small(name)
+    model = random_model(config, torch.float64)
+    model.use_fused_blocks = True
+    with MixedTensors() as mixed:
+        model(*tokens_of(config, 1, 8), looped=looped).backward()
+    assert len(mixed.counts) >= 2 * config.num_layers
+    assert all(count == 1 for counts in mixed.counts for count in counts.values())
 
 
 def test_scoring_keeps_nothing_and_gives_the_same():

@@ -19,13 +19,10 @@ __device__ __forceinline__ uint32_t activated(uint32_t bits) {
     return as_bits(__hmul2(t, t));
 }
 
-// Doubling and halving are exact in bf16.
+// f act'(u); with kRelu2, u is not negative.
 template <Activation kActivation>
-__device__ __forceinline__ uint32_t slope(uint32_t bits) {
-    const __nv_bfloat162 twice = __hadd2(as_pair(bits), as_pair(bits));
-    const __nv_bfloat162 floor =
-        kActivation == Activation::kRelu2 ? __float2bfloat162_rn(0.f) : __hmul2(as_pair(bits), __float2bfloat162_rn(0.5f));
-    return as_bits(__hmax2(twice, floor));
+__device__ __forceinline__ float slope(float f, float u) {
+    return kActivation == Activation::kRelu2 ? 2.f * f * u : fmaf(0.75f * f, fabsf(u), 1.25f * f * u);
 }
 
 // C = A B, stored as it is.
@@ -34,7 +31,7 @@ struct Plain : gemm::PlainOp {
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;
 };
 
-// The accumulators of a row times scale * rstd[row]; null: nothing.
+// The rows have factors scale * rstd[row]; null: scale alone.
 struct RowScaled : Plain {
     static constexpr int kBlockN = 192;
     struct Arguments {
@@ -44,21 +41,22 @@ struct RowScaled : Plain {
     };
     struct Fetched {
         float rstd[2];
+        __device__ __forceinline__ float factor(const Arguments& p, int r) const { return p.scale * rstd[r]; }
     };
     static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int, int m) {
-        if (p.rstd == nullptr) return {};
+        if (p.rstd == nullptr) return {{1.f, 1.f}};
         return {{__ldg(p.rstd + min(row, m - 1)), __ldg(p.rstd + min(row + 8, m - 1))}};
-    }
-    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[32], int, int, int) {
-        if (p.rstd == nullptr) return;
-        const float factor[2] = {p.scale * fetched.rstd[0], p.scale * fetched.rstd[1]};
-#pragma unroll
-        for (int i = 0; i < 32; ++i) acc[i] *= factor[i / 2 % 2];
     }
 };
 
-// u = x Wup^T
-struct Up : RowScaled {};
+// u = factor (x Wup^T)
+struct Up : RowScaled {
+    static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& fetched, int r, float u0, float u1, uint32_t,
+                                                      float&) {
+        const float factor = fetched.factor(p, r);
+        return ptx::pack_bf16(factor * u0, factor * u1);
+    }
+};
 
 // y = act(u) Wdown^T
 template <Activation kActivation>
@@ -74,22 +72,36 @@ __device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pa
 template <Activation kActivation>
 struct DownResidual : Down<kActivation> {
     static constexpr bool kHasAux = true;
-    static __device__ __forceinline__ uint32_t result(float y0, float y1, uint32_t residual) {
+    template <class Arguments, class Fetched>
+    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int, float y0, float y1, uint32_t residual,
+                                                      float&) {
         return ptx::pack_bf16(y0 + low(residual), y1 + high(residual));
     }
 };
 
-// du = (dy Wdown) * act'(u), and the row sums of du * u
+// du = factor (dy Wdown) * act'(u), and the row sums of du * u
 template <Activation kActivation>
 struct DownBackward : RowScaled {
     static constexpr int kBMajor = kMajorMN;
     static constexpr bool kHasAux = true, kRowSums = true;
-    static __device__ __forceinline__ uint32_t result(float dact0, float dact1, uint32_t u) {
-        const uint32_t s = slope<kActivation>(u);
-        return ptx::pack_bf16(dact0 * low(s), dact1 * high(s));
+    static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& fetched, int r, float dact0, float dact1,
+                                                      uint32_t u, float& row_sum) {
+        if (kActivation == Activation::kRelu2) u = as_bits(__hmax2(as_pair(u), __float2bfloat162_rn(0.f)));
+        const float factor = fetched.factor(p, r), u0 = low(u), u1 = high(u);
+        const float du0 = dact0 * slope<kActivation>(factor, u0), du1 = dact1 * slope<kActivation>(factor, u1);
+        row_sum = fmaf(du1, u1, fmaf(du0, u0, row_sum));
+        return ptx::pack_bf16(du0, du1);
     }
-    static __device__ __forceinline__ float row_term(uint32_t du, uint32_t u) { return fmaf(low(du), low(u), high(du) * high(u)); }
 };
+
+// The sums of all column tiles of a row, times rstd times the factor, in place of the first.
+__global__ void along_kernel(float* row_sums, const float* rstd, float factor, int tiles, int m) {
+    const int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= m) return;
+    float sum = 0.f;
+    for (int tile = 0; tile < tiles; ++tile) sum += row_sums[int64_t(tile) * m + row];
+    row_sums[row] = factor * rstd[row] * sum;
+}
 
 // dx = du Wup
 struct UpBackward : Plain {
@@ -103,25 +115,13 @@ struct NormUpBackward : UpBackward {
     static constexpr int kSideBlocks = 1;   // x
     static __device__ __forceinline__ int side_column(int n0, int pass) { return n0 + pass * gemm::kColumnBlock; }
     struct Arguments {
-        const float *rstd, *row_sums;
-        int tiles;     // of row_sums
-        float factor;  // -1 / (scale D)
+        const float* along;  // [m]
     };
     struct Fetched {
         float along[2];
     };
     static __device__ __forceinline__ Fetched fetch(const Arguments& p, int row, int, int m) {
-        Fetched fetched;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int at = min(row + 8 * r, m - 1);
-            float sum = 0.f;  // the four lanes of a row share its tiles
-            for (int tile = threadIdx.x % 4; tile < p.tiles; tile += 4) sum += __ldg(p.row_sums + int64_t(tile) * m + at);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            fetched.along[r] = p.factor * __ldg(p.rstd + at) * sum;
-        }
-        return fetched;
+        return {{__ldg(p.along + min(row, m - 1)), __ldg(p.along + min(row + 8, m - 1))}};
     }
     // 32 of a pass's 64 columns.
     template <class Address>
@@ -159,7 +159,7 @@ struct DownWeight : Down<kActivation> {
 
 template <Activation kActivation>
 cudaError_t forward(const FusedMlpParams& p, cudaStream_t stream) {
-    cudaError_t status = gemm::launch<Up>(p.x, p.w_up, p.u, nullptr, {p.m, p.h, p.d}, stream, {p.rstd, p.scale, nullptr});
+    cudaError_t status = gemm::launch<Up>(p.x, p.w_up, p.u, nullptr, {p.m, p.h, p.d}, stream, {p.rstd, p.rstd ? p.scale : 1.f, nullptr});
     if (status != cudaSuccess) return status;
     const gemm::Shape shape{p.m, p.d_out, p.h};
     if (p.residual) return gemm::launch<DownResidual<kActivation>>(p.u, p.w_down, p.y, p.residual, shape, stream);
@@ -170,12 +170,14 @@ template <Activation kActivation>
 cudaError_t backward_input(const FusedMlpParams& p, cudaStream_t stream) {
     using ByU = DownBackward<kActivation>;
     static_assert(fused_mlp_row_tiles(ByU::kBlockN) == 1 && fused_mlp_row_tiles(ByU::kBlockN + 1) == 2);
-    cudaError_t status = gemm::launch<ByU>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream, {p.rstd, p.scale, p.row_sums});
+    const typename ByU::Arguments factors{p.rstd, p.rstd ? p.scale : 1.f, p.row_sums};
+    cudaError_t status = gemm::launch<ByU>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream, factors);
     const gemm::Shape shape{p.m, p.d, p.h};
     if (status != cudaSuccess) return status;
     if (p.rstd == nullptr) return gemm::launch<UpBackward>(p.du, p.w_up, p.dx, nullptr, shape, stream);
-    const NormUpBackward::Arguments arguments{p.rstd, p.row_sums, fused_mlp_row_tiles(p.h), -1.f / (p.scale * float(p.d))};
-    return gemm::launch<NormUpBackward>(p.du, p.w_up, p.dx, p.dx_residual, shape, stream, arguments, {p.x, nullptr, p.d, p.d, p.d});
+    if (p.m == 0) return cudaSuccess;
+    along_kernel<<<(p.m + 255) / 256, 256, 0, stream>>>(p.row_sums, p.rstd, -1.f / (p.scale * float(p.d)), fused_mlp_row_tiles(p.h), p.m);
+    return gemm::launch<NormUpBackward>(p.du, p.w_up, p.dx, p.dx_residual, shape, stream, {p.row_sums}, {p.x, nullptr, p.d, p.d, p.d});
 }
 
 template <Activation kActivation>

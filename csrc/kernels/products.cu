@@ -16,10 +16,15 @@ struct Forward : gemm::PlainOp {
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;
 };
 
+__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
 struct ForwardResidual : Forward {
     static constexpr bool kHasAux = true;
-    static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t residual) {
-        return ptx::pack_bf16(low + __uint_as_float(residual << 16), high + __uint_as_float(residual & 0xffff0000u));
+    template <class Arguments>
+    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int, float y0, float y1, uint32_t residual,
+                                                      float&) {
+        return ptx::pack_bf16(y0 + low(residual), y1 + high(residual));
     }
 };
 
@@ -28,9 +33,11 @@ struct ForwardResidualSquares : ForwardResidual {
     struct Arguments {
         float* row_sums;
     };
-    static __device__ __forceinline__ float row_term(uint32_t sum, uint32_t) {
-        const float low = __uint_as_float(sum << 16), high = __uint_as_float(sum & 0xffff0000u);
-        return fmaf(low, low, high * high);
+    static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& f, int r, float y0, float y1, uint32_t residual,
+                                                      float& row_sum) {
+        const uint32_t y = ForwardResidual::result(p, f, r, y0, y1, residual, row_sum);
+        row_sum = fmaf(high(y), high(y), fmaf(low(y), low(y), row_sum));
+        return y;
     }
 };
 

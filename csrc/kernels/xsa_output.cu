@@ -47,8 +47,10 @@ struct OutputBackward : gemm::PlainOp {
     // Of a thread's two rows, r, and the tile's two heads, h.
     struct Fetched {
         int place[2];    // negative: no token of a document, whose gate and own are 0
-        int64_t stat[2]; // first head's row of stats
-        float own[2][2], lse[2][2], gate[2][2];  // [h][r]
+        int batch[2];
+        uint32_t gates[2];  // of both heads
+        float own[2][2], lse[2][2];  // [h][r]
+        float gate[2][2];
         float share[2][2], out_dot[2][2], v_dot[2][2];  // g . v / |v|^2; dy . out and dy . v so far
         uint32_t v[kChunks][4];  // pairs, as ldmatrix leaves them: rows r % 2, columns + 8 (r / 2)
     };
@@ -60,15 +62,14 @@ struct OutputBackward : gemm::PlainOp {
         for (int r = 0; r < 2; ++r) {
             const int row = min(first_row + 8 * r, m - 1), batch = p.batch == 1 ? 0 : row / p.tokens, token = row - batch * p.tokens;
             f.place[r] = p.places != nullptr ? __ldg(p.places + row) : token;
-            if (first_row + 8 * r >= m) f.place[r] = -1;
-            f.stat[r] = int64_t(batch) * p.q_heads + head;
-            const uint32_t gates = p.gate != nullptr ? __ldg(reinterpret_cast<const unsigned*>(p.gate + int64_t(row) * p.q_heads + head))
-                                                     : 0x3f803f80u;  // ones
+            f.batch[r] = batch;
+            const int stat = batch * p.q_heads + head;  // first head's row of own and lse
+            f.gates[r] = p.gate != nullptr ? __ldg(reinterpret_cast<const unsigned*>(p.gate + int64_t(row) * p.q_heads + head))
+                                           : 0x3f803f80u;  // ones
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                f.own[h][r] = __ldg(p.own + (f.stat[r] + h) * p.tokens + token);
-                f.lse[h][r] = __ldg(p.lse + (f.stat[r] + h) * p.tokens + token);
-                f.gate[h][r] = h == 0 ? low(gates) : high(gates);
+                f.own[h][r] = __ldg(p.own + int64_t(stat + h) * p.tokens + token);
+                f.lse[h][r] = __ldg(p.lse + int64_t(stat + h) * p.tokens + token);
             }
         }
         return f;
@@ -79,6 +80,7 @@ struct OutputBackward : gemm::PlainOp {
     static __device__ __forceinline__ void stage(const Arguments& p, Fetched& f, const float (&g)[64], int, int step, int row, int n0, int m,
                                                  Address&& address) {
         if (step == 0) products_with_v(p, f, g, address);
+        if (step == 1) begin_rows(p, f, row, n0, m);
         if (step == 1 && p.gate != nullptr) gate_gradient(p, f, g, row, n0, m, address);
         if (step >= 2 && step < 6) gradients(f, g, step - 2, address);
         if (step == 6) finish_rows(p, f, row, n0, m);
@@ -101,12 +103,28 @@ struct OutputBackward : gemm::PlainOp {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float inverse_square = p.xsa ? __fdividef(1.f, fmaxf(xsa::quad_sum(v_v[r]), 1e-24f)) : 0.f;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                f.share[h][r] = g_v[h][r] * inverse_square;
+                f.out_dot[h][r] = f.v_dot[h][r] = 0.f;
+            }
+        }
+    }
+
+    static __device__ __forceinline__ float* stats_of(const Arguments& p, const Fetched& f, int head, int r) {
+        return p.stats + 2 * int64_t(f.batch[r] * p.q_heads + head) * p.stats_width + f.place[r];
+    }
+
+    static __device__ __forceinline__ void begin_rows(const Arguments& p, Fetched& f, int row, int n0, int m) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (row + 8 * r >= m) f.place[r] = -1;
             const bool live = f.place[r] >= 0;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                if (!live) f.gate[h][r] = f.own[h][r] = 0.f;
-                f.share[h][r] = live ? g_v[h][r] * inverse_square : 0.f;
-                f.out_dot[h][r] = f.v_dot[h][r] = 0.f;
+                f.gate[h][r] = live ? (h == 0 ? low(f.gates[r]) : high(f.gates[r])) : 0.f;
+                if (!live) f.own[h][r] = f.share[h][r] = 0.f;
+                if (live && threadIdx.x % 4 == h) *stats_of(p, f, n0 / kHead + h, r) = f.lse[h][r] * xsa::kLog2e;
             }
         }
     }
@@ -172,9 +190,7 @@ struct OutputBackward : gemm::PlainOp {
                 for (int h = 0; h < 2; ++h) {
                     if (quad != h) continue;
                     const float over_gate = f.gate[h][r] != 0.f ? __fdividef(1.f, f.gate[h][r]) : 0.f;
-                    float* stats = p.stats + 2 * (f.stat[r] + h) * p.stats_width + f.place[r];
-                    stats[0] = f.lse[h][r] * xsa::kLog2e;
-                    stats[p.stats_width] = f.out_dot[h][r] * over_gate + f.own[h][r] * f.v_dot[h][r];
+                    stats_of(p, f, n0 / kHead + h, r)[p.stats_width] = f.out_dot[h][r] * over_gate + f.own[h][r] * f.v_dot[h][r];
                 }
             } else if (row + 8 * r < m) {
                 const int64_t at = int64_t(row + 8 * r) * p.gradient_stride;

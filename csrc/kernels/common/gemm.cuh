@@ -11,23 +11,24 @@
 //
 // Four stages, the most that fit: a stage is consumed in 512 clocks (128 columns), 768 (192) or 1024 (256), and one is still being read
 // when the next is.
-// The result of one tile is computed, staged and stored under the products of the next, and the auxiliary tile comes into the same
-// staging area before. 128 or 192 columns leave registers for two accumulators. 256 columns, for a long K, do not: they are rounded
-// between two tiles and staged in two passes. 128 columns leave room for two staging areas, for results that take long to compute.
+// The result of one tile is computed, staged and stored under the products of the next, in passes of 64 columns; the auxiliary columns of a
+// pass come into the same staging area before. There are as many areas as fit, used in turn: while one is written, others are on their way
+// out and in. 128 or 192 columns leave registers for two accumulators; 256 columns, for a long K, do not: they are rounded between two
+// tiles. A tile of 128 columns is one pass, for results that take long to compute.
 // Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
 //
 // What varies is the Op:
 //     kBlockN                     128, 192 or 256
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
-//     kHasAux, result()           the accumulator and the auxiliary element at the same place to the stored value. With 256 columns
-//                                 the accumulator has been rounded to bf16
-//     fetch(), finish()           what a thread reads for its two rows of a tile, early, and what it then does with its accumulators of
-//                                 each 64 columns before they are staged
+//     kHasAux, result()           two accumulators of a row and the auxiliary elements at the same place to the stored values. With 256
+//                                 columns the accumulators have been rounded to bf16
+//     fetch(), finish()           what a thread reads for its two rows of a tile, under the products of that tile (loads only: what is
+//                                 made of them there would wait for them), and what it then does with its accumulators of each 64
+//                                 columns before they are staged
 //     kSideBlocks, side_column(), column blocks of a further matrix (Side) that come with each pass of a tile, and from where; kSideStored:
 //     kSideStored, stage()        others go with the result. stage() turns all into what is stored, in kStageSteps steps
-//     kRowSums, row_term()        what a stored pair and its auxiliary pair add to a sum per row and column tile, in Arguments::row_sums
-//                                 [column tiles, m]
+//     kRowSums                    result() adds to a sum per row and column tile, which is stored in Arguments::row_sums [column tiles, m]
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
 //                                 tiles is then cut into one equal share per cluster, so that a few tiles with a long K
 //                                 (a weight gradient) keep every multiprocessor busy; the order of the additions varies.
@@ -52,7 +53,6 @@ enum Output { kStoreBf16, kAddFp32, kAddFp32Transposed };
 template <class Op>
 struct Layout {
     static_assert(Op::kBlockN == 128 || Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
-    static_assert(!Op::kRowSums || Op::kBlockN < 256, "summed over one pass");
     static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
     static constexpr int kStageABytes = kBlockM * kBlockK * 2;
     static constexpr int kStageBytes = kStageABytes + Op::kBlockN * kBlockK * 2;
@@ -60,16 +60,19 @@ struct Layout {
     static constexpr bool kHeldRounded = Op::kBlockN == 256;
     static_assert(!kStaged || kHeldRounded || !Op::kTransformA, "no registers left for it");
     static constexpr bool kAuxStaged = kStaged && Op::kHasAux;
-    static constexpr int kPasses = !kHeldRounded ? 1 : Op::kSideBlocks == 0 ? 2 : 4;
-    static constexpr int kPassKBlocks = kPasses == 4 ? 6 : 8;  // under which a pass is staged
-    static constexpr int kLeastKBlocks = kStaged ? kPasses * kPassKBlocks : 1;  // a shorter K is padded with the copy engine's zeros
-    static constexpr int kPassBlocks = kStaged ? kColumnBlocks / kPasses : 0;   // column blocks staged at a time, per warpgroup
     static_assert(Op::kSideBlocks == 0 || kAuxStaged, "side blocks come with the auxiliary tile");
-    static_assert(!kStaged || kHeldRounded || Op::kBlockN == 192 || Op::kSideBlocks > 0, "a tile of 128 columns does everything in stage()");
+    static constexpr int kPassBlocks = !kStaged ? 0 : Op::kBlockN == 128 ? 2 : 1;  // column blocks staged at a time, per warpgroup
+    static constexpr int kPasses = kStaged ? kColumnBlocks / kPassBlocks : 0;
+    // A tile's first kLeadKBlocks leave the staging areas alone. Then come the passes, each under kPassKBlocks; of these the last
+    // kStageSteps stage a part of the result each.
+    static constexpr int kLeadKBlocks = Op::kBlockN == 192 ? 2 : 0;
+    static constexpr int kPassKBlocks = Op::kBlockN == 128 ? 8 : Op::kBlockN == 192 ? 2 : Op::kSideBlocks == 0 ? 4 : 6;
+    static constexpr int kStageSteps = Op::kBlockN == 128 ? 7 : 2;
+    // A shorter K is padded with the copy engine's zeros.
+    static constexpr int kLeastKBlocks = kStaged ? kLeadKBlocks + kPasses * kPassKBlocks : 1;
     static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
     static constexpr int kStoredBlocks = kPassBlocks + (Op::kSideStored ? Op::kSideBlocks : 0);
-    static constexpr int kStagingAreas = Op::kBlockN == 128 ? 2 : 1;
-    static constexpr int kStageSteps = kStagingAreas == 2 ? 7 : kPassKBlocks - 4;  // the last k blocks of a pass: its result is staged piecewise
+    static constexpr int kStagingAreas = Op::kBlockN == 192 ? 3 : Op::kBlockN == 128 || Op::kSideBlocks == 0 ? 2 : 1;
     // Both together are what 384 threads start with, 168 each.
     static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
     static constexpr int kGroupStagingBytes = kStagedBlocks * kStagingBlockBytes;  // of a warpgroup's area
@@ -101,7 +104,12 @@ struct PlainOp {
     // `column`: the first of the 64.
     template <class Arguments, class Fetched>
     static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[32], int row, int column, int m) {}
-    static __device__ __forceinline__ uint32_t result(float low, float high, uint32_t) { return ptx::pack_bf16(low, high); }
+    // `r`: which of the thread's rows.
+    template <class Arguments, class Fetched>
+    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int r, float low, float high, uint32_t aux,
+                                                      float& row_sum) {
+        return ptx::pack_bf16(low, high);
+    }
 };
 
 // A tile of the cluster pair, and the k blocks of it to sum.
@@ -162,7 +170,7 @@ struct Schedule {
     }
 };
 
-constexpr int kMaxStagingAreas = 2;
+constexpr int kMaxStagingAreas = 3;
 
 struct Barriers {
     uint64_t full[kStages], empty[kStages];
@@ -403,24 +411,26 @@ struct Consumer {
             Op::stage(arguments, fetched, held, pass, step, row_of(work), work.n0, shape.m, address);
         } else {
 #pragma unroll
-            for (int c = step * kChunks / L::kStageSteps; c < (step + 1) * kChunks / L::kStageSteps; ++c) stage_chunk(held, pass, c);
+            for (int c = step * kChunks / L::kStageSteps; c < (step + 1) * kChunks / L::kStageSteps; ++c)
+                stage_chunk(held, pass, c, fetched);
         }
     }
     __device__ __forceinline__ uint32_t chunk_address(int i) const {
         return ptx::smem_u32(staging) + areas.stage * L::kGroupStagingBytes + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
     }
     // Result of 16 columns.
-    __device__ __forceinline__ void stage_chunk(const Held& held, int pass, int i) {
+    __device__ __forceinline__ void stage_chunk(const Held& held, int pass, int i, const typename Op::Fetched& fetched) {
         uint32_t aux[4] = {}, out[4];
         if constexpr (L::kAuxStaged) ptx::ldmatrix_x4(chunk_address(i), aux[0], aux[1], aux[2], aux[3]);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             const int pair = 4 * (pass * kChunks + i) + r;
+            float low, high;
             if constexpr (L::kHeldRounded)
-                out[r] = Op::result(__uint_as_float(held[pair] << 16), __uint_as_float(held[pair] & 0xffff0000u), aux[r]);
+                low = __uint_as_float(held[pair] << 16), high = __uint_as_float(held[pair] & 0xffff0000u);
             else
-                out[r] = Op::result(held[2 * pair], held[2 * pair + 1], aux[r]);
-            if constexpr (Op::kRowSums) row_sums[r % 2] += Op::row_term(out[r], aux[r]);
+                low = held[2 * pair], high = held[2 * pair + 1];
+            out[r] = Op::result(arguments, fetched, r % 2, low, high, aux[r], row_sums[r % 2]);
         }
         ptx::stmatrix_x4(chunk_address(i), out[0], out[1], out[2], out[3]);
     }
@@ -436,9 +446,9 @@ struct Consumer {
         }
     }
     // All of this pass is staged.
-    __device__ __forceinline__ void give_staging(const Work& work) {
+    __device__ __forceinline__ void give_staging(int pass, const Work& work) {
         if constexpr (Op::kRowSums)
-            if (arguments.row_sums != nullptr) store_row_sums(work);
+            if (pass + 1 == L::kPasses && arguments.row_sums != nullptr) store_row_sums(work);
         ptx::fence_async_shared();
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(&bars.staged[group][areas.stage]);
@@ -467,44 +477,49 @@ struct Consumer {
         release();
         unreleased = -1;
     }
-    // Products of `work` into `acc`; under them the result of the tile `before`, of which `held` is left.
-    // The staging area is taken at the fifth k block of a pass, in time for the copies to and from it.
-    __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, Held& held, const Work& before) {
+    // The accumulators of a pass are final.
+    __device__ __forceinline__ void finish_pass(float (&acc)[kAccumulators], int pass, const Work& work,
+                                                const typename Op::Fetched& fetched) {
+#pragma unroll
+        for (int block = pass * L::kPassBlocks; block < (pass + 1) * L::kPassBlocks; ++block) finish(acc, block, work, fetched);
+    }
+    // Products of `work` into `acc`; under them the result of the tile `before`, of which `held` is left. `fetched`: before's, then work's.
+    __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, Held& held, const Work& before,
+                                                    typename Op::Fetched& fetched) {
         OperandA a;
-        typename Op::Fetched fetched;
+        typename Op::Fetched coming;
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
-            multiply(acc, a, pass > 0);
-            if (pass == 0) fetched = fetch(before);
-            if constexpr (!L::kHeldRounded) wgmma::pin(held);  // its last product is done: the wait was for all but the newest
 #pragma unroll
-            for (int i = 1; i < L::kPassKBlocks - L::kStageSteps; ++i) {
-                multiply(acc, a, true);
-                if constexpr (!L::kHeldRounded) finish(held, i - 1, before, fetched);
+            for (int i = pass == 0 ? -L::kLeadKBlocks : 0; i < L::kPassKBlocks - L::kStageSteps; ++i) {
+                const bool first = pass == 0 && i == -L::kLeadKBlocks;
+                multiply(acc, a, !first);
+                if constexpr (!L::kHeldRounded)
+                    if (first) wgmma::pin(held);  // its last product is done: the wait was for all but the newest
             }
             await_staging();
 #pragma unroll
             for (int step = 0; step < L::kStageSteps; ++step) {
                 multiply(acc, a, true);
+                if constexpr (!L::kHeldRounded)
+                    if (step == 0) finish_pass(held, pass, before, fetched);
                 stage_step(held, pass, step, before, fetched);
             }
-            give_staging(before);
+            give_staging(pass, before);
+            if (pass == (L::kPasses > 1 ? L::kPasses - 2 : 0)) coming = fetch(work);  // some k blocks before they are used
         }
+        fetched = coming;
         for (int i = L::kLeastKBlocks; i < work.k_end; ++i) multiply(acc, a, true);
     }
-    __device__ __forceinline__ void last_result(Held& held, const Work& work) {
-        typename Op::Fetched fetched = fetch(work);
-        if constexpr (!L::kHeldRounded) {
-            drain(held);
-#pragma unroll
-            for (int block = 0; block < L::kColumnBlocks; ++block) finish(held, block, work, fetched);
-        }
+    __device__ __forceinline__ void last_result(Held& held, const Work& work, typename Op::Fetched& fetched) {
+        if constexpr (!L::kHeldRounded) drain(held);
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
+            if constexpr (!L::kHeldRounded) finish_pass(held, pass, work, fetched);
             await_staging();
 #pragma unroll
             for (int step = 0; step < L::kStageSteps; ++step) stage_step(held, pass, step, work, fetched);
-            give_staging(work);
+            give_staging(pass, work);
         }
     }
     // Two accumulators in turn.
@@ -513,14 +528,15 @@ struct Consumer {
         float even[kAccumulators], odd[kAccumulators];
         Work work, before;
         if (!schedule.next(work)) return;
+        typename Op::Fetched fetched = fetch(work);
         products(even, work);
         while (true) {
             before = work;
-            if (!schedule.next(work)) return last_result(even, before);
-            overlapped_tile(odd, work, even, before);
+            if (!schedule.next(work)) return last_result(even, before, fetched);
+            overlapped_tile(odd, work, even, before, fetched);
             before = work;
-            if (!schedule.next(work)) return last_result(odd, before);
-            overlapped_tile(even, work, odd, before);
+            if (!schedule.next(work)) return last_result(odd, before, fetched);
+            overlapped_tile(even, work, odd, before, fetched);
         }
     }
     // One accumulator, rounded between two tiles.
@@ -530,17 +546,17 @@ struct Consumer {
         uint32_t held[kAccumulators / 2];
         Work work, before;
         if (!schedule.next(work)) return;
+        typename Op::Fetched fetched = fetch(work);
         products(acc, work);
         while (true) {
             drain(acc);
-            const typename Op::Fetched fetched = fetch(work);
 #pragma unroll
             for (int block = 0; block < L::kColumnBlocks; ++block) finish(acc, block, work, fetched);
 #pragma unroll
             for (int i = 0; i < kAccumulators / 2; ++i) held[i] = ptx::pack_bf16(acc[2 * i], acc[2 * i + 1]);
             before = work;
-            if (!schedule.next(work)) return last_result(held, before);
-            overlapped_tile(acc, work, held, before);
+            if (!schedule.next(work)) return last_result(held, before, fetched);
+            overlapped_tile(acc, work, held, before, fetched);
         }
     }
 
