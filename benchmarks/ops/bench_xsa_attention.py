@@ -2,7 +2,10 @@
 
 Fewest operations: two products of the causal half forward, five more backward. The peers are torch's attention with the
 projection as a torch.compile pass behind it; torch packs no documents, so there its peer pads them to the longest.
+FlashAttention-3, which is on no package index, is a peer where its module imports.
 """
+
+import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,23 @@ def torch_attention(backend):
     return attention
 
 
+def flash_attention_3(starts=None):
+    """{name: attention}, empty where it is not installed."""
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return {}
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+    def attention(q, k, v):
+        if starts is None:
+            y = flash_attn_func(q, k, v, causal=True)
+        else:
+            y = flash_attn_varlen_func(q[0], k[0], v[0], starts, starts, SEQUENCE, SEQUENCE, causal=True)
+        y = y[0] if isinstance(y, tuple) else y  # some versions return the log-sum-exp too
+        return project(y.view_as(q), v)
+
+    return {"FA3": attention}
+
+
 def forward(function, inputs):
     def run(i):
         with torch.no_grad():
@@ -53,12 +73,14 @@ def cases(device):
         starts = cu_seqlens(documents, device, pad_to=256 if device.type == "cuda" else None)
         return {
             "ours": lambda q, k, v: xsa_attention(q, k, v, cu_seqlens=starts, max_seqlen=SEQUENCE),
+            **(flash_attention_3(starts) if device.type == "cuda" else {}),
             "torch padded": lambda q, k, v: _composite(q, k, v, True, None, HEAD_DIM**-0.5, starts[: len(documents) + 1], SEQUENCE),
         }
 
     dense_peers = {"torch math": torch_attention(SDPBackend.MATH)}
     if device.type == "cuda":
         dense_peers = {"cuDNN": torch_attention(SDPBackend.CUDNN_ATTENTION), "flash": torch_attention(SDPBackend.FLASH_ATTENTION)}
+        dense_peers |= flash_attention_3()
     rows = n // SEQUENCE
     for name, batch, lengths, contestants in (
         (f"dense {rows}x{SEQUENCE}", rows, [SEQUENCE] * rows, {"ours": xsa_attention, **dense_peers}),
