@@ -212,6 +212,7 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
     uint8_t* s_stats = s_queries + 2 * kQueryStages * kTileBytes;          // [kQueryStages] of 64 lse, 64 delta
 
     const XsaAttentionParams& f = p.fwd;
+    ptx::grid_dependency_launch();  // the dq kernel reads nothing of this one
     const Sequence seq = find_sequence(p.keys, f.tokens, false);
     if (seq.length == 0) return;
     const int kv_head = blockIdx.y, group = f.q_heads / f.kv_heads, first = kKeyGroups * seq.block, tiles = seq.tiles();
@@ -308,20 +309,30 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const float2 two = lse[j];
-                s[4 * j] = ptx::exp2_approx(fmaf(s[4 * j], scale_log2, -two.x));
-                s[4 * j + 1] = ptx::exp2_approx(fmaf(s[4 * j + 1], scale_log2, -two.y));
-                s[4 * j + 2] = ptx::exp2_approx(fmaf(s[4 * j + 2], scale_log2, -two.x));
-                s[4 * j + 3] = ptx::exp2_approx(fmaf(s[4 * j + 3], scale_log2, -two.y));
+                s[4 * j] = fmaf(s[4 * j], scale_log2, -two.x);
+                s[4 * j + 1] = fmaf(s[4 * j + 1], scale_log2, -two.y);
+                s[4 * j + 2] = fmaf(s[4 * j + 2], scale_log2, -two.x);
+                s[4 * j + 3] = fmaf(s[4 * j + 3], scale_log2, -two.y);
             }
+            // As many as there are registers for, ahead of the exponentials: a read takes 170 clocks while products run.
+            constexpr int kEarly = 4;
+            float2 delta[8];
+#pragma unroll
+            for (int j = 0; j < kEarly; ++j) delta[j] = stats[kTile / 2 + 4 * j];
+            wgmma::pin(s);
+#pragma unroll
+            for (int e = 0; e < 32; ++e) s[e] = ptx::exp2_approx(s[e]);
             pack(operand, s);
-            wgmma::wait<0>();
-            wgmma::pin(dp);
             begin_products();
             product_ab(dv, operand, wgmma::advance(q, kTileBytes), true);
             wgmma::commit();
+            wgmma::wait<1>();
+            wgmma::pin(dp);
+#pragma unroll
+            for (int j = kEarly; j < 8; ++j) delta[j] = stats[kTile / 2 + 4 * j];
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                const float2 two = stats[kTile / 2 + 4 * j];
+                const float2 two = delta[j];
                 s[4 * j] *= dp[4 * j] - two.x;
                 s[4 * j + 1] *= dp[4 * j + 1] - two.y;
                 s[4 * j + 2] *= dp[4 * j + 2] - two.x;
@@ -381,6 +392,8 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     uint8_t* s_keys = s_rows + 2 * kConsumers * kTileBytes;    // [kStages] of a k and a v tile
 
     const XsaAttentionParams& f = p.fwd;
+    // Its blocks take the multiprocessors that the dk, dv kernel leaves; the last one sees to it that this kernel ends after that one.
+    if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1 && blockIdx.z == gridDim.z - 1) ptx::grid_dependency_wait();
     const Sequence seq = find_sequence(f.queries, f.tokens, true);
     if (seq.length == 0) return;
     const int key_tiles = min(find_query_tile(f.q_heads, f.kv_heads, seq.block, kConsumers - 1).tile + 1, seq.tiles());
@@ -521,8 +534,11 @@ cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t strea
     const int batches = f.cu_seqlens != nullptr ? 1 : f.batch;
     const dim3 key_grid(key_blocks, f.kv_heads, batches);
     xsa_attention_dkdv_kernel<<<key_grid, kKeyThreads, kKeyShared, stream>>>(map_q, map_dy, map_k, map_v, map_stats, p);
-    xsa_attention_dq_kernel<<<query_grid(f), kQueryThreads, kQueryShared, stream>>>(map_q, map_dy, map_k, map_v, p);
-    return cudaGetLastError();
+    if (cudaError_t launched = cudaGetLastError(); launched != cudaSuccess) return launched;
+    cudaLaunchAttribute overlap{cudaLaunchAttributeProgrammaticStreamSerialization};
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    const cudaLaunchConfig_t config{query_grid(f), kQueryThreads, kQueryShared, stream, &overlap, 1};
+    return cudaLaunchKernelEx(&config, xsa_attention_dq_kernel, map_q, map_dy, map_k, map_v, p);
 }
 
 }  // namespace pgolf
