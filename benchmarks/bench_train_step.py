@@ -4,8 +4,9 @@
     pgolf bench step --recipe legal-ttt-691 --gpus 8 --save
 
 The step is the trainer's own: forward, backward, collectives, update, averaged weights, from batches that lie on the device; the
-loader is not in it. Tokens follow Zipf's law, documents are log-normal. `--peer` adds the composite model under torch.compile with
-the same optimizer, in the same process.
+loader is not in it. Tokens follow Zipf's law, documents are log-normal. `--peer` adds, in the same process, the same step in plain torch:
+model and optimizer under torch.compile, torch's attention by cuDNN or flash, replayed from CUDA graphs as ours is. Torch packs no
+documents, so there its attention pads them to the longest. Its first steps' seconds are those of the compilation.
 
 Milliseconds are of the slowest rank. On several GPUs a second contestant is the same step with every GPU for itself, all of them at
 once: what lies between the two is what sharing costs, less what it saves of Muon.
@@ -23,16 +24,23 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import run as bench
 from benchmarks import shapes
 from pgolf_fast import dist, recipe
+from pgolf_fast import model as model_module
 from pgolf_fast.clock import process_age_s
 from pgolf_fast.commands.train import under_torchrun
 from pgolf_fast.data import Batch
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT
 from pgolf_fast.ops import _library
+from pgolf_fast.ops.embed_norm import embed_norm_ref
+from pgolf_fast.ops.embedding import embedding_ref
+from pgolf_fast.ops.fused_mlp import fused_mlp_ref
+from pgolf_fast.ops.linear_softcap_ce import linear_softcap_cross_entropy_ref
+from pgolf_fast.ops.mix_norm import mix_norm_ref
 from pgolf_fast.optim import Optimizer
 from pgolf_fast.schedule import StepPlan
 from pgolf_fast.step import GraphedStep, Step
@@ -53,7 +61,7 @@ class TrainStep:
     steps: int = 30
     """Timed steps of each phase."""
     peer: bool = False
-    """Also time the composite model under torch.compile."""
+    """Also time the same step in plain torch under torch.compile."""
     profile: bool = False
     """Add the table of kernels."""
     save: bool = False
@@ -117,21 +125,42 @@ def collectives(profile) -> list[tuple[str, float]]:
     return [(e.name, e.self_device_time_total / 1e3) for e in launches]
 
 
-def contestants(config, settings, device):
+@contextlib.contextmanager
+def plain_torch():
+    """Inside, a model is made of the ops' definitions and torch's attention: nothing that torch.compile cannot see through."""
+    definitions = {
+        "embedding": embedding_ref,
+        "embed_norm": embed_norm_ref,
+        "fused_mlp": fused_mlp_ref,
+        "linear_softcap_cross_entropy": linear_softcap_cross_entropy_ref,
+        "mix_norm": mix_norm_ref,
+    }
+    attention = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True)
+    with _library.composite(), mock.patch.multiple(model_module, **definitions), attention:
+        yield
+
+
+def contestants(config, settings, batch, device):
     """Name to a function that builds a step and one that makes the context it is built and run in; ours first."""
 
-    def build(kind, compiled=False):
+    def build():
         model = GPT(settings.model, settings.train.seed, device)
-        optimizer = Optimizer(model, settings.optim, 1)
-        if compiled:
-            model.forward = torch.compile(model.forward)
-        return kind(model, optimizer, settings.train.seq_len)
+        return GraphedStep(model, Optimizer(model, settings.optim, 1), settings.train.seq_len)
 
-    found = {"ours": (lambda: build(GraphedStep), contextlib.nullcontext)}
+    def build_compiled():
+        step = build()
+        # NOTE: a table made by the first step would have the second, the captured one, compiled again.
+        tokens = batch.inputs[None] if batch.cu_seqlens is not None else batch.inputs.view(-1, step.seq_len)
+        step.model._rotary_for(tokens, step.seq_len)
+        step.model.forward = torch.compile(step.model.forward, fullgraph=True, dynamic=False)
+        step.optimizer.step = torch.compile(step.optimizer.step, fullgraph=True, dynamic=False)
+        return step
+
+    found = {"ours": (build, contextlib.nullcontext)}
     if dist.world_size() > 1:
-        found["each GPU alone"] = (found["ours"][0], lambda: mock.patch.object(dist, "world_size", lambda: 1))
+        found["each GPU alone"] = (build, lambda: mock.patch.object(dist, "world_size", lambda: 1))
     if config.peer:
-        found["torch.compile"] = (lambda: build(Step, compiled=True), _library.composite)
+        found["torch.compile"] = (build_compiled, plain_torch)
     return found
 
 
@@ -144,7 +173,7 @@ def measure(name, config, device) -> list[dict]:
         lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches]).double()
         context = ((lengths * (lengths - 1)).sum() / 2 / lengths.sum()).item()
     rows = []
-    for contestant, (build, surroundings) in contestants(config, settings, device).items():
+    for contestant, (build, surroundings) in contestants(config, settings, batches[0], device).items():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         with surroundings():

@@ -43,7 +43,7 @@ class Bench:
     profile: bool = False
     """step: add the table of kernels."""
     peer: bool = False
-    """step: also time the composite model under torch.compile."""
+    """step: also time the same step in plain torch under torch.compile."""
     json: bool = False
     """Print the rows as JSON."""
 
