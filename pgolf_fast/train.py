@@ -97,7 +97,7 @@ class Trainer:
     def __init__(self, recipe, folder: Path, device_type: str, echo=print, resume: bool = False):
         """`recipe` is a recipe.Resolved; the folder is the run's, shared by all ranks."""
         self.recipe, self.config = recipe.recipe, recipe.recipe.train
-        self.folder, self.resume = folder, resume
+        self.folder = folder
         self.device = dist.start(device_type)
         world = dist.world_size()
         if self.config.micro_batches % world:
@@ -112,10 +112,6 @@ class Trainer:
         self.clock = TrainingClock(
             self.recipe.schedule.max_wallclock_seconds - self.recipe.schedule.reserve_seconds, self.config.stop_reserve_seconds
         )
-        self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)
-        self.log.document("recipe.json", recipe.record())
-        self.log.document("machine.json", machine(self.device, world))
-
         with self.clock.phase("set-up"):
             torch.manual_seed(self.config.seed)
             stream_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -134,11 +130,18 @@ class Trainer:
                 self.config.seq_len,
                 self.config.cu_seqlens_entries,
             )
-            self.validation = load_validation(self.config.data, self.config.seq_len, self.config.tokenizer or None)
+            tokenizer, pieces = self.config.tokenizer or None, self.recipe.model.vocab_size
+            self.validation = load_validation(self.config.data, self.config.seq_len, tokenizer, pieces)
+            self.resumed = self.last_checkpoint() if resume else None
         self.step, self.plan = 0, None
         self.agreed_s, self.agreed_step, self.mean_step_s = 0.0, 0, 0.0
         self.losses = _Losses(self.device)
         self.run_ahead = RUN_AHEAD if self.device.type == "cuda" else 0
+
+        # Last: settings that are refused leave no folder behind, and those of a run that is there as they were.
+        self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)
+        self.log.document("recipe.json", recipe.record())
+        self.log.document("machine.json", machine(self.device, world))
 
     # -- one step
 
@@ -203,8 +206,9 @@ class Trainer:
         with contextlib.closing(self.steps):  # after an error too: a rank that cannot exit keeps the others waiting
             with self.clock.phase("warm-up"):
                 self.warm_up()
-            if self.resume:
-                self.restore()
+            if self.resumed:
+                self.restore(*self.resumed)
+                self.resumed = None  # as much memory as the weights and the optimizer's state
             self.train(progress)
             return self.finish()
 
@@ -365,6 +369,7 @@ class Trainer:
         state = {
             "step": self.step,
             "plan": self.plan._asdict() if self.plan else None,
+            "train_loss": self.losses.last,
             "loader": self.loader.state(),
             "clock": self.clock.state(),
             "recipe": self._identity(),
@@ -377,7 +382,8 @@ class Trainer:
         """What a checkpoint and the run that resumes it must share: everything that shapes weights and state."""
         return {"model": repr(self.recipe.model), "optim": repr(self.recipe.optim)}
 
-    def restore(self):
+    def last_checkpoint(self) -> tuple[Path, dict, dict]:
+        """Its path, tensors and state, with the loader at its place; refused where it is not of these settings and this data."""
         path = checkpoint.latest(self.folder / "checkpoints")
         if path is None:
             raise UserError(f"resume: no checkpoint in {self.folder / 'checkpoints'}; start the run without --resume")
@@ -387,6 +393,10 @@ class Trainer:
                 raise UserError(
                     f"resume: {path} was trained with other {part} settings; resume with the recipe in {self.folder / 'recipe.json'}"
                 )
+        self.loader.load_state(state["loader"])
+        return path, tensors, state
+
+    def restore(self, path, tensors, state):
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(tensors[f"model.{name}"])
@@ -394,8 +404,8 @@ class Trainer:
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-        self.loader.load_state(state["loader"])
         self.clock.restore(state["clock"])
+        self.losses.last = state["train_loss"]
         self.step, self.plan = state["step"], schedule.StepPlan(**state["plan"]) if state["plan"] else None
         self.agreed_s, self.agreed_step = self.clock.elapsed_s, self.step
         self.log.event("resume", step=self.step, checkpoint=str(path))

@@ -155,7 +155,7 @@ def test_a_tokenizer_of_another_size(pgolf, data, tmp_path):
     tensors, _ = quantize(model.published_tensors(), PUBLISHED["legal-ttt-691"], plain_rounding=True)
     (tmp_path / "a.pglf").write_bytes(pack(tensors, "none", export.metadata("legal-ttt-691", settings)))
     code, _, err = pgolf(tmp_path / "a.pglf", "--data", data)
-    assert code == 2 and f"its tokenizer has {corpus.VOCAB_SIZE} pieces, the artifact's model 96" in err
+    assert code == 2 and f"its tokenizer has {corpus.VOCAB_SIZE} pieces, the model 96" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

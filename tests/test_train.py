@@ -65,7 +65,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def bytes_validation(folder, row, tokenizer=None):
+def bytes_validation(folder, row, tokenizer=None, vocab_size=None):
     """Validation of a token stream that no tokenizer made: one byte a token."""
     tokens = shards.read_split(shards.require_shards(folder, "val"))
     n = (len(tokens) - 1) // row * row
@@ -149,8 +149,9 @@ def test_resuming_is_exact(data, tmp_path, averaging):
     stopped.take_step = lambda batches, plan: take_step(batches, plan) if stopped.step < 7 else 1 / 0
     with pytest.raises(ZeroDivisionError):
         stopped.run()
-    make(data, tmp_path / "stopped", *settings, resume=True).run()
+    resumed = make(data, tmp_path / "stopped", *settings, resume=True).run()
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+    assert make(data, tmp_path / "stopped", *settings, resume=True).run() == resumed  # from its end on
 
 
 def test_killed_twenty_times_it_ends_as_if_never(data, tmp_path):
@@ -217,10 +218,15 @@ def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
     with pytest.raises(UserError, match="train.data: no data folder"):
         make("", tmp_path / "a")
     with pytest.raises(UserError, match="resume: no checkpoint"):
-        make(data, tmp_path / "b", resume=True).run()
+        make(data, tmp_path / "b", resume=True)
     make(data, tmp_path / "c").run()
+    before = {path: path.read_bytes() for path in (tmp_path / "c").glob("*.*")}
     with pytest.raises(UserError, match="other optim settings"):
-        make(data, tmp_path / "c", "optim.matrix_lr=0.5", resume=True).run()
+        make(data, tmp_path / "c", "optim.matrix_lr=0.5", resume=True)
+    with pytest.raises(UserError, match="loader state: of another stream"):
+        make(data, tmp_path / "c", "train.batch_tokens=512", resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "c").glob("*.*")} == before
+    assert not any((tmp_path / refused).exists() for refused in "ab")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run folder: cannot write"):
         make(data, tmp_path / "file" / "run")

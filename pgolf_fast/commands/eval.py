@@ -18,7 +18,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from pgolf_fast import dataset, dist, export, recipe
+from pgolf_fast import dist, export, recipe
 from pgolf_fast.clock import process_age_s
 from pgolf_fast.commands.pack import ARTIFACT
 from pgolf_fast.commands.train import under_torchrun
@@ -27,8 +27,6 @@ from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.evaluation.self_distillation import self_distill
-from pgolf_fast.shards import require_shards
-from pgolf_fast.tokenizers import Tokenizer
 
 EVALUATORS = recipe.SETTINGS["eval.evaluator"].kind.__args__
 NOT_LEGAL = "after SDTTT, not legal"
@@ -103,8 +101,7 @@ def run(config: Eval, console: Console) -> tuple[dict, int]:
 def _run(config, console, artifact: Path, device):
     expect = recipe.resolve(config.recipe).recipe if config.recipe else None
     settings = recipe.overridden(export.load_model(artifact, "cpu", expect)[0], config.overrides)
-    _require_same_tokenizer(settings, config)
-    validation = load_validation(config.data, settings.eval.seq_len, config.tokenizer)
+    validation = load_validation(config.data, settings.eval.seq_len, config.tokenizer, settings.model.vocab_size)
     out = config.out or artifact.with_suffix(".eval")
     own = settings.eval.evaluator if config.evaluator in ("recipe", "all") else config.evaluator
     wanted = [("artifact", own)]
@@ -166,15 +163,6 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
         _write(out / f"{stem}.json", dataclasses.asdict(row) | {"of": identity, "ranks": dist.world_size(), "device": str(device)})
     saved.remove()
     return row
-
-
-def _require_same_tokenizer(settings, config):
-    require_shards(config.data, "val")
-    model = dataset.find_tokenizer(config.data, config.tokenizer)
-    pieces = Tokenizer(model).vocab_size if model else None  # without one, load_validation says what is missing
-    if pieces is not None and pieces != settings.model.vocab_size:
-        sizes = f"its tokenizer has {pieces:,} pieces, the artifact's model {settings.model.vocab_size:,}"
-        raise UserError(f"{config.data}: {sizes}; give the data set of its recipe")
 
 
 def _write(path: Path, content: dict) -> None:

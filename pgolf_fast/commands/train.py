@@ -67,8 +67,9 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
     if config.resume and not resolved.recipe.train.run_id:
         raise UserError("resume: say which run with train.run_id=NAME")
     folder = config.runs / run_id
-    if not config.resume and (folder / "events.jsonl").exists():
-        raise UserError(f"train.run_id: {folder} holds a run already; choose another name, or go on with --resume")
+    events = folder / "events.jsonl"
+    if not config.resume and events.exists() and events.stat().st_size:
+        raise UserError(f"train.run_id: {folder} holds a run already; choose another name, remove it, or go on with --resume")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     first = int(os.environ.get("RANK", 0)) == 0
     bar = Progress(
