@@ -1,7 +1,6 @@
 """`pgolf audit`: does an evaluator or an artifact keep the rules?"""
 
 import dataclasses
-import json
 import time
 import typing
 from pathlib import Path
@@ -19,6 +18,7 @@ from pgolf_fast.audit import contents, fixtures, subjects
 from pgolf_fast.audit.invariants import DECLARED, FAIL, PASS, UNTESTED, Finding, audit
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import EvalConfig
+from pgolf_fast.files import write_json
 
 EVALUATORS = typing.get_args(typing.get_type_hints(EvalConfig)["evaluator"])
 COLOURS = {PASS: "green", FAIL: "red", UNTESTED: "yellow", DECLARED: "yellow"}
@@ -122,9 +122,6 @@ def run(config: Audit, console: Console) -> tuple[dict, int]:
     finally:
         torch.set_num_threads(threads)
     result |= {"passed": fine, "commit": runlog.commit(), "seconds": round(time.perf_counter() - begin, 1)}
-    try:
-        config.out.write_text(json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"out: cannot write {config.out} ({error.strerror})") from None
+    write_json(config.out, result)
     console.print(f"[{'green' if fine else 'red'}]{said}[/]   ({result['seconds']} s; {config.out})")
     return result, 0 if fine else 1

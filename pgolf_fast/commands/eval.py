@@ -4,13 +4,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import signal
 import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich import box
 from rich.console import Console
@@ -20,13 +18,14 @@ from rich.table import Table
 
 from pgolf_fast import dist, export, recipe
 from pgolf_fast.clock import process_age_s
+from pgolf_fast.commands.devices import choose_device, under_torchrun
 from pgolf_fast.commands.pack import ARTIFACT
-from pgolf_fast.commands.train import under_torchrun
 from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.evaluation.self_distillation import self_distill
+from pgolf_fast.files import write_json
 
 EVALUATORS = recipe.SETTINGS["eval.evaluator"].kind.__args__
 NOT_LEGAL = "after SDTTT, not legal"
@@ -80,10 +79,7 @@ class Row:
 
 
 def run(config: Eval, console: Console) -> tuple[dict, int]:
-    if config.gpus > 1 and "LOCAL_RANK" not in os.environ:
-        if config.gpus > torch.cuda.device_count():
-            raise UserError(f"gpus: {config.gpus} asked for, {torch.cuda.device_count()} visible here")
-        under_torchrun(config.gpus)
+    under_torchrun(config.gpus)
     if config.data is None:
         raise UserError("data: give the folder of the validation shards, --data FOLDER")
     artifact = config.source / ARTIFACT if config.source.is_dir() else config.source
@@ -92,7 +88,7 @@ def run(config: Eval, console: Console) -> tuple[dict, int]:
         if config.source.is_dir():
             remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one"
         raise UserError(f"source: no file {artifact}; {remedy}")
-    device = dist.start(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    device = dist.start(choose_device(config.device).type)
     found = _run(config, console, artifact, device)
     dist.stop()
     return found
@@ -160,19 +156,9 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
         shared_s + time.perf_counter() - begin, outcome.practice_s, outcome.scoring_s, found.versions, found.digest,
     )  # fmt: skip
     if dist.rank() == 0:
-        _write(out / f"{stem}.json", dataclasses.asdict(row) | {"of": identity, "ranks": dist.world_size(), "device": str(device)})
+        write_json(out / f"{stem}.json", dataclasses.asdict(row) | {"of": identity, "ranks": dist.world_size(), "device": str(device)})
     saved.remove()
     return row
-
-
-def _write(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".writing")
-    with open(draft, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +14,7 @@ from rich.table import Table
 from pgolf_fast import artifact, codecs
 from pgolf_fast.commands.quantize import QUANTIZED, progress_bar
 from pgolf_fast.errors import UserError
+from pgolf_fast.files import write_json, write_whole
 from pgolf_fast.ledger import CAP_BYTES, CodeBytes, Ledger, code_files, count_code, ledger, own_sources
 
 ARTIFACT = "artifact.pglf"  # in the run's folder
@@ -80,8 +80,8 @@ def run(config: Pack, console: Console) -> tuple[dict, int]:
     totals = {c: found.total(c) for c in COUNTS}
     report = {"bytes": len(packed), **dataclasses.asdict(found), "totals": totals, "count": count, "fits": fits, "seconds": seconds}
     if out:
-        out.write_bytes(packed)
+        write_whole(out, packed)
         console.print(f"written: {out}")
     if of_run:
-        (config.source / LEDGER).write_text(json.dumps(report, indent=1) + "\n")
+        write_json(config.source / LEDGER, report)
     return report, 0 if fits else 1

@@ -3,13 +3,11 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich import box
 from rich.console import Console
@@ -19,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pgolf_fast import artifact, export, fit
+from pgolf_fast.commands.devices import choose_device
 from pgolf_fast.errors import UserError
+from pgolf_fast.files import write_json, write_whole
 from pgolf_fast.ledger import CAP_BYTES, count_code, own_sources
 from pgolf_fast.quantize import PUBLISHED, TensorError, quantize
 
@@ -98,14 +98,6 @@ def progress_bar(console: Console):
         yield progress
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"device: {name!r} is not here; choose cpu, cuda (if there is a GPU) or auto")
-    return torch.device(name)
-
-
 def run(config: Quantize, console: Console) -> tuple[dict, int]:
     return quantize_run(config, console) if config.source.is_dir() else quantize_checkpoint(config, console)
 
@@ -125,8 +117,9 @@ def quantize_run(config, console):
             made, searched = fit_run(config, source, progress, console)
         else:
             made = export.quantize_run(source, choose_device(config.device), config.data, config.plain_rounding, progress)
-    (config.source / QUANTIZED).write_bytes(artifact.pack(made.tensors, "none", export.metadata(source.name, source.recipe)))
-    forecast = artifact.estimate_bytes(made.tensors, export.metadata(source.name, source.recipe))
+    metadata = export.metadata(source.name, source.recipe)
+    write_whole(config.source / QUANTIZED, artifact.pack(made.tensors, "none", metadata))
+    forecast = artifact.estimate_bytes(made.tensors, metadata)
     cap_s = source.recipe.schedule.max_wallclock_seconds
     report = {
         "weights": source.weights,
@@ -135,7 +128,7 @@ def quantize_run(config, console):
         "fit": searched,
         "tensors": [dataclasses.asdict(e) for e in made.errors],
     }
-    (config.source / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    write_json(config.source / REPORT, report)
     console.print(error_table(made.errors))
     console.print(f"{source.name}, {source.weights}: quantized in {made.quantize_s:.1f} s; forecast of the packed size: {forecast:,} bytes")
     if made.calibrate_s:
@@ -202,6 +195,6 @@ def quantize_checkpoint(config, console):
     console.print(error_table(errors))
     console.print(f"forecast of the packed size: {forecast:,} bytes, code not counted")
     if config.out:
-        config.out.write_bytes(artifact.pack(tensors, "none", {"table": config.table}))
+        write_whole(config.out, artifact.pack(tensors, "none", {"table": config.table}))
         console.print(f"written: {config.out} (uncompressed; next: pgolf pack {config.out})")
     return {"forecast_bytes": forecast, "tensors": [dataclasses.asdict(e) for e in errors]}, 0
