@@ -29,7 +29,7 @@ class Audit:
     """Run the rules that can be run against an evaluator or an artifact, on a short text, on the CPU; exit code 1 if one is broken."""
 
     subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUBJECT")] = ""
-    """A packed artifact, a recipe, one of our evaluators, or anybody's: FILE.py:FUNCTION or MODULE:FUNCTION."""
+    """A packed artifact, a recipe's name or TOML file, one of our evaluators, or anybody's: FILE.py:FUNCTION or MODULE:FUNCTION."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of validation shards, whose text must not be in the artifact."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("audit.json")
@@ -49,7 +49,7 @@ def _resolve(config: Audit) -> tuple[subjects.Subject | None, list[Finding]]:
         )
     if ":" in name and not Path(name).exists():
         return subjects.load_function(name), []
-    if Path(name).is_file():
+    if Path(name).is_file() and not name.endswith(".toml"):
         described, found = contents.audit_contents(Path(name), config.data)
         return subjects.of_recipe(*described) if described else None, found
     if name in EVALUATORS:

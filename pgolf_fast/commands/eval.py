@@ -28,6 +28,7 @@ from pgolf_fast.evaluation.self_distillation import self_distill
 from pgolf_fast.files import write_json
 
 EVALUATORS = recipe.SETTINGS["eval.evaluator"].kind.__args__
+STAGES = ("eval.", "ttt.", "lora.", "sdttt.")  # of a recipe, that an evaluation reads
 NOT_LEGAL = "after SDTTT, not legal"
 LINE_EVERY_S = 30.0  # between two lines of progress where there is no terminal
 
@@ -95,6 +96,9 @@ def run(config: Eval, console: Console) -> tuple[dict, int]:
 
 
 def _run(config, console, artifact: Path, device):
+    for override in config.overrides:
+        if not override.startswith(STAGES):
+            raise UserError(f"{override}: an evaluation takes {', '.join(f'{stage}*' for stage in STAGES)}; the rest is the artifact's")
     expect = recipe.resolve(config.recipe).recipe if config.recipe else None
     settings = recipe.overridden(export.load_model(artifact, "cpu", expect)[0], config.overrides)
     validation = load_validation(config.data, settings.eval.seq_len, config.tokenizer, settings.model.vocab_size)
@@ -134,7 +138,7 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
     identity = {
         "artifact": hashlib.sha256(scored.read_bytes()).hexdigest(),
         "validation": hashlib.sha256(validation.tokens.tobytes() + validation.target_bytes.tobytes()).hexdigest(),
-        "settings": {key: value for key, value in recipe.values(settings).items() if key.startswith(("eval.", "ttt.", "lora.", "sdttt."))},
+        "settings": {key: value for key, value in recipe.values(settings).items() if key.startswith(STAGES)},
     }
     identity = json.loads(json.dumps(identity))
     saved = SavedState(out / f"{stem}.unfinished", identity, settings.eval.save_seconds)

@@ -99,6 +99,8 @@ def progress_bar(console: Console):
 
 
 def run(config: Quantize, console: Console) -> tuple[dict, int]:
+    if not config.source.exists():
+        raise UserError(f"source: nothing at {config.source}; give a run's folder or a checkpoint")
     return quantize_run(config, console) if config.source.is_dir() else quantize_checkpoint(config, console)
 
 
@@ -107,13 +109,13 @@ def quantize_run(config, console):
         if getattr(config, argument):
             raise UserError(f"{argument}: of a checkpoint only; a run is quantized as its recipe says, into its own folder")
     source = export.read_run(config.source)
-    if config.strict and not config.fit:
+    if config.strict and config.fit is None:
         raise UserError("strict: of a fit only: say how many bytes with --fit; pgolf pack --strict gates an artifact as it is")
-    if config.fit and config.plain_rounding:
+    if config.fit is not None and config.plain_rounding:
         raise UserError("fit: searches with GPTQ, not with plain rounding; leave one of the two out")
     searched = {}
     with progress_bar(console) as progress:
-        if config.fit:
+        if config.fit is not None:
             made, searched = fit_run(config, source, progress, console)
         else:
             made = export.quantize_run(source, choose_device(config.device), config.data, config.plain_rounding, progress)
@@ -182,7 +184,7 @@ def frontier_table(search: fit.Search, found: fit.Fit, code_bytes: int, predicti
 
 
 def quantize_checkpoint(config, console):
-    if config.fit or config.strict:
+    if config.fit is not None or config.strict:
         raise UserError("fit: of a run's folder only: the search measures losses on its training text")
     if config.table is None:
         raise UserError(f"table: say whose schemes to use for a checkpoint: {', '.join(PUBLISHED)}; a run's folder says it itself")

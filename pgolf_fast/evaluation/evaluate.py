@@ -106,6 +106,14 @@ def _progress(referee, seconds, earlier_s):
     return Progress(score, share, (earlier_s + seconds) * (1 / share - 1) if share else math.inf)
 
 
+def _other(part: str, before, now) -> str:
+    """In what an unfinished evaluation differs from this one."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"of another {part}"
+    changed = (f"{key}={before.get(key)}, now {now.get(key)}" for key in before | now if before.get(key) != now.get(key))
+    return f"with other {part} ({'; '.join(changed)})"
+
+
 class SavedState:
     """The folder of an unfinished evaluation: one file per rank, replaced as a whole; no result is ever in it."""
 
@@ -137,10 +145,9 @@ class SavedState:
         tensors, state = checkpoint.load(path)
         for part, value in self.identity.items():
             if state["identity"].get(part) != value:
-                change = f"({state['identity'].get(part)}, now {value})"
                 raise UserError(
-                    f"{path.parent.parent}: holds an unfinished evaluation with another {part} {change}; "
-                    "give it back what it began with, or choose another folder"
+                    f"{path.parent.parent}: holds an unfinished evaluation {_other(part, state['identity'].get(part), value)}; "
+                    "give it back what it began with, begin again with --fresh, or choose another folder"
                 )
 
         def part_of(owner):
