@@ -230,7 +230,7 @@ class Trainer:
                         begun = time.perf_counter()
                     self.plan = schedule.plan(self.recipe.schedule, self.step, self.elapsed_s, self.plan)
                     batches = [next(self.loader) for _ in range(self.parts)]
-                    self.losses.put(self.step, self.take_step(batches, self.plan))
+                    self.losses.put(self.step, self.take_step(batches, self.plan), self.plan.lr_factor)
                     if self.plan.snapshot:
                         self.optimizer.snapshot()
                     self.step += 1
@@ -256,13 +256,13 @@ class Trainer:
 
     def receive(self, window, progress):
         """The oldest loss still on its way; stops the run if it is not finite."""
-        step, loss = self.losses.get()
+        step, loss, lr_factor = self.losses.get()
         if not math.isfinite(loss):
             self.keep_evidence(step, loss)
-        window.add(step, loss)
+        window.add(step, self.clock.elapsed_s)
         if progress:
             progress(step + 1, loss, window.ms_per_step)
-        self.log.event("step", step=step + 1, train_loss=loss, lr_factor=self.plan.lr_factor, train_s=self.clock.elapsed_s)
+        self.log.event("step", step=step + 1, train_loss=loss, lr_factor=lr_factor, train_s=self.clock.elapsed_s)
         if (step + 1) % self.config.log_every == 0 or step < 10:
             train_ms = 1e3 * self.clock.elapsed_s
             self.log.line(
@@ -435,30 +435,30 @@ class _Losses:
     def pending(self) -> int:
         return len(self.queue)
 
-    def put(self, step, loss):
+    def put(self, step, loss, lr_factor):
         if self.device.type != "cuda":
-            self.queue.append((step, loss, None))
+            self.queue.append((step, loss, lr_factor, None))
             return
         host = torch.empty((), pin_memory=True)
         host.copy_(loss, non_blocking=True)
-        self.queue.append((step, host, torch.cuda.current_stream().record_event()))
+        self.queue.append((step, host, lr_factor, torch.cuda.current_stream().record_event()))
 
     def get(self):
-        step, loss, event = self.queue.popleft()
+        step, loss, lr_factor, event = self.queue.popleft()
         if event is not None:
             event.synchronize()
         self.last = loss.item()
-        return step, self.last
+        return step, self.last, lr_factor
 
 
 class _Window:
-    """Mean step time between the losses received last."""
+    """Mean step time between the losses received last, on the training clock: what stands between two steps is not of them."""
 
     def __init__(self):
         self.times = deque(maxlen=50)
 
-    def add(self, step, loss):
-        self.times.append((step, time.perf_counter()))
+    def add(self, step, elapsed_s):
+        self.times.append((step, elapsed_s))
 
     @property
     def ms_per_step(self) -> float:

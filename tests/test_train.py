@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf_fast import checkpoint, dist, export, recipe, runlog, shards, train
+from pgolf_fast import checkpoint, dist, export, recipe, runlog, schedule, shards, train
 from pgolf_fast.artifact import pack
 from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
@@ -190,18 +190,26 @@ def test_no_run_ends_past_its_cap(data, tmp_path):
 
 
 def test_steps_still_on_the_device_are_training_time(data, tmp_path):
-    """On a clock that only waiting for a loss moves: whatever the loop is about to do, the wait is training's."""
+    """On a clock that only waiting for a loss and validation move: whatever the loop is about to do, the wait is training's."""
     trainer = make(data, tmp_path / "run", "train.val_every=3", "train.checkpoint_every=2", "train.warmup_steps=0")
-    seconds, get = [0.0], trainer.losses.get
+    seconds, get, validate = [0.0], trainer.losses.get, trainer.validate
     trainer.clock._now, trainer.run_ahead = lambda: seconds[0], 2
 
     def wait():
         seconds[0] += 1
         return get()
 
-    trainer.losses.get = wait
+    def validate_slowly():
+        seconds[0] += 50
+        return validate()
+
+    trainer.losses.get, trainer.validate = wait, validate_slowly
     trainer.run()
-    assert {name: s for name, s in trainer.clock.ledger_s.items() if name != "set-up" and s} == {"train": 8}
+    assert {name: s for name, s in trainer.clock.ledger_s.items() if name != "set-up" and s} == {"train": 8, "validate": 250}
+    events = runlog.events(tmp_path / "run")
+    assert [e["ms_per_step"] for e in events if e["event"] == "speed"] == [0.0] + 7 * [1000.0]
+    plans = [schedule.lr_factor(trainer.recipe.schedule, step, 0.0) for step in range(8)]
+    assert [e["lr_factor"] for e in events if e["event"] == "step"] == plans and plans[-1] < plans[0]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_evidence(data, tmp_path):
