@@ -336,7 +336,10 @@ class Trainer:
         with self.clock.phase("validate"):
             self.report_validation(self.validate())
         with self.clock.phase("checkpoint"):
-            self.save()
+            try:
+                self.save()
+            except UserError as error:  # the weights to come take a quarter of the space, and are what the run was for
+                self.log.line(str(error))
             weights = self.optimizer.load_average()
         with self.clock.phase("validate"):
             score = self.validate()

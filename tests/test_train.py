@@ -222,6 +222,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_evidence(data, tmp_p
     assert runlog.events(tmp_path / "run")[-1]["event"] == "not_finite"
 
 
+def test_a_last_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkeypatch):
+    def full(*args):
+        raise UserError("checkpoint: cannot write")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    make(data, tmp_path / "run").run()
+    assert set(weights(tmp_path / "run")) and runlog.events(tmp_path / "run")[-1]["event"] == "end"
+    assert "checkpoint: cannot write" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
     with pytest.raises(UserError, match="train.data: no data folder"):
         make("", tmp_path / "a")

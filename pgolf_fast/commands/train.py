@@ -71,7 +71,7 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
     return {
         "folder": str(result.folder),
         "steps": result.steps,
-        "train_loss": result.train_loss,
+        "train_loss": result.train_loss if result.steps else None,  # nan is no JSON
         "val_loss": result.validation.nats_per_token,
         "val_bpb": result.validation.bits_per_byte,
         "weights": result.weights,
