@@ -1,6 +1,7 @@
 """The command line as its users meet it: another process, its output and its exit code."""
 
 import errno
+import io
 import json
 import os
 import resource
@@ -9,9 +10,11 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 from pgolf_fast import files
 from pgolf_fast.commands import demo, doctor
+from pgolf_fast.commands import progress as commands_progress
 from pgolf_fast.errors import UserError
 
 
@@ -168,3 +171,13 @@ def test_package_import_is_light():
     code = f"import sys, pgolf_fast; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_off_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+    told = io.StringIO()
+    seconds = iter(range(0, 1000, 20))
+    monkeypatch.setattr(commands_progress.time, "perf_counter", lambda: next(seconds))
+    with commands_progress.shown(Console(file=told, width=80)) as progress:
+        for done in range(6):
+            progress("packing", done, 5, f"part {done}")
+    assert told.getvalue() == "packing: 20%, 80 s left, part 1\npacking: 60%, 40 s left, part 3\npacking: 100%, 0 s left, part 5\n"

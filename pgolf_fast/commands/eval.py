@@ -12,14 +12,13 @@ from typing import Annotated, Literal
 import tyro
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from pgolf_fast import dist, export, recipe
 from pgolf_fast.clock import process_age_s
 from pgolf_fast.commands.devices import choose_device, under_torchrun
 from pgolf_fast.commands.pack import ARTIFACT
+from pgolf_fast.commands.progress import shown
 from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator
@@ -30,7 +29,6 @@ from pgolf_fast.files import write_json
 EVALUATORS = recipe.SETTINGS["eval.evaluator"].kind.__args__
 STAGES = ("eval.", "ttt.", "lora.", "sdttt.")  # of a recipe, that an evaluation reads
 NOT_LEGAL = "after SDTTT, not legal"
-LINE_EVERY_S = 30.0  # between two lines of progress where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +147,11 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
         referee = Referee(evaluator.model, validation, device, allow_published_tail=settings.eval.published_tail)
         if config.fresh:
             saved.remove()
-        with _asked_to_stop() as must_stop, _shown(console, f"{weights}, {name}") as progress:
+        with _asked_to_stop() as must_stop, shown(console) as show:
+
+            def progress(p: Progress):
+                show(f"{weights}, {name}", p.share, 1.0, f"{p.score.bits_per_byte:.4f} bpb so far")
+
             outcome = evaluate(evaluator, referee, saved, progress, must_stop)
     if outcome is None:
         return None
@@ -180,29 +182,6 @@ def _asked_to_stop():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _shown(console: Console, title: str):
-    """A function that shows an evaluate.Progress: a bar on a terminal, a line now and then elsewhere."""
-    if console.is_terminal:
-        with Bar(TextColumn(title), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=console) as bar:
-            task = bar.add_task(title, total=1.0, text="")
-            yield lambda p: bar.update(task, completed=p.share, text=_text(p))
-        return
-    last = time.perf_counter()
-
-    def line(p: Progress):
-        nonlocal last
-        if time.perf_counter() - last > LINE_EVERY_S:
-            last = time.perf_counter()
-            console.print(f"{title}: {p.share:.0%}, {_text(p)}")
-
-    yield line
-
-
-def _text(p: Progress) -> str:
-    return f"{p.score.bits_per_byte:.4f} bpb so far, {p.seconds_left:.0f} s left"
 
 
 def score_table(rows: list[Row]) -> Table:

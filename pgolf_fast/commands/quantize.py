@@ -1,6 +1,5 @@
 """`pgolf quantize`: a run's weights, or a checkpoint, to integers, and what that cost."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -11,13 +10,13 @@ from typing import Annotated, Literal
 import tyro
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pgolf_fast import artifact, export, fit
 from pgolf_fast.commands.devices import choose_device
+from pgolf_fast.commands.progress import shown
 from pgolf_fast.errors import UserError
 from pgolf_fast.files import write_json, write_whole
 from pgolf_fast.ledger import CAP_BYTES, count_code, own_sources
@@ -83,21 +82,6 @@ def error_table(errors: list[TensorError]) -> Table:
     return table
 
 
-@contextlib.contextmanager
-def progress_bar(console: Console):
-    """A function progress(task, done, total) that draws one bar per task."""
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks = {}
-
-        def progress(task, done, total):
-            if task not in tasks:
-                tasks[task] = bar.add_task(task, total=total)
-            bar.update(tasks[task], completed=done, total=total)
-
-        yield progress
-
-
 def run(config: Quantize, console: Console) -> tuple[dict, int]:
     if not config.source.exists():
         raise UserError(f"source: nothing at {config.source}; give a run's folder or a checkpoint")
@@ -114,7 +98,7 @@ def quantize_run(config, console):
     if config.fit is not None and config.plain_rounding:
         raise UserError("fit: searches with GPTQ, not with plain rounding; leave one of the two out")
     searched = {}
-    with progress_bar(console) as progress:
+    with shown(console) as progress:
         if config.fit is not None:
             made, searched = fit_run(config, source, progress, console)
         else:
@@ -190,7 +174,7 @@ def quantize_checkpoint(config, console):
         raise UserError(f"table: say whose schemes to use for a checkpoint: {', '.join(PUBLISHED)}; a run's folder says it itself")
     state = load_tensors(config.source, "checkpoint")
     hessians = load_tensors(config.hessians, "hessians") if config.hessians else None
-    with progress_bar(console) as progress:
+    with shown(console) as progress:
         advance = functools.partial(progress, "quantizing")
         tensors, errors = quantize(state, PUBLISHED[config.table], hessians, config.plain_rounding, advance)
     forecast = artifact.estimate_bytes(tensors)
