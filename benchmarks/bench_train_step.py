@@ -1,11 +1,12 @@
 """Milliseconds of a whole training step, of one GPU's share (98,304 tokens) or of several GPUs.
 
-    pgolf bench step --profile --save
+    pgolf bench step --profile --save --peer legal-ttt-691
     pgolf bench step --recipe legal-ttt-691 --gpus 8 --save
 
 The step is the trainer's own: forward, backward, collectives, update, averaged weights, from batches that lie on the device; the
-loader is not in it. Tokens follow Zipf's law, documents are log-normal. `--peer` adds the composite model under torch.compile with
-the same optimizer, in the same process.
+loader is not in it. Tokens follow Zipf's law, documents are log-normal. `--peer RECIPE` adds, in the same process, the same step in plain
+torch: model and optimizer under torch.compile, torch's attention by cuDNN or flash. Torch packs no documents, so there its attention pads
+them to the longest. Its first steps' seconds are those of the compilation.
 
 Milliseconds are of the slowest rank. On several GPUs a second contestant is the same step with every GPU for itself, all of them at
 once: what lies between the two is what sharing costs, less what it saves of Muon.
@@ -22,16 +23,25 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import run as bench
 from benchmarks import shapes
 from pgolf_fast import dist, recipe
+from pgolf_fast import model as model_module
+from pgolf_fast import optim as optim_module
 from pgolf_fast.clock import process_age_s
 from pgolf_fast.commands.devices import under_torchrun
 from pgolf_fast.data import Batch
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT
 from pgolf_fast.ops import _library
+from pgolf_fast.ops.embed_norm import embed_norm_ref
+from pgolf_fast.ops.embedding import embedding_ref
+from pgolf_fast.ops.fused_mlp import fused_mlp_ref
+from pgolf_fast.ops.linear_softcap_ce import linear_softcap_cross_entropy_ref
+from pgolf_fast.ops.mix_norm import mix_norm_ref
+from pgolf_fast.ops.orthogonalize import COEFFICIENTS, _iterate_batched
 from pgolf_fast.optim import Optimizer
 from pgolf_fast.schedule import StepPlan
 from pgolf_fast.step import GraphedStep, Step
@@ -51,8 +61,8 @@ class TrainStep:
     """Run on this many GPUs of this machine; 0: as launched."""
     steps: int = 30
     """Timed steps of each phase."""
-    peer: bool = False
-    """Also time the composite model under torch.compile."""
+    peer: tuple[str, ...] = ()
+    """Of these recipes, also time the same step in plain torch under torch.compile."""
     profile: bool = False
     """Add the table of kernels."""
     save: bool = False
@@ -116,21 +126,58 @@ def collectives(profile) -> list[tuple[str, float]]:
     return [(e.name, e.self_device_time_total / 1e3) for e in launches]
 
 
-def contestants(config, settings, device):
-    """Name to a function that builds a step and one that makes the context it is built and run in; ours first."""
+def plain_orthogonalize(matrices, coefficients, steps):
+    table = COEFFICIENTS[coefficients]
+    rows = [table[min(i, len(table) - 1)] for i in range(steps)]
+    return [_iterate_batched(m, rows) for m in matrices]
 
-    def build(kind, compiled=False):
-        model = GPT(settings.model, settings.train.seed, device)
-        optimizer = Optimizer(model, settings.optim, 1)
-        if compiled:
-            model.forward = torch.compile(model.forward)
-        return kind(model, optimizer, settings.train.seq_len)
 
-    found = {"ours": (lambda: build(GraphedStep), contextlib.nullcontext)}
+@contextlib.contextmanager
+def plain_torch():
+    """Inside, model and optimizer are made of the ops' definitions and torch's attention: nothing that torch.compile cannot see through."""
+    definitions = {
+        "embedding": embedding_ref,
+        "embed_norm": embed_norm_ref,
+        "fused_mlp": fused_mlp_ref,
+        "linear_softcap_cross_entropy": linear_softcap_cross_entropy_ref,
+        "mix_norm": mix_norm_ref,
+    }
+    attention = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_library.composite())
+        stack.enter_context(mock.patch.multiple(model_module, **definitions))
+        stack.enter_context(mock.patch.object(optim_module, "orthogonalize", plain_orthogonalize))
+        stack.enter_context(attention)
+        yield
+
+
+def build_step(settings, device) -> Step:
+    """As the trainer has it."""
+    model = GPT(settings.model, settings.train.seed, device)
+    kind = GraphedStep if device.type == "cuda" else Step
+    return kind(model, Optimizer(model, settings.optim, 1), settings.train.seq_len)
+
+
+def build_compiled_step(settings, device) -> Step:
+    """The same mathematics by torch.compile; to be built and run inside `plain_torch`. Not replayed: a step's launches take the host
+    less time than the GPU has work."""
+    model = GPT(settings.model, settings.train.seed, device)
+    optimizer = Optimizer(model, settings.optim, 1)
+    # NOTE: a table that the first step made would have the second one compiled again.
+    length = settings.train.seq_len
+    model._rotary_for(torch.empty(1, shapes.TOKENS if settings.train.layout == "documents" else length, device=device), length)
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
+    optimizer.step = torch.compile(optimizer.step, dynamic=False)
+    return Step(model, optimizer, length)
+
+
+def contestants(peer: bool):
+    """Name to what builds a step of a recipe and what makes the context it is built and run in; ours first."""
+    found = {"ours": (build_step, contextlib.nullcontext)}
     if dist.world_size() > 1:
-        found["each GPU alone"] = (found["ours"][0], lambda: mock.patch.object(dist, "world_size", lambda: 1))
-    if config.peer:
-        found["torch.compile"] = (lambda: build(Step, compiled=True), _library.composite)
+        found["each GPU alone"] = (build_step, lambda: mock.patch.object(dist, "world_size", lambda: 1))
+    if peer:
+        found["torch.compile"] = (build_compiled_step, plain_torch)
     return found
 
 
@@ -143,11 +190,11 @@ def measure(name, config, device) -> list[dict]:
         lengths = torch.cat([batch.cu_seqlens.diff() for batch in batches]).double()
         context = ((lengths * (lengths - 1)).sum() / 2 / lengths.sum()).item()
     rows = []
-    for contestant, (build, surroundings) in contestants(config, settings, device).items():
+    for contestant, (build, surroundings) in contestants(name in config.peer).items():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         with surroundings():
-            step = build()
+            step = build(settings, device)
             for looped in (False, True) if settings.model.num_loops else (False,):
                 plan = StepPlan(1.0, 0.95, looped, False, False)
                 first_steps_s, ready_s = first_steps(step, batches, plan), process_age_s()
@@ -170,7 +217,7 @@ def measure(name, config, device) -> list[dict]:
                 }
                 if peak:
                     row["mfu"] = flops_per_token(settings.model, context, looped) * shapes.TOKENS / ms * 1e3 / peak
-                if contestant == "ours" and (config.profile or dist.world_size() > 1):
+                if config.profile or (contestant == "ours" and dist.world_size() > 1):
                     profile = profiled_steps(step, batches, plan)
                     row |= {"kernels": kernel_table(profile), "collectives": collectives(profile)}
                 rows.append(row)
@@ -204,7 +251,7 @@ def show(rows, profile, console):
         if not profile or "kernels" not in row:
             continue
         total = sum(kernel["ms"] for kernel in row["kernels"])
-        console.print(f"{row['recipe']}, {row['visits']} visits: {total:.2f} ms of kernels in {row['ms']:.2f} ms")
+        console.print(f"{row['recipe']}, {row['contestant']}, {row['visits']} visits: {total:.2f} ms of kernels in {row['ms']:.2f} ms")
         for kernel in row["kernels"][:40]:
             console.print(f"  {kernel['ms']:8.3f} ms {kernel['launches']:6.0f} x  {kernel['kernel'][:110]}", highlight=False, markup=False)
 

@@ -12,6 +12,7 @@ from pgolf_fast import fused_blocks
 from pgolf_fast.adapters import VisitAdapter
 from pgolf_fast.fused_blocks import Attended, Mix, Weights, ops, rows_at, take_tape
 from pgolf_fast.ops._library import accumulation_dtype
+from pgolf_fast.ops.mix_norm import row_rstd
 from pgolf_fast.ops.products import project, project_backward
 
 
@@ -121,7 +122,7 @@ class _Forward(fused_blocks.Forward):
     def output(self, i, block, attended, residual):
         y = project(attended.y, self.operands.o[block], residual)
         _batched(y, self.batch).baddbmm_(attended.low_o, self.adapters[i].o_up)
-        return y, None if residual is None else ops.row_rstd(y)
+        return y, None if residual is None else row_rstd(y)
 
     def mlp(self, i, block, x, rstd, residual):
         adapter = self.adapters[i]

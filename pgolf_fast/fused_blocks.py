@@ -16,6 +16,7 @@ from pgolf_fast.ops import _library, attn_gate, xsa_output  # noqa: F401  define
 from pgolf_fast.ops._library import accumulation_dtype
 from pgolf_fast.ops.fused_mlp import ACTIVATIONS
 from pgolf_fast.ops.mix_norm import KERNEL_WIDTH as MIX_WIDTH
+from pgolf_fast.ops.mix_norm import row_rstd
 from pgolf_fast.ops.products import add_weight_gradient, project, project_backward, project_residual_rstd
 from pgolf_fast.ops.qkv import kernel_fits as qkv_kernel_fits
 
@@ -35,6 +36,7 @@ class Weights(NamedTuple):
     mix: torch.Tensor  # [visits, 3, C]: what of the stream, of x0 and of the skip enters the block
     lane0: torch.Tensor | None  # [visits, 4, C]: what of lane 0, attention, MLP and skip leaves on lane 0
     lane1: torch.Tensor | None  # [visits, 3, C]: what of lane 1, attention and MLP leaves on lane 1
+    mean: torch.Tensor | None  # [1, 5, C]: what of lane 0, attention, MLP, lane 1 and skip leaves the last visit, both lanes in one
 
 
 class Plan(NamedTuple):
@@ -189,23 +191,22 @@ class Forward:
 
     def at(self, x, positions):
         """Rows of x [B T, ..] at the positions; all without any."""
-        return x if x is None or positions is None else rows_at(x.view(*self.plan.tokens, -1), positions).flatten(0, 1)
+        return x if x is None or positions is None else rows_at(x.view(*self.plan.tokens, *x.shape[1:]), positions).flatten(0, 1)
 
     def run(self):
-        stream, lane1, kept = self.x0, None, []
+        stream, lane1, rstd1, kept = self.x0, None, None, []
         for i, visit in enumerate(self.plan.visits):
             skip = kept.pop() if visit.skip is not None else None
             positions = self.positions if i + 1 == len(self.plan.visits) else None
             if visit.two_lanes:
-                stream, lane1 = self.two_lanes(i, visit.block, stream, stream if lane1 is None else lane1, skip, positions)
+                if lane1 is None:
+                    lane1, rstd1 = stream, row_rstd(stream)
+                stream, lane1, rstd1 = self.two_lanes(i, visit.block, stream, lane1, rstd1, skip, positions)
             else:
                 stream = self.sequential(i, visit.block, stream, skip, positions)
             if visit.first_half:
                 kept.append(stream)
-        if lane1 is None:
-            return stream
-        _, mean, _ = _mix(torch.full_like(self.weights.mix[0, :2], 0.5), (stream, lane1))
-        return mean
+        return stream
 
     def sequential(self, i, block, stream, skip, positions):
         entered, x, n = self.enter(i, block, stream, skip)
@@ -215,18 +216,21 @@ class Forward:
         self.keep((entered, attended, x1, rstd1, u))
         return x2
 
-    def two_lanes(self, i, block, lane0, lane1, skip, positions):
-        """Attention reads lane 0, the MLP lane 1; both write both."""
+    def two_lanes(self, i, block, lane0, lane1, rstd1, skip, positions):
+        """Attention reads lane 0, the MLP lane 1, of whose norm rstd1 are the factors; both write both, but for the last visit's mean."""
         entered, _, n = self.enter(i, block, lane0, skip)
         attended = self.attend(i, block, n, positions)
         attention, _ = self.output(i, block, attended, residual=None)
-        lane0, lane1, skip = (self.at(x, positions) for x in (lane0, lane1, skip))
-        rstd1 = ops.row_rstd(lane1)
+        lane0, lane1, rstd1, skip = (self.at(x, positions) for x in (lane0, lane1, rstd1, skip))
         mlp, u = self.mlp(i, block, lane1, rstd1, residual=None)
+        if i + 1 == len(self.plan.visits):
+            left, mean, _ = _mix(self.weights.mean[0], (lane0, attention, mlp, lane1, skip))
+            self.keep((entered, attended, lane1, rstd1, u, left))
+            return mean, None, None
         left0, out0, _ = _mix(self.weights.lane0[i], (lane0, attention, mlp, skip))
         left1, out1, _ = _mix(self.weights.lane1[i], (lane1, attention, mlp))
         self.keep((entered, attended, lane1, rstd1, u, left0, left1))
-        return out0, out1
+        return out0, out1, left1.rstd
 
     def enter(self, i, block, stream, skip):
         return _mix(self.weights.mix[i], (stream, self.x0, skip), self.plan.norm_scale(block))
@@ -287,8 +291,6 @@ class Backward:
         """The gradient of x0, which is the stream that enters the first visit."""
         visits = self.plan.visits
         dstream, dlane1, dkept = dout, None, []  # dkept: of streams kept for a skip, the first kept at the bottom
-        if visits[-1].two_lanes:
-            dstream = dlane1 = 0.5 * dout
         for i, visit in reversed(list(enumerate(visits))):
             was_kept = i > 0 and visits[i - 1].first_half
             from_skip = dkept.pop() if was_kept and visit.skip is None else None
@@ -311,11 +313,15 @@ class Backward:
         return self.unmix_entered(i, block, entered, dx1, dn, from_skip, None)
 
     def two_lanes(self, i, block, dlane0, dlane1):
-        entered, attended, lane1, rstd1, u, left0, left1 = self.tape.pop()
-        dlane0, dattention, dmlp, *dskip = self.unmix(i, "lane0", left0, dlane0)
-        one_stream = left0.tensors[0] is left1.tensors[0]  # on both lanes, before the first such visit
-        accumulate = [dlane0 if one_stream else None, dattention, dmlp]
-        dlane1, dattention, dmlp = self.unmix(i, "lane1", left1, dlane1, accumulate=accumulate)
+        entered, attended, lane1, rstd1, u, *left = self.tape.pop()
+        one_stream = lane1 is left[0].tensors[0]  # on both lanes, before the first such visit
+        if i + 1 == len(self.plan.visits):
+            dlane0, dattention, dmlp, dlane1, *dskip = self.unmix(0, "mean", left[0], dlane0)
+            dlane1 = dlane0 if one_stream else dlane1
+        else:
+            dlane0, dattention, dmlp, *dskip = self.unmix(i, "lane0", left[0], dlane0)
+            accumulate = [dlane0 if one_stream else None, dattention, dmlp]
+            dlane1, dattention, dmlp = self.unmix(i, "lane1", left[1], dlane1, accumulate=accumulate)
         dlane1 = self.mlp(i, block, dmlp, dlane1, lane1, rstd1, u)
         if one_stream:
             dlane0, dlane1 = dlane1, None

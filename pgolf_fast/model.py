@@ -565,17 +565,19 @@ class GPT(nn.Module):
 
     def _packed(self, fake_quant):
         """The matrices as the fused blocks multiply by them. Scales of a product's channels are folded into its matrix."""
-        config, layers = self.config, self.config.num_layers
+        config = self.config
         qo, kv, up, down = (_matrix(w, fake_quant) for w in (self.qo, self.kv, self.mlp_up, self.mlp_down))
+        # NOTE: chunks, not slices, each of whose gradients would be a stack of its own, full of zeros.
+        (q, o), (k, v) = qo.chunk(2), kv.chunk(2)
         shift = None
         if config.activation == "star_relu2":
             # As in _plain_mlp.
             shift = self.mlp_scale * (down @ self.star_shift[..., None])[..., 0]
             down = down * self.star_scale[:, None]
         return {
-            "qkv": torch.cat([qo[:layers], kv[:layers], kv[layers:]], dim=1),
+            "qkv": torch.cat([q, k, v], dim=1),
             "gate": self.attn_gate if config.attn_gate else None,
-            "o": self.attn_scale[..., None] * qo[layers:],
+            "o": self.attn_scale[..., None] * o,
             "up": up,
             "down": self.mlp_scale[..., None] * down,
             "shift": shift,
@@ -598,13 +600,15 @@ class GPT(nn.Module):
         around = [rows.expand(-1, self.config.model_dim) for rows in (before, after)]
         keep, take = (torch.cat([around[0], rows[:half], around[1]]) for rows in (keep, take))
         stream, embedded = of_blocks(self.resid_mix).unbind(1)
-        found = {"mix": torch.stack([stream * keep, embedded, stream * take], dim=1), "lane0": None, "lane1": None}
+        found = {"mix": torch.stack([stream * keep, embedded, stream * take], dim=1), "lane0": None, "lane1": None, "mean": None}
         if self.config.parallel_start:
             resid = of_blocks(self.lane_resid)
             post = of_blocks(self.lane_post)[..., None].expand(-1, -1, -1, self.config.model_dim)  # [visit, attention or MLP, lane, C]
             carried = resid[:, 0, None]
             found["lane0"] = torch.stack([carried * keep, post[:, 0, 0], post[:, 1, 0], carried * take], dim=1)
             found["lane1"] = torch.stack([resid[:, 1, None].expand_as(keep), post[:, 0, 1], post[:, 1, 1]], dim=1)
+            (lane0, attention0, mlp0, skip), (lane1, attention1, mlp1) = found["lane0"][-1], found["lane1"][-1]
+            found["mean"] = 0.5 * torch.stack([lane0, attention0 + attention1, mlp0 + mlp1, lane1, skip])[None]
         return found
 
     # -- head

@@ -158,7 +158,7 @@ class Trainer:
         if self.config.layout == "documents":
             segments = pack_segments(tokens[0].cpu().numpy(), self.config.seq_len, self.config.cu_seqlens_entries)
             cu_seqlens = torch.from_numpy(segments).to(self.device)
-        modes = {(False, False)}
+        modes = {(schedule.plan(self.recipe.schedule, 0, 0.0).looped, False)}
         if self.recipe.model.num_loops:
             modes.add((True, False))
         if self.recipe.schedule.late_qat:

@@ -59,6 +59,9 @@ CHANGES = {
     "XSA nowhere": ({"xsa_last_n": 0}, {}),
     "two lanes from the second half's first block": ({"num_loops": 0, "parallel_start": 5}, {}),
     "even number of blocks": ({"num_layers": 10}, {}),
+    "two lanes in the last visit alone": ({"parallel_start": 10}, {}),
+    "and a skip into it": ({"num_layers": 10, "num_loops": 0, "parallel_start": 9}, {}),
+    "a skip into the last of several such": ({"num_layers": 10, "num_loops": 0, "parallel_start": 7}, {}),
     "one block": ({"num_layers": 1, "num_loops": 0, "parallel_start": 0, "loop_start": 0, "loop_end": 0}, {}),
     "no rotation": ({"rope_dims": 0}, {}),
 }

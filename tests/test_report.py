@@ -32,7 +32,7 @@ def test_parity_is_of_the_mean_to_the_nearest_seed(tmp_path):
     assert "| r | 50 | 4.010 | 4.000, 4.100 | +0.010 |" in table
 
 
-def test_steps_stand_beside_the_published_script_on_as_many_gpus(tmp_path):
+def test_steps_stand_beside_the_published_script_on_as_many_gpus_and_torch_compile(tmp_path):
     row = {
         "recipe": "caseops-1934",
         "contestant": "ours",
@@ -43,11 +43,12 @@ def test_steps_stand_beside_the_published_script_on_as_many_gpus(tmp_path):
         "mfu": 0.5,
         "memory_gib": 20.0,
     }
-    rows = [row, row | {"gpus": 2}, row | {"contestant": "torch.compile", "ms": 99.9}]
+    rows = [row, row | {"contestant": "torch.compile", "ms": 106.625}]
     (tmp_path / "train_step_1x.json").write_text(json.dumps({"environment": ENVIRONMENT, "steps": rows}))
+    (tmp_path / "train_step_2x.json").write_text(json.dumps({"environment": ENVIRONMENT, "steps": [row | {"gpus": 2}]}))
     table = report.step_table(tmp_path)
-    assert "| caseops-1934 | 11 | 1 | 42.6 | 85.3 | 0.50 | 2.30 | 50.0% | 20.0 | abc |" in table
-    assert "| caseops-1934 | 11 | 2 | 42.6 | - | - |" in table and "99.9" not in table
+    assert "| caseops-1934 | 11 | 1 | 42.6 | 85.3 | 0.50 | 106.6 | 0.40 | 2.30 | 50.0% | 20.0 | abc |" in table
+    assert "| caseops-1934 | 11 | 2 | 42.6 | - | - | - | - |" in table and len(table.splitlines()) == 4
 
 
 def test_quantization_stands_beside_the_published_rise(tmp_path):

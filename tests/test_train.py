@@ -128,6 +128,26 @@ def test_documents_packed_side_by_side(data, tmp_path):
     assert losses(tmp_path / "run")[8] < losses(tmp_path / "run")[1]
 
 
+@pytest.mark.parametrize(
+    "loop", [(), ("model.num_layers=5", "model.loop_start=1", "model.loop_end=2", "model.num_loops=1", "schedule.loop_from_frac=0.5")]
+)
+def test_warm_up_meets_every_mode_of_the_run(data, tmp_path, loop):
+    """What a mode needs once (graphs to capture, libraries to start) is not to be paid for on the training clock."""
+    trainer = make(data, tmp_path / "run", "schedule.late_qat=true", "schedule.qat_below_lr=0.6", *loop)
+    met, take_step = [], trainer.take_step
+
+    def noted(batches, plan):
+        met.append((plan.looped, plan.fake_quant))
+        return take_step(batches, plan)
+
+    trainer.take_step = noted
+    trainer.warm_up()
+    warmed = set(met)
+    met.clear()
+    trainer.train(None)
+    assert len(set(met)) >= 2 and set(met) <= warmed
+
+
 def test_warm_up_leaves_everything_as_it_was(data, tmp_path):
     warm, cold = (make(data, tmp_path / name, f"train.warmup_steps={n}") for name, n in (("warm", 3), ("cold", 0)))
     warm.warm_up()

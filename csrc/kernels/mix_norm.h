@@ -27,8 +27,8 @@ struct MixNormFwdParams {
     int rows[kMixNormMaxTensors];
     const float* coefficients;  // [num_rows, kMixNormWidth]; null: ones, and num_rows is 1
     __nv_bfloat16* mixed;       // null: not written
-    __nv_bfloat16* normed;      // null: no norm
-    float* rstd;                // [m], with normed; null: not written
+    __nv_bfloat16* normed;      // null: not written
+    float* rstd;                // [m]; null: not written, and no norm
     uint32_t m;                 // > 0
     int num_tensors, num_rows;  // 1 to kMixNormMaxTensors
     float norm_scale;

@@ -42,8 +42,8 @@ class Bench:
     """step: timed steps of each phase."""
     profile: bool = False
     """step: add the table of kernels."""
-    peer: bool = False
-    """step: also time the composite model under torch.compile."""
+    peer: tuple[str, ...] = ()
+    """step: of these recipes, also time the same step in plain torch under torch.compile."""
     json: bool = False
     """Print the rows as JSON."""
 

@@ -30,13 +30,11 @@ def mix_norm_ref(tensors, coefficients=None, rows=None, norm_scale=1.0):
 # tensors       1 to 5, [.., C] of one shape and dtype
 # coefficients  [g, C] float32 (float64 for float64 tensors), or none: all ones, g = 1 and every entry of rows 0
 # rows          each tensor's row of coefficients; every row from 0 to g - 1 occurs
-# norm_scale    none: no norm; normed and rstd are then empty
+# norm_scale    none: normed is not made, for a product that normalises as it multiplies, and is empty
 # Returns mixed [.., C], normed [.., C], rstd [..] float32. One tensor without coefficients is its own mix: mixed is empty.
 library.define(
     "mix_norm_fwd(Tensor[] tensors, Tensor? coefficients, int[] rows, float? norm_scale) -> (Tensor mixed, Tensor normed, Tensor rstd)"
 )
-# rstd alone, of a tensor that a product will normalise as it multiplies.
-library.define("row_rstd(Tensor x) -> Tensor")
 
 # d_mixed, d_normed  [.., C], at least one of them
 # mixed              the forward's (its tensor, where it had one without coefficients); read only with d_normed and without tensors
@@ -65,11 +63,8 @@ def _forward_formula(tensors, coefficients, rows, norm_scale):
     mixed = _mix(tensors, coefficients, rows)
     empty = mixed.new_empty(0)
     wide = mixed.to(accumulation_dtype(mixed.dtype))
-    if norm_scale is None:
-        normed, rstd = empty, wide.new_empty(0)
-    else:
-        rstd = _rstd_formula(wide)
-        normed = (norm_scale * rstd[..., None] * wide).to(mixed.dtype)
+    rstd = torch.rsqrt(wide.square().mean(-1) + RMS_EPSILON)
+    normed = empty if norm_scale is None else (norm_scale * rstd[..., None] * wide).to(mixed.dtype)
     return empty if _is_own_mix(tensors, coefficients) else mixed, normed, rstd
 
 
@@ -93,11 +88,6 @@ def _backward_formula(d_mixed, d_normed, mixed, rstd, tensors, coefficients, row
     return gradients, d_coefficients
 
 
-def _rstd_formula(x):
-    return torch.rsqrt(x.to(accumulation_dtype(x.dtype)).square().mean(-1) + RMS_EPSILON)
-
-
-library.impl("row_rstd", _rstd_formula, "CPU")
 library.impl("mix_norm_fwd", _forward_formula, "CPU")
 library.impl("mix_norm_bwd", _backward_formula, "CPU")
 
@@ -120,24 +110,15 @@ def _fwd_cuda(tensors, coefficients, rows, norm_scale):
     matrices = [_as_matrix(t) for t in tensors]
     m = matrices[0].shape[0]
     mixed = None if _is_own_mix(tensors, coefficients) else x.new_empty(m, KERNEL_WIDTH)
-    rstd = None if norm_scale is None else x.new_empty(m, dtype=torch.float32)
-    normed = x.new_empty(m, KERNEL_WIDTH) if rstd is not None else None
+    rstd = x.new_empty(m, dtype=torch.float32)
+    normed = None if norm_scale is None else x.new_empty(m, KERNEL_WIDTH)
     coefficients = None if coefficients is None else coefficients.contiguous()
     torch.ops.pgolf_fast_sm90.mix_norm_fwd(matrices, coefficients, rows, 1.0 if norm_scale is None else norm_scale, mixed, normed, rstd)
     return (
         x.new_empty(0) if mixed is None else mixed.view(x.shape),
         x.new_empty(0) if normed is None else normed.view(x.shape),
-        x.new_empty(0, dtype=torch.float32) if rstd is None else rstd.view(x.shape[:-1]),
+        rstd.view(x.shape[:-1]),
     )
-
-
-@torch.library.impl(library, "row_rstd", "CUDA")
-def _rstd_cuda(x):
-    if not _kernel_serves("mix_norm_fwd", x):
-        return _rstd_formula(x)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    torch.ops.pgolf_fast_sm90.mix_norm_fwd([_as_matrix(x)], None, [0], 1.0, None, None, rstd.view(-1))
-    return rstd
 
 
 @torch.library.impl(library, "mix_norm_bwd", "CUDA")
@@ -165,11 +146,6 @@ def _bwd_cuda(d_mixed, d_normed, mixed, rstd, tensors, coefficients, rows, norm_
     return [g.view(given.shape) for g in gradients], empty if d_coefficients is None else d_coefficients
 
 
-@torch.library.register_fake(f"{_library.NAMESPACE}::row_rstd")
-def _rstd_fake(x):
-    return x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
-
-
 @torch.library.register_fake(f"{_library.NAMESPACE}::mix_norm_fwd")
 def _fwd_fake(tensors, coefficients, rows, norm_scale):
     x = tensors[0]
@@ -177,7 +153,7 @@ def _fwd_fake(tensors, coefficients, rows, norm_scale):
     return (
         x.new_empty(0 if _is_own_mix(tensors, coefficients) else x.shape),
         x.new_empty(0 if norm_scale is None else x.shape),
-        x.new_empty(0 if norm_scale is None else x.shape[:-1], dtype=wide),
+        x.new_empty(x.shape[:-1], dtype=wide),
     )
 
 
@@ -251,3 +227,8 @@ def mix_norm(tensors, coefficients=None, rows=None, norm_scale=1.0):
     require(set(rows) == set(range(num_rows)), "rows", f"expected each of 0 to {num_rows - 1} at least once and no other, got {rows}")
     mixed, normed, _ = torch.ops.pgolf_fast.mix_norm_fwd(tensors, coefficients, rows, norm_scale)
     return x if _is_own_mix(tensors, coefficients) else mixed, None if norm_scale is None else normed
+
+
+def row_rstd(x):
+    """1 / sqrt(mean(row^2) + 2^-23) of the rows of x, for a product that normalises as it multiplies."""
+    return torch.ops.pgolf_fast.mix_norm_fwd([x], None, [0], None)[2]

@@ -21,7 +21,7 @@ def wide(tensor):
 def _kernel_serves(name, *lists):
     """Whether the kernel takes these lists; the first one decides where."""
     tensors = [t for tensors in lists for t in tensors]
-    fits = bool(tensors) and len(lists[0]) <= MAX_TENSORS and tensors[0].device.type == "cuda" and all(t.numel() for t in tensors)
+    fits = len(tensors) > 0 and len(lists[0]) <= MAX_TENSORS and tensors[0].device.type == "cuda" and all(t.numel() for t in tensors)
     fits = fits and all(t.dtype in (torch.bfloat16, torch.float32) and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
     return fits and _library.uses_kernel(name, tensors[0].device)
 

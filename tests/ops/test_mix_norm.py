@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgolf_fast.ops import mix_norm
-from pgolf_fast.ops.mix_norm import mix_norm_ref
+from pgolf_fast.ops.mix_norm import mix_norm_ref, row_rstd
 from tests.compare import assert_within
 
 WIDTH = 512  # of the kernels
@@ -325,5 +325,13 @@ def test_bad_input_names_the_argument():
 def test_rstd_alone(device, m):
     x = torch.randn(m, WIDTH).bfloat16().to(device)
     expected = (x.double().square().mean(-1) + 2.0**-23).rsqrt()
-    torch.testing.assert_close(OPS.row_rstd(x).double(), expected, rtol=1e-5, atol=0)
-    torch.library.opcheck(OPS.row_rstd.default, (x,))
+    torch.testing.assert_close(row_rstd(x).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rows", [(0, 1), (0, 0, 1), (0, 1, 2, 3, 4)])
+def test_mix_and_rstd_without_the_norm(device, rows):
+    """The same bits as with it."""
+    tensors, coefficients = draw(rows, 300, device)
+    mixed, normed, rstd = OPS.mix_norm_fwd(tensors, coefficients, rows, 0.7)
+    alone = OPS.mix_norm_fwd(tensors, coefficients, rows, None)
+    assert torch.equal(alone[0], mixed) and alone[1].numel() == 0 and torch.equal(alone[2], rstd)
