@@ -62,6 +62,8 @@ class KernelLibrary(Extension):
         stems = os.environ.get("PGOLF_KERNELS")
         bindings = sorted((ROOT / "csrc/bindings").glob("*.cpp"))
         if stems:
+            if unknown := set(stems.split(",")) - {b.stem for b in bindings}:
+                sys.exit(f"PGOLF_KERNELS: no {', '.join(sorted(unknown))}; there are {', '.join(b.stem for b in bindings)}")
             bindings = [b for b in bindings if b.stem in (*stems.split(","), "build_info")]
         folder = ROOT / "csrc/kernels"
         kernels = [k for b in bindings for k in sorted([*folder.glob(f"{b.stem}.cu"), *folder.glob(f"{b.stem}_*.cu")])]

@@ -21,8 +21,8 @@ import torch
 from benchmarks.run import RESULTS, environment
 from pgolf_fast import artifact, export
 from pgolf_fast.bpb import BitsPerByte, Score
+from pgolf_fast.commands.devices import choose_device
 from pgolf_fast.commands.pack import ARTIFACT
-from pgolf_fast.commands.quantize import choose_device
 from pgolf_fast.data import Validation, load_validation, pack_segments
 from pgolf_fast.errors import UserError
 from pgolf_fast.fit import Search

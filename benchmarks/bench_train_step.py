@@ -15,7 +15,6 @@ once: what lies between the two is what sharing costs, less what it saves of Muo
 import contextlib
 import dataclasses
 import json
-import os
 import statistics
 import time
 from unittest import mock
@@ -32,7 +31,7 @@ from pgolf_fast import dist, recipe
 from pgolf_fast import model as model_module
 from pgolf_fast import optim as optim_module
 from pgolf_fast.clock import process_age_s
-from pgolf_fast.commands.train import under_torchrun
+from pgolf_fast.commands.devices import under_torchrun
 from pgolf_fast.data import Batch
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT
@@ -258,8 +257,7 @@ def show(rows, profile, console):
 
 
 def run(config: TrainStep, console: Console) -> list[dict]:
-    if config.gpus > 1 and "LOCAL_RANK" not in os.environ:
-        under_torchrun(config.gpus)
+    under_torchrun(config.gpus)
     if not torch.cuda.is_available():
         raise UserError("bench step: no CUDA GPU is visible here")
     device = dist.start("cuda")

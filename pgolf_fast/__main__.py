@@ -4,6 +4,7 @@ returns (result, exit code); it lives in pgolf_fast/commands/ and is listed in V
 Exit codes: 0 done and fine, 1 the thing checked is wrong, 2 wrong usage or input.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -31,6 +32,9 @@ VERBS = {
     "train": ("train", "Train", "train a recipe, on the CPU, one GPU or several"),
 }
 
+# What a disk or a path can be in the way of, wherever a verb writes.
+OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+
 
 def _usage() -> str:
     width = max(map(len, VERBS))
@@ -39,6 +43,8 @@ def _usage() -> str:
 
 
 def _print_json(result) -> None:
+    if int(os.environ.get("RANK", 0)):  # of several processes the first speaks
+        return
     try:
         print(json.dumps(result), flush=True)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
@@ -60,17 +66,22 @@ def main() -> None:
     if verb not in VERBS:
         print(f"pgolf: no verb named {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         raise SystemExit(2)
-    name, arguments_class, _ = VERBS[verb]
-    module = importlib.import_module(f"pgolf_fast.commands.{name}")
-    # Parsers of arguments swallow the "--" that stands between the two sides of a comparison.
-    words = [module.BETWEEN if verb == "compare" and word == "--" else word for word in _settings_last(arguments[1:])]
-    config = tyro.cli(getattr(module, arguments_class), prog=f"pgolf {verb}", args=words, config=(tyro.conf.FlagCreatePairsOff,))
-    # With --json, standard output holds the JSON and nothing else. Off a terminal, tables get room.
-    console = Console(stderr=config.json, width=None if sys.stdout.isatty() else 140)
     try:
+        name, arguments_class, _ = VERBS[verb]
+        module = importlib.import_module(f"pgolf_fast.commands.{name}")
+        # Parsers of arguments swallow the "--" that stands between the two sides of a comparison.
+        words = [module.BETWEEN if verb == "compare" and word == "--" else word for word in _settings_last(arguments[1:])]
+        config = tyro.cli(getattr(module, arguments_class), prog=f"pgolf {verb}", args=words, config=(tyro.conf.FlagCreatePairsOff,))
+        # With --json, standard output holds the JSON and nothing else. Off a terminal, tables get room.
+        console = Console(stderr=config.json, width=None if sys.stdout.isatty() else 140)
         result, code = module.run(config, console)
     except UserError as error:
         print(f"pgolf {verb}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise
+        print(f"pgolf {verb}: {error.filename or 'a file'}: {error.strerror}; free space or choose another place", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"pgolf {verb}: interrupted", file=sys.stderr)

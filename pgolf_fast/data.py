@@ -297,14 +297,21 @@ class Validation:
         return window[:-1], window[1:], torch.from_numpy(self.target_bytes[start:stop].astype(np.int64))
 
 
-def load_validation(folder: str | Path, row: int, tokenizer: str | Path | None = None) -> Validation:
+def load_validation(folder: str | Path, row: int, tokenizer: str | Path | None = None, vocab_size: int | None = None) -> Validation:
     """The validation split of a folder. Bytes come from the sidecar where there is one, from the byte rule otherwise; the denominator is
-    checked against decoded text before anything is scored with it."""
+    checked against decoded text before anything is scored with it.
+
+    vocab_size  of the model that will read it; another tokenizer's data is refused
+    """
+    paths = shards.require_shards(folder, "val")
     model = dataset.find_tokenizer(folder, tokenizer)
     if model is None:
         raise UserError(f"{folder}: no {dataset.TOKENIZER_NAME} there; give the tokenizer that made these shards")
     tokenizer = Tokenizer(model)
-    tokens = shards.read_split(shards.require_shards(folder, "val"), tokenizer.vocab_size)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        sizes = f"its tokenizer has {tokenizer.vocab_size:,} pieces, the model {vocab_size:,}"
+        raise UserError(f"{folder}: {sizes}; give the data set of its recipe")
+    tokens = shards.read_split(paths, tokenizer.vocab_size)
     sidecar = shards.find_shards(folder, "val_bytes")
     if tokenizer.is_caseops and not sidecar:
         missing = shards.shard_name("val_bytes", 0)

@@ -62,8 +62,8 @@ def build(config: BuildConfig, out: str | Path, progress: Progress = lambda done
     val_files, documents = find_files(list(config.val)), find_files(list(config.documents))
     if not documents:
         raise UserError("documents: none given; name at least one file or folder")
-    for name in ("val_documents", "shard_tokens", "processes"):
-        if getattr(config, name) < 1:
+    for name in ("val_documents", "shard_tokens", "max_train_tokens", "processes"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UserError(f"{name}: {getattr(config, name)} is not at least 1")
     made_from = {
         "documents": _describe(documents),

@@ -75,7 +75,7 @@ class Repository:
         for attempt in range(self.config.retries + 1):
             try:
                 return action(attempt > 0)
-            except self.hub.errors.EntryNotFoundError:
+            except self.hub.errors.RemoteEntryNotFoundError:  # the local one says that there is no connection
                 raise UserError(f"{self.repo}/{name}: no such file in the repository; check --variant, --repo and --root") from None
             except self.hub.errors.RepositoryNotFoundError:
                 raise UserError(f"{self.repo}: no such dataset repository, or a private one; check --repo, or `hf auth login`") from None

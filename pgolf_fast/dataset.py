@@ -7,10 +7,10 @@ given beside it.
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from pgolf_fast.errors import UserError
+from pgolf_fast.files import write_json
 
 RECORD_NAME = "dataset.json"
 TOKENIZER_NAME = "tokenizer.model"
@@ -45,12 +45,7 @@ class Record:
     shards: list[Shard] = dataclasses.field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        partial = folder / (RECORD_NAME + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / RECORD_NAME)
+        write_json(folder / RECORD_NAME, dataclasses.asdict(self))
 
 
 def load_record(folder: str | Path) -> Record | None:

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import multiprocessing
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -141,7 +142,7 @@ def read_chunks(files: list[Path], text_field: str = "text") -> Iterator[Chunk]:
                     yield Chunk(path, kind, first, numbers, raw, done_bytes + position)
                     first += len(raw)
                     numbers, raw, size = [], [], 0
-        except (EOFError, OSError, zstandard.ZstdError) as error:
+        except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
             raise UserError(f"{path}: broken after {first + len(raw)} documents ({error}); fetch it again") from None
         done_bytes += path.stat().st_size
         if raw:
@@ -168,7 +169,10 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, bytes, int
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs pyarrow; `pip install pgolf-fast[data]`") from None
-    table = pyarrow.parquet.ParquetFile(path)
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a whole Parquet file ({error}); fetch it again") from None
     if text_field not in table.schema_arrow.names:
         raise UserError(f"{path}: no column {text_field!r}, only {', '.join(table.schema_arrow.names)}; name it with --text-field")
     number = 0

@@ -64,12 +64,19 @@ def ledger(artifact: bytes, code: CodeBytes) -> Ledger:
 def code_files(root: Path) -> dict[str, str]:
     """Name to text of the source files of a submission folder, or of one script."""
     if root.is_file():
-        return {root.name: root.read_text(encoding="utf-8")}
+        return {root.name: _text(root)}
     if not root.is_dir():
         raise UserError(f"code: nothing at {root}; give the submission's folder or its script")
     paths = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in CODE_SUFFIXES)
     visible = [p for p in paths if not any(part.startswith((".", "__pycache__")) for part in p.relative_to(root).parts)]
-    return {p.relative_to(root).as_posix(): p.read_text(encoding="utf-8") for p in visible}
+    return {p.relative_to(root).as_posix(): _text(p) for p in visible}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"code: {path}: not UTF-8 at byte {error.start}, so no source file; convert it, or leave it out") from None
 
 
 def own_sources() -> dict[str, str]:

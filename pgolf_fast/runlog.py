@@ -22,6 +22,7 @@ import torch
 
 import pgolf_fast
 from pgolf_fast.errors import UserError
+from pgolf_fast.files import write_json
 from pgolf_fast.ops import _library
 
 
@@ -64,12 +65,12 @@ class RunLog:
             self._events = open(folder / "events.jsonl", "a")  # noqa: SIM115  (open as long as the run)
             self._text = open(folder / "log.txt", "a")  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"run folder: cannot write {folder} ({error}); choose another with run.folder") from None
+            raise UserError(f"run folder: cannot write {folder} ({error}); choose another with --runs") from None
 
     def document(self, name: str, content: dict) -> None:
         """A whole JSON file of the run folder."""
         if self._writes:
-            (self.folder / name).write_text(json.dumps(content, indent=1, default=str) + "\n")
+            write_json(self.folder / name, content)
 
     def event(self, kind: str, **values) -> None:
         if self._writes:

@@ -85,7 +85,8 @@ def flags(sides: dict[str, list[SeedScore]]) -> list[str]:
     """Why the comparison may not be one of the same thing: one sentence each."""
     found = []
     for name, scores in sides.items():
-        settings = {key: {str(s.settings.get(key)) for s in scores} for key in dict.fromkeys(k for s in scores for k in s.settings)}
+        runs = [s.settings for s in scores if s.settings]  # a plain number says nothing of its settings
+        settings = {key: {str(run.get(key)) for run in runs} for key in dict.fromkeys(k for run in runs for k in run)}
         differing = [key for key, values in settings.items() if len(values) > 1 and key not in NAMES_OF_RUNS]
         commits = {s.machine["commit"] for s in scores if s.machine}
         seeds = [str(s.seed) for s in scores if s.seed is not None]

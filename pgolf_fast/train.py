@@ -97,7 +97,7 @@ class Trainer:
     def __init__(self, recipe, folder: Path, device_type: str, echo=print, resume: bool = False):
         """`recipe` is a recipe.Resolved; the folder is the run's, shared by all ranks."""
         self.recipe, self.config = recipe.recipe, recipe.recipe.train
-        self.folder, self.resume = folder, resume
+        self.folder = folder
         self.device = dist.start(device_type)
         world = dist.world_size()
         if self.config.micro_batches % world:
@@ -112,10 +112,6 @@ class Trainer:
         self.clock = TrainingClock(
             self.recipe.schedule.max_wallclock_seconds - self.recipe.schedule.reserve_seconds, self.config.stop_reserve_seconds
         )
-        self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)
-        self.log.document("recipe.json", recipe.record())
-        self.log.document("machine.json", machine(self.device, world))
-
         with self.clock.phase("set-up"):
             torch.manual_seed(self.config.seed)
             stream_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -134,11 +130,18 @@ class Trainer:
                 self.config.seq_len,
                 self.config.cu_seqlens_entries,
             )
-            self.validation = load_validation(self.config.data, self.config.seq_len, self.config.tokenizer or None)
+            tokenizer, pieces = self.config.tokenizer or None, self.recipe.model.vocab_size
+            self.validation = load_validation(self.config.data, self.config.seq_len, tokenizer, pieces)
+            self.resumed = self.last_checkpoint() if resume else None
         self.step, self.plan = 0, None
         self.agreed_s, self.agreed_step, self.mean_step_s = 0.0, 0, 0.0
         self.losses = _Losses(self.device)
         self.run_ahead = RUN_AHEAD if self.device.type == "cuda" else 0
+
+        # Last: settings that are refused leave no folder behind, and those of a run that is there as they were.
+        self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)
+        self.log.document("recipe.json", recipe.record())
+        self.log.document("machine.json", machine(self.device, world))
 
     # -- one step
 
@@ -203,8 +206,9 @@ class Trainer:
         with contextlib.closing(self.steps):  # after an error too: a rank that cannot exit keeps the others waiting
             with self.clock.phase("warm-up"):
                 self.warm_up()
-            if self.resume:
-                self.restore()
+            if self.resumed:
+                self.restore(*self.resumed)
+                self.resumed = None  # as much memory as the weights and the optimizer's state
             self.train(progress)
             return self.finish()
 
@@ -226,7 +230,7 @@ class Trainer:
                         begun = time.perf_counter()
                     self.plan = schedule.plan(self.recipe.schedule, self.step, self.elapsed_s, self.plan)
                     batches = [next(self.loader) for _ in range(self.parts)]
-                    self.losses.put(self.step, self.take_step(batches, self.plan))
+                    self.losses.put(self.step, self.take_step(batches, self.plan), self.plan.lr_factor)
                     if self.plan.snapshot:
                         self.optimizer.snapshot()
                     self.step += 1
@@ -252,13 +256,13 @@ class Trainer:
 
     def receive(self, window, progress):
         """The oldest loss still on its way; stops the run if it is not finite."""
-        step, loss = self.losses.get()
+        step, loss, lr_factor = self.losses.get()
         if not math.isfinite(loss):
             self.keep_evidence(step, loss)
-        window.add(step, loss)
+        window.add(step, self.clock.elapsed_s)
         if progress:
             progress(step + 1, loss, window.ms_per_step)
-        self.log.event("step", step=step + 1, train_loss=loss, lr_factor=self.plan.lr_factor, train_s=self.clock.elapsed_s)
+        self.log.event("step", step=step + 1, train_loss=loss, lr_factor=lr_factor, train_s=self.clock.elapsed_s)
         if (step + 1) % self.config.log_every == 0 or step < 10:
             train_ms = 1e3 * self.clock.elapsed_s
             self.log.line(
@@ -332,7 +336,10 @@ class Trainer:
         with self.clock.phase("validate"):
             self.report_validation(self.validate())
         with self.clock.phase("checkpoint"):
-            self.save()
+            try:
+                self.save()
+            except UserError as error:  # the weights to come take a quarter of the space, and are what the run was for
+                self.log.line(str(error))
             weights = self.optimizer.load_average()
         with self.clock.phase("validate"):
             score = self.validate()
@@ -365,6 +372,7 @@ class Trainer:
         state = {
             "step": self.step,
             "plan": self.plan._asdict() if self.plan else None,
+            "train_loss": self.losses.last,
             "loader": self.loader.state(),
             "clock": self.clock.state(),
             "recipe": self._identity(),
@@ -377,7 +385,8 @@ class Trainer:
         """What a checkpoint and the run that resumes it must share: everything that shapes weights and state."""
         return {"model": repr(self.recipe.model), "optim": repr(self.recipe.optim)}
 
-    def restore(self):
+    def last_checkpoint(self) -> tuple[Path, dict, dict]:
+        """Its path, tensors and state, with the loader at its place; refused where it is not of these settings and this data."""
         path = checkpoint.latest(self.folder / "checkpoints")
         if path is None:
             raise UserError(f"resume: no checkpoint in {self.folder / 'checkpoints'}; start the run without --resume")
@@ -387,6 +396,10 @@ class Trainer:
                 raise UserError(
                     f"resume: {path} was trained with other {part} settings; resume with the recipe in {self.folder / 'recipe.json'}"
                 )
+        self.loader.load_state(state["loader"])
+        return path, tensors, state
+
+    def restore(self, path, tensors, state):
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(tensors[f"model.{name}"])
@@ -394,8 +407,8 @@ class Trainer:
         torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-        self.loader.load_state(state["loader"])
         self.clock.restore(state["clock"])
+        self.losses.last = state["train_loss"]
         self.step, self.plan = state["step"], schedule.StepPlan(**state["plan"]) if state["plan"] else None
         self.agreed_s, self.agreed_step = self.clock.elapsed_s, self.step
         self.log.event("resume", step=self.step, checkpoint=str(path))
@@ -425,30 +438,30 @@ class _Losses:
     def pending(self) -> int:
         return len(self.queue)
 
-    def put(self, step, loss):
+    def put(self, step, loss, lr_factor):
         if self.device.type != "cuda":
-            self.queue.append((step, loss, None))
+            self.queue.append((step, loss, lr_factor, None))
             return
         host = torch.empty((), pin_memory=True)
         host.copy_(loss, non_blocking=True)
-        self.queue.append((step, host, torch.cuda.current_stream().record_event()))
+        self.queue.append((step, host, lr_factor, torch.cuda.current_stream().record_event()))
 
     def get(self):
-        step, loss, event = self.queue.popleft()
+        step, loss, lr_factor, event = self.queue.popleft()
         if event is not None:
             event.synchronize()
         self.last = loss.item()
-        return step, self.last
+        return step, self.last, lr_factor
 
 
 class _Window:
-    """Mean step time between the losses received last."""
+    """Mean step time between the losses received last, on the training clock: what stands between two steps is not of them."""
 
     def __init__(self):
         self.times = deque(maxlen=50)
 
-    def add(self, step, loss):
-        self.times.append((step, time.perf_counter()))
+    def add(self, step, elapsed_s):
+        self.times.append((step, elapsed_s))
 
     @property
     def ms_per_step(self) -> float:

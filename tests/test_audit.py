@@ -17,7 +17,7 @@ from pgolf_fast.audit.contents import audit_contents
 from pgolf_fast.audit.invariants import DECLARED, FAIL, PASS, UNTESTED, audit
 from pgolf_fast.audit.stream import make_stream, repeated_positions
 from pgolf_fast.audit.subjects import Answer, of_function, of_strategy
-from pgolf_fast.commands.audit import EVALUATORS
+from pgolf_fast.commands import audit as audit_command
 from pgolf_fast.evaluation import sliding as sliding_module
 from pgolf_fast.evaluation.sliding import SlidingWindow
 from pgolf_fast.evaluation.windows import Windows
@@ -55,7 +55,7 @@ def test_each_known_evaluator_is_judged_as_it_should(fixture):
     assert caught <= {fixture.caught_by, *fixture.also_by}
 
 
-@pytest.mark.parametrize("name", EVALUATORS)
+@pytest.mark.parametrize("name", audit_command.EVALUATORS)
 def test_our_evaluators_pass(name):
     settings = subjects.recipe.overridden(subjects.default_settings(), (f"eval.evaluator={name}",))
     found = verdicts(subjects.of_recipe("small", settings))
@@ -462,3 +462,9 @@ def test_answers_of_a_wrong_shape_are_named():
         with pytest.raises(subjects.UserError, match=message):
             list(audit(function(lambda model, stream, returned=returned: returned)))
     assert isinstance(of_function("x", lambda m, s: torch.zeros(260)).run(make_stream()).answer, Answer)
+
+
+def test_a_recipe_may_be_a_file(tmp_path):
+    (tmp_path / "mine.toml").write_text('base = "tiny"\n[eval]\nevaluator = "plain"\n')
+    subject, found = audit_command._resolve(audit_command.Audit(str(tmp_path / "mine.toml")))
+    assert subject.name.endswith("mine.toml: plain") and not found

@@ -1,18 +1,24 @@
 """The command line as its users meet it: another process, its output and its exit code."""
 
+import errno
+import io
 import json
+import os
+import resource
 import subprocess
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 
-from pgolf_fast.commands import doctor
+from pgolf_fast import files
+from pgolf_fast.commands import demo, doctor
+from pgolf_fast.commands import progress as commands_progress
+from pgolf_fast.errors import UserError
 
 
 def pgolf(*arguments, **environment):
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", "pgolf_fast", *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
     )
@@ -47,6 +53,62 @@ def test_settings_may_stand_on_either_side_of_an_option(tmp_path):
         "train.seed=3",
     )
     assert done.returncode == 2 and "/nowhere" in done.stderr and "Unrecognized" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--device", "cdua", "train.data=/nowhere"), "device: 'cdua' is not here; choose cpu, cuda"),
+        (("train", "--device", "cuda", "train.data=/nowhere"), "device: 'cuda' is not here"),
+        (("eval", "pyproject.toml", "--data", "/nowhere", "--device", "cuda"), "device: 'cuda' is not here"),
+        (("bench", "int6_pack", "--device", "foo"), "device: 'foo' is not here"),
+        (("train", "--gpus", "-1", "train.data=/nowhere"), "gpus: expected a number of at least 0, got -1"),
+    ],
+)
+def test_a_device_that_is_not_here(arguments, message):
+    done = pgolf(*arguments, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """Here: a limit on the size of files."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # noqa: E731
+    command = [sys.executable, "-m", "pgolf_fast", "data", "demo", str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=limit)
+    assert done.returncode == 2 and "File too large; free space or choose another place" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    files.write_whole(tmp_path / "made" / "file", b"before")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot write .*file .No space left on device"):
+        files.write_whole(tmp_path / "made" / "file", b"after")
+    with pytest.raises(UserError, match="cannot write"):
+        files.write_whole(tmp_path / "made" / "file" / "below", b"after")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()} == {"file": b"before"}
+
+
+def test_a_demo_removes_only_what_a_demo_made(tmp_path):
+    for path in ("mine/data/shards", "mine/runs/tiny/model"):
+        (tmp_path / path).mkdir(parents=True)
+    with pytest.raises(UserError, match="mine holds something else than an earlier demo"):
+        demo.make_room(tmp_path / "mine")
+    assert (tmp_path / "mine/data/shards").exists()
+    demo.make_room(tmp_path / "new")
+    for path in ("new/data", "new/runs/tiny", "new/runs/other", "new/report"):
+        (tmp_path / path).mkdir(parents=True)
+    demo.make_room(tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").rglob("*")) == sorted([demo.MARK, "runs", "other"])
+
+
+def test_one_of_several_processes_prints_the_result():
+    assert json.loads(pgolf("recipes", "--json", RANK="0").stdout).keys() >= {"tiny"}
+    assert pgolf("recipes", "--json", RANK="1").stdout == ""
 
 
 def test_on_several_gpus_it_ends_as_its_processes_do(tmp_path):
@@ -109,3 +171,13 @@ def test_package_import_is_light():
     code = f"import sys, pgolf_fast; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_off_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+    told = io.StringIO()
+    seconds = iter(range(0, 1000, 20))
+    monkeypatch.setattr(commands_progress.time, "perf_counter", lambda: next(seconds))
+    with commands_progress.shown(Console(file=told, width=80)) as progress:
+        for done in range(6):
+            progress("packing", done, 5, f"part {done}")
+    assert told.getvalue() == "packing: 20%, 80 s left, part 1\npacking: 60%, 40 s left, part 3\npacking: 100%, 0 s left, part 5\n"

@@ -103,6 +103,10 @@ def test_what_changed_is_named_and_what_must_not_is_flagged(compare, run):
     assert "old:" not in said
 
 
+def test_a_plain_number_beside_a_run_differs_in_no_setting(compare, run):
+    assert compare(run("o0", 1.12, 2.0, 0), 1.121, "--", 1.10, 1.101)["flags"] == []
+
+
 def test_a_side_of_several_experiments_is_flagged(compare, run):
     old = [run("o0", 1.12, 2.0, 0), run("o1", 1.121, 2.0, 1, layers=9)]
     result = compare(*old, "--", 1.10, 1.101)

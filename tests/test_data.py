@@ -306,4 +306,6 @@ def test_validation_that_cannot_be_scored_is_refused(built, tmp_path):
     shards.write_shard(tmp_path / "fineweb_val_000000.bin", np.array([BOS, 300, 30_000]))
     with pytest.raises(UserError, match="token 30000 is outside"):
         load_validation(tmp_path, row=2, tokenizer=built / "plain.model")
+    with pytest.raises(UserError, match="its tokenizer has .* pieces, the model 96"):
+        load_validation(built / "plain", row=128, vocab_size=96)
     assert data.CHECKED_DOCUMENTS >= 1000

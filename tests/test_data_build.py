@@ -123,6 +123,9 @@ def test_parquet(config, tmp_path):
     build(config, tmp_path / "set")
     build(dataclasses.replace(config, documents=(path,), text_field="body"), tmp_path / "parquet")
     assert np.array_equal(tokens_of(tmp_path / "set"), tokens_of(tmp_path / "parquet"))
+    (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="cut.parquet: not a whole Parquet file"):
+        build(dataclasses.replace(config, documents=(tmp_path / "cut.parquet",)), tmp_path / "cut")
     with pytest.raises(UserError, match="no column 'text', only id, body; name it with --text-field"):
         build(dataclasses.replace(config, documents=(path,)), tmp_path / "wrong")
 
@@ -180,10 +183,15 @@ def test_broken_files_and_wrong_arguments_are_named(config, tmp_path):
     (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.compress(config.documents[0].read_bytes())[:-100])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(config.documents[0].read_bytes())[:-100])
     (tmp_path / "no.jsonl.gz").write_bytes(b"no gzip at all")
+    damaged = bytearray(gzip.compress(config.documents[0].read_bytes()))
+    damaged[2000:2020] = b"\xff" * 20
+    (tmp_path / "damaged.jsonl.gz").write_bytes(damaged)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "what.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
     refused(r"cut.jsonl.gz: broken after", documents=(tmp_path / "cut.jsonl.gz",))
+    refused(r"damaged.jsonl.gz: broken after", documents=(tmp_path / "damaged.jsonl.gz",))
+    refused(r"max_train_tokens: 0 is not at least 1", max_train_tokens=0)
     refused(r"no.jsonl.gz: broken after 0", documents=(tmp_path / "no.jsonl.gz",))
     refused(r"cut.jsonl.zst: broken after \d+ documents \(the file is cut off\)", documents=(tmp_path / "cut.jsonl.zst",))
     refused(r"latin.txt:1: not UTF-8 at byte 0", documents=(tmp_path / "latin.txt",), val_documents=1)

@@ -141,6 +141,10 @@ def test_clear_errors(pgolf, artifact, data, tmp_path):
         ((artifact, "--data", short(data, tmp_path / "short", 64)), "64 validation tokens make no row of 64"),
         ((artifact, "--data", short(data, tmp_path / "empty", 0)), "0 validation tokens make no row|empty|no tokens"),
         ((artifact, "eval.strid=3", "--data", data), "there is no setting 'eval.strid'; the nearest are eval.stride"),
+        (
+            (artifact, "model.num_layers=3", "--data", data),
+            "model.num_layers=3: an evaluation takes eval..*, ttt..*; the rest is the artifact's",
+        ),
         ((artifact, "eval.stride=65", "--data", data), "eval.stride: expected 1 to eval.seq_len 64, got 65"),
     ]
     for arguments, message in cases:
@@ -155,7 +159,7 @@ def test_a_tokenizer_of_another_size(pgolf, data, tmp_path):
     tensors, _ = quantize(model.published_tensors(), PUBLISHED["legal-ttt-691"], plain_rounding=True)
     (tmp_path / "a.pglf").write_bytes(pack(tensors, "none", export.metadata("legal-ttt-691", settings)))
     code, _, err = pgolf(tmp_path / "a.pglf", "--data", data)
-    assert code == 2 and f"its tokenizer has {corpus.VOCAB_SIZE} pieces, the artifact's model 96" in err
+    assert code == 2 and f"its tokenizer has {corpus.VOCAB_SIZE} pieces, the model 96" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -182,4 +186,4 @@ def test_another_evaluation_in_its_place_is_refused(pgolf, artifact, data, tmp_p
     monkeypatch.setattr("pgolf_fast.evaluation.evaluate.SavedState.remove", lambda self: None)
     pgolf(artifact, "eval.save_seconds=0", "--data", data, "--out", tmp_path)
     code, _, err = pgolf(artifact, "eval.save_seconds=0", "eval.stride=32", "--data", data, "--out", tmp_path)
-    assert code == 2 and "holds an unfinished evaluation with another settings" in err
+    assert code == 2 and "holds an unfinished evaluation with other settings (eval.stride=16, now 32); " in err and "--fresh" in err

@@ -152,5 +152,7 @@ def test_command(pgolf, folder):  # noqa: F811
     assert unpack((folder / "quantized.pglf").read_bytes()).metadata.keys() == {"recipe", "settings"}
     strict = pgolf("quantize", folder, "--device", "cpu", "--fit", "400000", "--strict")
     assert strict.returncode == 2 and re.search(r"fit: the code alone takes \d{3},\d{3} bytes of 400,000", strict.stderr)
+    nothing = pgolf("quantize", folder, "--device", "cpu", "--fit", "0")
+    assert nothing.returncode == 2 and "bytes of 0;" in nothing.stderr
     done = pgolf("pack", folder, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["totals"]["wrapped"] <= 400_000

@@ -57,6 +57,9 @@ def test_code_is_counted_three_ways(submission):
     assert count_code({}) == CodeBytes(0, 0, 0)
     with pytest.raises(UserError, match="code: nothing at"):
         code_files(folder / "nowhere")
+    (folder / "latin.py").write_bytes("'naïve'".encode("latin-1"))
+    with pytest.raises(UserError, match="latin.py: not UTF-8 at byte 3"):
+        code_files(folder)
 
 
 def test_the_wrapped_script_runs(submission, tmp_path_factory):

@@ -145,7 +145,7 @@ def test_an_unfinished_run_is_refused(pgolf, finished, tmp_path):
 def test_wrong_input_is_one_sentence(pgolf, tmp_path):
     (tmp_path / "text").write_text("hello")
     for arguments, message in (
-        (("quantize", tmp_path / "none", "--table", "caseops-1934"), "checkpoint: no file at"),
+        (("quantize", tmp_path / "none", "--table", "caseops-1934"), "source: nothing at"),
         (("quantize", tmp_path / "text"), "table: say whose schemes"),
         (("quantize", tmp_path), "is no run's folder"),
         (("pack", tmp_path), "run pgolf quantize"),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf_fast import checkpoint, dist, export, recipe, runlog, shards, train
+from pgolf_fast import checkpoint, dist, export, recipe, runlog, schedule, shards, train
 from pgolf_fast.artifact import pack
 from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
@@ -65,7 +65,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def bytes_validation(folder, row, tokenizer=None):
+def bytes_validation(folder, row, tokenizer=None, vocab_size=None):
     """Validation of a token stream that no tokenizer made: one byte a token."""
     tokens = shards.read_split(shards.require_shards(folder, "val"))
     n = (len(tokens) - 1) // row * row
@@ -169,8 +169,9 @@ def test_resuming_is_exact(data, tmp_path, averaging):
     stopped.take_step = lambda batches, plan: take_step(batches, plan) if stopped.step < 7 else 1 / 0
     with pytest.raises(ZeroDivisionError):
         stopped.run()
-    make(data, tmp_path / "stopped", *settings, resume=True).run()
+    resumed = make(data, tmp_path / "stopped", *settings, resume=True).run()
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+    assert make(data, tmp_path / "stopped", *settings, resume=True).run() == resumed  # from its end on
 
 
 def test_killed_twenty_times_it_ends_as_if_never(data, tmp_path):
@@ -209,18 +210,26 @@ def test_no_run_ends_past_its_cap(data, tmp_path):
 
 
 def test_steps_still_on_the_device_are_training_time(data, tmp_path):
-    """On a clock that only waiting for a loss moves: whatever the loop is about to do, the wait is training's."""
+    """On a clock that only waiting for a loss and validation move: whatever the loop is about to do, the wait is training's."""
     trainer = make(data, tmp_path / "run", "train.val_every=3", "train.checkpoint_every=2", "train.warmup_steps=0")
-    seconds, get = [0.0], trainer.losses.get
+    seconds, get, validate = [0.0], trainer.losses.get, trainer.validate
     trainer.clock._now, trainer.run_ahead = lambda: seconds[0], 2
 
     def wait():
         seconds[0] += 1
         return get()
 
-    trainer.losses.get = wait
+    def validate_slowly():
+        seconds[0] += 50
+        return validate()
+
+    trainer.losses.get, trainer.validate = wait, validate_slowly
     trainer.run()
-    assert {name: s for name, s in trainer.clock.ledger_s.items() if name != "set-up" and s} == {"train": 8}
+    assert {name: s for name, s in trainer.clock.ledger_s.items() if name != "set-up" and s} == {"train": 8, "validate": 250}
+    events = runlog.events(tmp_path / "run")
+    assert [e["ms_per_step"] for e in events if e["event"] == "speed"] == [0.0] + 7 * [1000.0]
+    plans = [schedule.lr_factor(trainer.recipe.schedule, step, 0.0) for step in range(8)]
+    assert [e["lr_factor"] for e in events if e["event"] == "step"] == plans and plans[-1] < plans[0]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_evidence(data, tmp_path):
@@ -233,14 +242,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_evidence(data, tmp_p
     assert runlog.events(tmp_path / "run")[-1]["event"] == "not_finite"
 
 
+def test_a_last_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkeypatch):
+    def full(*args):
+        raise UserError("checkpoint: cannot write")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    make(data, tmp_path / "run").run()
+    assert set(weights(tmp_path / "run")) and runlog.events(tmp_path / "run")[-1]["event"] == "end"
+    assert "checkpoint: cannot write" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
     with pytest.raises(UserError, match="train.data: no data folder"):
         make("", tmp_path / "a")
     with pytest.raises(UserError, match="resume: no checkpoint"):
-        make(data, tmp_path / "b", resume=True).run()
+        make(data, tmp_path / "b", resume=True)
     make(data, tmp_path / "c").run()
+    before = {path: path.read_bytes() for path in (tmp_path / "c").glob("*.*")}
     with pytest.raises(UserError, match="other optim settings"):
-        make(data, tmp_path / "c", "optim.matrix_lr=0.5", resume=True).run()
+        make(data, tmp_path / "c", "optim.matrix_lr=0.5", resume=True)
+    with pytest.raises(UserError, match="loader state: of another stream"):
+        make(data, tmp_path / "c", "train.batch_tokens=512", resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "c").glob("*.*")} == before
+    assert not any((tmp_path / refused).exists() for refused in "ab")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="run folder: cannot write"):
         make(data, tmp_path / "file" / "run")

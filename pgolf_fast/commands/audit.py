@@ -1,7 +1,6 @@
 """`pgolf audit`: does an evaluator or an artifact keep the rules?"""
 
 import dataclasses
-import json
 import time
 import typing
 from pathlib import Path
@@ -19,6 +18,7 @@ from pgolf_fast.audit import contents, fixtures, subjects
 from pgolf_fast.audit.invariants import DECLARED, FAIL, PASS, UNTESTED, Finding, audit
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import EvalConfig
+from pgolf_fast.files import write_json
 
 EVALUATORS = typing.get_args(typing.get_type_hints(EvalConfig)["evaluator"])
 COLOURS = {PASS: "green", FAIL: "red", UNTESTED: "yellow", DECLARED: "yellow"}
@@ -29,7 +29,7 @@ class Audit:
     """Run the rules that can be run against an evaluator or an artifact, on a short text, on the CPU; exit code 1 if one is broken."""
 
     subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUBJECT")] = ""
-    """A packed artifact, a recipe, one of our evaluators, or anybody's: FILE.py:FUNCTION or MODULE:FUNCTION."""
+    """A packed artifact, a recipe's name or TOML file, one of our evaluators, or anybody's: FILE.py:FUNCTION or MODULE:FUNCTION."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of validation shards, whose text must not be in the artifact."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("audit.json")
@@ -49,7 +49,7 @@ def _resolve(config: Audit) -> tuple[subjects.Subject | None, list[Finding]]:
         )
     if ":" in name and not Path(name).exists():
         return subjects.load_function(name), []
-    if Path(name).is_file():
+    if Path(name).is_file() and not name.endswith(".toml"):
         described, found = contents.audit_contents(Path(name), config.data)
         return subjects.of_recipe(*described) if described else None, found
     if name in EVALUATORS:
@@ -122,9 +122,6 @@ def run(config: Audit, console: Console) -> tuple[dict, int]:
     finally:
         torch.set_num_threads(threads)
     result |= {"passed": fine, "commit": runlog.commit(), "seconds": round(time.perf_counter() - begin, 1)}
-    try:
-        config.out.write_text(json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"out: cannot write {config.out} ({error.strerror})") from None
+    write_json(config.out, result)
     console.print(f"[{'green' if fine else 'red'}]{said}[/]   ({result['seconds']} s; {config.out})")
     return result, 0 if fine else 1

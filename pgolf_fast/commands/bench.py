@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import pgolf_fast
+from pgolf_fast.commands.devices import choose_device
 from pgolf_fast.errors import UserError
 
 
@@ -23,7 +23,7 @@ class Bench:
     ops: tyro.conf.Positional[tuple[str, ...]] = ()
     """Ops to run; all of them if none is named. `step` alone: the whole training step of recipes."""
     device: str = "auto"
-    """cpu, cuda, cuda:N, or auto: the first GPU if there is one."""
+    """cpu, cuda, or auto: the first GPU if there is one."""
     budget_s: float = 0.5
     """Seconds of timing per contestant of a case."""
     skip_tests: bool = False
@@ -90,9 +90,7 @@ def run(config: Bench, console: Console) -> tuple[dict, int]:
     for op in config.ops:
         if op not in known:
             raise UserError(f"ops: no benchmark named {op!r}; there are {', '.join(known)}")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: no CUDA GPU is visible here; use --device cpu")
+    device = choose_device(config.device)
     ops = config.ops or tuple(known)
     red = [] if config.skip_tests else [op for op in ops if not benchmarks.tests_pass(op)]
     ceilings = benchmarks.measure_ceilings(device)

@@ -1,7 +1,7 @@
 """`pgolf data`: make, fetch and check data sets."""
 
-import contextlib
 import dataclasses
+import functools
 import os
 import time
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import Annotated
 import tyro
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pgolf_fast import data_build, data_get, data_verify, demo_corpus, tokenizers
+from pgolf_fast.commands.progress import shown
 from pgolf_fast.data_build import BuildConfig
 from pgolf_fast.data_get import GetConfig
 from pgolf_fast.data_verify import VerifyConfig
@@ -115,27 +115,18 @@ def run(config: Data, console: Console) -> tuple[dict, int]:
     return {Build: _build, Get: _get, Verify: _verify, Demo: _demo, TrainTokenizer: _train_tokenizer}[type(verb)](verb, console)
 
 
-@contextlib.contextmanager
-def _progress(console: Console, title: str, *columns):
-    """A bar with the time left; gives the function that moves it to (done, total)."""
-    shown = (TextColumn(title), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, *_: bar.update(task, completed=done, total=total)
-
-
 def _build(verb: Build, console: Console) -> tuple[dict, int]:
     begin, earlier = time.perf_counter(), load_record(verb.out)
-    with _progress(console, "tokenizing", TaskProgressColumn()) as progress:
-        record = data_build.build(verb.config, verb.out, progress)
+    with shown(console) as progress:
+        record = data_build.build(verb.config, verb.out, functools.partial(progress, "tokenizing"))
     seconds = 0.0 if record == earlier else time.perf_counter() - begin
     return _show_record(record, verb.out, seconds, console), OK
 
 
 def _demo(verb: Demo, console: Console) -> tuple[dict, int]:
     begin = time.perf_counter()
-    with _progress(console, "demo corpus", TaskProgressColumn()) as progress:
-        record = demo_corpus.make(verb.out, verb.vocab_size, verb.caseops, verb.processes, progress)
+    with shown(console) as progress:
+        record = demo_corpus.make(verb.out, verb.vocab_size, verb.caseops, verb.processes, functools.partial(progress, "demo corpus"))
     return _show_record(record, verb.out, time.perf_counter() - begin, console), OK
 
 
@@ -157,15 +148,15 @@ def _show_record(record: Record, out: Path, seconds: float, console: Console) ->
 
 
 def _get(verb: Get, console: Console) -> tuple[dict, int]:
-    with _progress(console, "downloading", MofNCompleteColumn()) as progress:
-        result = data_get.get(verb.config, verb.out, progress)
+    with shown(console) as progress:
+        result = data_get.get(verb.config, verb.out, functools.partial(progress, "downloading"))
     console.print(f"{len(result['files'])} files of {result['variant']} in {verb.out}; check them with: pgolf data verify {verb.out}")
     return result, OK
 
 
 def _verify(verb: Verify, console: Console) -> tuple[dict, int]:
-    with _progress(console, "verifying", TaskProgressColumn()) as progress:
-        report = data_verify.verify(verb.folder, verb.config, progress)
+    with shown(console) as progress:
+        report = data_verify.verify(verb.folder, verb.config, functools.partial(progress, "verifying"))
     bad = {finding.check for finding in report.findings}
     for name, seen in report.checks.items():
         console.print(f"{'[red]WRONG[/red]' if name in bad else '[green]ok[/green]   '}  {name}: {seen}", soft_wrap=True, highlight=False)
@@ -174,8 +165,8 @@ def _verify(verb: Verify, console: Console) -> tuple[dict, int]:
     if report.certificate:
         console.print("\ndata certificate", highlight=False)
         for name, value in report.certificate.items():
-            shown = f"{value:,}" if isinstance(value, int) else value
-            console.print(f"  {name:<32}  {shown}", soft_wrap=True, highlight=False)
+            figure = f"{value:,}" if isinstance(value, int) else value
+            console.print(f"  {name:<32}  {figure}", soft_wrap=True, highlight=False)
     result = {
         "folder": report.folder,
         "ok": report.is_ok,

@@ -16,6 +16,8 @@ from pgolf_fast.commands import bench, data, doctor, pack, quantize, report, tra
 from pgolf_fast.commands import eval as evaluate
 from pgolf_fast.errors import UserError
 
+MARK = "made-by-pgolf-demo"  # a file in the folder: without it, nothing there is removed
+PARTS = ("data", "runs/tiny", "report")
 QUICK_OPS = ("softcap_ce", "mix_norm", "int6_pack")  # seconds on a processor, where all are plain torch anyway
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -25,7 +27,7 @@ class Demo:
     """The main job on an embedded default: doctor, a small benchmark of each op, a corpus, `tiny` trained, packed, scored and drawn."""
 
     folder: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("build/demo")
-    """Where corpus and run go; an earlier demo there is replaced."""
+    """Where corpus and run go; those of an earlier demo there are replaced."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -38,20 +40,30 @@ def curve(losses: list[float], width: int = 60) -> str:
     return "".join(BARS[round((m - low) / (high - low or 1) * (len(BARS) - 1))] for m in means)
 
 
+def make_room(folder: Path) -> None:
+    """What an earlier demo made goes; a folder that holds anything else is refused."""
+    if folder.exists() and not (folder / MARK).exists() and any(folder.iterdir()):
+        raise UserError(f"folder: {folder} holds something else than an earlier demo; choose another")
+    for part in PARTS:
+        shutil.rmtree(folder / part, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+
+
 def run(config: Demo, console: Console) -> tuple[dict, int]:
     begin = time.perf_counter()
+    make_room(config.folder)
     console.rule("this machine")
     health, verdict = doctor.run(doctor.Doctor(), console)
     if verdict == doctor.BROKEN:
         return {"doctor": health}, verdict
     console.rule("each op beside plain torch")
     ops = () if torch.cuda.is_available() else QUICK_OPS
-    figures, code = bench.run(bench.Bench(ops, budget_s=0.05, skip_tests=True, without=("torch.compile",)), console)
-
-    if (config.folder / "runs").exists() or (config.folder / "data").exists():
-        shutil.rmtree(config.folder)
-    elif config.folder.exists() and any(config.folder.iterdir()):
-        raise UserError(f"folder: {config.folder} holds something else than an earlier demo; choose another")
+    try:
+        figures, code = bench.run(bench.Bench(ops, budget_s=0.05, skip_tests=True, without=("torch.compile",)), console)
+    except UserError as error:
+        figures, code = None, 0
+        console.print(f"left out: {error}")
     console.rule("a corpus from the Python standard library")
     corpus, _ = data.run(data.Data(data.Demo(config.folder / "data")), console)
     certificate, wrong = data.run(data.Data(data.Verify(config.folder / "data")), console)

@@ -4,35 +4,31 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import signal
 import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
-from pgolf_fast import dataset, dist, export, recipe
+from pgolf_fast import dist, export, recipe
 from pgolf_fast.clock import process_age_s
+from pgolf_fast.commands.devices import choose_device, under_torchrun
 from pgolf_fast.commands.pack import ARTIFACT
-from pgolf_fast.commands.train import under_torchrun
+from pgolf_fast.commands.progress import shown
 from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.evaluation.self_distillation import self_distill
-from pgolf_fast.shards import require_shards
-from pgolf_fast.tokenizers import Tokenizer
+from pgolf_fast.files import write_json
 
 EVALUATORS = recipe.SETTINGS["eval.evaluator"].kind.__args__
+STAGES = ("eval.", "ttt.", "lora.", "sdttt.")  # of a recipe, that an evaluation reads
 NOT_LEGAL = "after SDTTT, not legal"
-LINE_EVERY_S = 30.0  # between two lines of progress where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +78,7 @@ class Row:
 
 
 def run(config: Eval, console: Console) -> tuple[dict, int]:
-    if config.gpus > 1 and "LOCAL_RANK" not in os.environ:
-        if config.gpus > torch.cuda.device_count():
-            raise UserError(f"gpus: {config.gpus} asked for, {torch.cuda.device_count()} visible here")
-        under_torchrun(config.gpus)
+    under_torchrun(config.gpus)
     if config.data is None:
         raise UserError("data: give the folder of the validation shards, --data FOLDER")
     artifact = config.source / ARTIFACT if config.source.is_dir() else config.source
@@ -94,17 +87,19 @@ def run(config: Eval, console: Console) -> tuple[dict, int]:
         if config.source.is_dir():
             remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one"
         raise UserError(f"source: no file {artifact}; {remedy}")
-    device = dist.start(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    device = dist.start(choose_device(config.device).type)
     found = _run(config, console, artifact, device)
     dist.stop()
     return found
 
 
 def _run(config, console, artifact: Path, device):
+    for override in config.overrides:
+        if not override.startswith(STAGES):
+            raise UserError(f"{override}: an evaluation takes {', '.join(f'{stage}*' for stage in STAGES)}; the rest is the artifact's")
     expect = recipe.resolve(config.recipe).recipe if config.recipe else None
     settings = recipe.overridden(export.load_model(artifact, "cpu", expect)[0], config.overrides)
-    _require_same_tokenizer(settings, config)
-    validation = load_validation(config.data, settings.eval.seq_len, config.tokenizer)
+    validation = load_validation(config.data, settings.eval.seq_len, config.tokenizer, settings.model.vocab_size)
     out = config.out or artifact.with_suffix(".eval")
     own = settings.eval.evaluator if config.evaluator in ("recipe", "all") else config.evaluator
     wanted = [("artifact", own)]
@@ -141,7 +136,7 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
     identity = {
         "artifact": hashlib.sha256(scored.read_bytes()).hexdigest(),
         "validation": hashlib.sha256(validation.tokens.tobytes() + validation.target_bytes.tobytes()).hexdigest(),
-        "settings": {key: value for key, value in recipe.values(settings).items() if key.startswith(("eval.", "ttt.", "lora.", "sdttt."))},
+        "settings": {key: value for key, value in recipe.values(settings).items() if key.startswith(STAGES)},
     }
     identity = json.loads(json.dumps(identity))
     saved = SavedState(out / f"{stem}.unfinished", identity, settings.eval.save_seconds)
@@ -152,7 +147,11 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
         referee = Referee(evaluator.model, validation, device, allow_published_tail=settings.eval.published_tail)
         if config.fresh:
             saved.remove()
-        with _asked_to_stop() as must_stop, _shown(console, f"{weights}, {name}") as progress:
+        with _asked_to_stop() as must_stop, shown(console) as show:
+
+            def progress(p: Progress):
+                show(f"{weights}, {name}", p.share, 1.0, f"{p.score.bits_per_byte:.4f} bpb so far")
+
             outcome = evaluate(evaluator, referee, saved, progress, must_stop)
     if outcome is None:
         return None
@@ -163,28 +162,9 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
         shared_s + time.perf_counter() - begin, outcome.practice_s, outcome.scoring_s, found.versions, found.digest,
     )  # fmt: skip
     if dist.rank() == 0:
-        _write(out / f"{stem}.json", dataclasses.asdict(row) | {"of": identity, "ranks": dist.world_size(), "device": str(device)})
+        write_json(out / f"{stem}.json", dataclasses.asdict(row) | {"of": identity, "ranks": dist.world_size(), "device": str(device)})
     saved.remove()
     return row
-
-
-def _require_same_tokenizer(settings, config):
-    require_shards(config.data, "val")
-    model = dataset.find_tokenizer(config.data, config.tokenizer)
-    pieces = Tokenizer(model).vocab_size if model else None  # without one, load_validation says what is missing
-    if pieces is not None and pieces != settings.model.vocab_size:
-        sizes = f"its tokenizer has {pieces:,} pieces, the artifact's model {settings.model.vocab_size:,}"
-        raise UserError(f"{config.data}: {sizes}; give the data set of its recipe")
-
-
-def _write(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".writing")
-    with open(draft, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 @contextlib.contextmanager
@@ -202,29 +182,6 @@ def _asked_to_stop():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _shown(console: Console, title: str):
-    """A function that shows an evaluate.Progress: a bar on a terminal, a line now and then elsewhere."""
-    if console.is_terminal:
-        with Bar(TextColumn(title), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=console) as bar:
-            task = bar.add_task(title, total=1.0, text="")
-            yield lambda p: bar.update(task, completed=p.share, text=_text(p))
-        return
-    last = time.perf_counter()
-
-    def line(p: Progress):
-        nonlocal last
-        if time.perf_counter() - last > LINE_EVERY_S:
-            last = time.perf_counter()
-            console.print(f"{title}: {p.share:.0%}, {_text(p)}")
-
-    yield line
-
-
-def _text(p: Progress) -> str:
-    return f"{p.score.bits_per_byte:.4f} bpb so far, {p.seconds_left:.0f} s left"
 
 
 def score_table(rows: list[Row]) -> Table:

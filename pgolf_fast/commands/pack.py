@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pgolf_fast import artifact, codecs
-from pgolf_fast.commands.quantize import QUANTIZED, progress_bar
+from pgolf_fast.commands.progress import shown
+from pgolf_fast.commands.quantize import QUANTIZED
 from pgolf_fast.errors import UserError
+from pgolf_fast.files import write_json, write_whole
 from pgolf_fast.ledger import CAP_BYTES, CodeBytes, Ledger, code_files, count_code, ledger, own_sources
 
 ARTIFACT = "artifact.pglf"  # in the run's folder
@@ -67,7 +68,7 @@ def run(config: Pack, console: Console) -> tuple[dict, int]:
     loaded = artifact.unpack(data)
     code = count_code(code_files(config.code) if config.code else own_sources())
     begin = time.perf_counter()
-    with progress_bar(console) as progress:
+    with shown(console) as progress:
         advance = functools.partial(progress, f"packing with {config.codec}")
         packed = artifact.pack(loaded.tensors, config.codec, loaded.metadata, progress=advance)
     seconds = time.perf_counter() - begin
@@ -80,8 +81,8 @@ def run(config: Pack, console: Console) -> tuple[dict, int]:
     totals = {c: found.total(c) for c in COUNTS}
     report = {"bytes": len(packed), **dataclasses.asdict(found), "totals": totals, "count": count, "fits": fits, "seconds": seconds}
     if out:
-        out.write_bytes(packed)
+        write_whole(out, packed)
         console.print(f"written: {out}")
     if of_run:
-        (config.source / LEDGER).write_text(json.dumps(report, indent=1) + "\n")
+        write_json(config.source / LEDGER, report)
     return report, 0 if fits else 1

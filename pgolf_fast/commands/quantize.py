@@ -1,25 +1,24 @@
 """`pgolf quantize`: a run's weights, or a checkpoint, to integers, and what that cost."""
 
-import contextlib
 import dataclasses
 import functools
-import json
 import math
 import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pgolf_fast import artifact, export, fit
+from pgolf_fast.commands.devices import choose_device
+from pgolf_fast.commands.progress import shown
 from pgolf_fast.errors import UserError
+from pgolf_fast.files import write_json, write_whole
 from pgolf_fast.ledger import CAP_BYTES, count_code, own_sources
 from pgolf_fast.quantize import PUBLISHED, TensorError, quantize
 
@@ -83,30 +82,9 @@ def error_table(errors: list[TensorError]) -> Table:
     return table
 
 
-@contextlib.contextmanager
-def progress_bar(console: Console):
-    """A function progress(task, done, total) that draws one bar per task."""
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks = {}
-
-        def progress(task, done, total):
-            if task not in tasks:
-                tasks[task] = bar.add_task(task, total=total)
-            bar.update(tasks[task], completed=done, total=total)
-
-        yield progress
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"device: {name!r} is not here; choose cpu, cuda (if there is a GPU) or auto")
-    return torch.device(name)
-
-
 def run(config: Quantize, console: Console) -> tuple[dict, int]:
+    if not config.source.exists():
+        raise UserError(f"source: nothing at {config.source}; give a run's folder or a checkpoint")
     return quantize_run(config, console) if config.source.is_dir() else quantize_checkpoint(config, console)
 
 
@@ -115,18 +93,19 @@ def quantize_run(config, console):
         if getattr(config, argument):
             raise UserError(f"{argument}: of a checkpoint only; a run is quantized as its recipe says, into its own folder")
     source = export.read_run(config.source)
-    if config.strict and not config.fit:
+    if config.strict and config.fit is None:
         raise UserError("strict: of a fit only: say how many bytes with --fit; pgolf pack --strict gates an artifact as it is")
-    if config.fit and config.plain_rounding:
+    if config.fit is not None and config.plain_rounding:
         raise UserError("fit: searches with GPTQ, not with plain rounding; leave one of the two out")
     searched = {}
-    with progress_bar(console) as progress:
-        if config.fit:
+    with shown(console) as progress:
+        if config.fit is not None:
             made, searched = fit_run(config, source, progress, console)
         else:
             made = export.quantize_run(source, choose_device(config.device), config.data, config.plain_rounding, progress)
-    (config.source / QUANTIZED).write_bytes(artifact.pack(made.tensors, "none", export.metadata(source.name, source.recipe)))
-    forecast = artifact.estimate_bytes(made.tensors, export.metadata(source.name, source.recipe))
+    metadata = export.metadata(source.name, source.recipe)
+    write_whole(config.source / QUANTIZED, artifact.pack(made.tensors, "none", metadata))
+    forecast = artifact.estimate_bytes(made.tensors, metadata)
     cap_s = source.recipe.schedule.max_wallclock_seconds
     report = {
         "weights": source.weights,
@@ -135,7 +114,7 @@ def quantize_run(config, console):
         "fit": searched,
         "tensors": [dataclasses.asdict(e) for e in made.errors],
     }
-    (config.source / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    write_json(config.source / REPORT, report)
     console.print(error_table(made.errors))
     console.print(f"{source.name}, {source.weights}: quantized in {made.quantize_s:.1f} s; forecast of the packed size: {forecast:,} bytes")
     if made.calibrate_s:
@@ -189,19 +168,19 @@ def frontier_table(search: fit.Search, found: fit.Fit, code_bytes: int, predicti
 
 
 def quantize_checkpoint(config, console):
-    if config.fit or config.strict:
+    if config.fit is not None or config.strict:
         raise UserError("fit: of a run's folder only: the search measures losses on its training text")
     if config.table is None:
         raise UserError(f"table: say whose schemes to use for a checkpoint: {', '.join(PUBLISHED)}; a run's folder says it itself")
     state = load_tensors(config.source, "checkpoint")
     hessians = load_tensors(config.hessians, "hessians") if config.hessians else None
-    with progress_bar(console) as progress:
+    with shown(console) as progress:
         advance = functools.partial(progress, "quantizing")
         tensors, errors = quantize(state, PUBLISHED[config.table], hessians, config.plain_rounding, advance)
     forecast = artifact.estimate_bytes(tensors)
     console.print(error_table(errors))
     console.print(f"forecast of the packed size: {forecast:,} bytes, code not counted")
     if config.out:
-        config.out.write_bytes(artifact.pack(tensors, "none", {"table": config.table}))
+        write_whole(config.out, artifact.pack(tensors, "none", {"table": config.table}))
         console.print(f"written: {config.out} (uncompressed; next: pgolf pack {config.out})")
     return {"forecast_bytes": forecast, "tensors": [dataclasses.asdict(e) for e in errors]}, 0

@@ -2,20 +2,16 @@
 
 import dataclasses
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from pgolf_fast import dist, recipe
+from pgolf_fast.commands.devices import choose_device, under_torchrun
 from pgolf_fast.errors import UserError
 from pgolf_fast.train import Trainer
 
@@ -40,36 +36,17 @@ class Train:
     """Print the result as JSON."""
 
 
-def under_torchrun(gpus: int):
-    """Runs this command in one process a GPU, which have a LOCAL_RANK and so do not come here again, and exits when they have.
-
-    torchrun is called and not started: a process of its own would import torch once more before its workers do.
-    """
-    if gpus > torch.cuda.device_count():
-        raise UserError(f"gpus: {gpus} asked for, {torch.cuda.device_count()} visible here")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, which it would announce
-    try:
-        torchrun.main(["--standalone", f"--nproc_per_node={gpus}", "-m", "pgolf_fast", *sys.argv[1:]])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"pgolf: rank {rank} was the first to end with an error ({failure.exitcode}); what it said is above", file=sys.stderr)
-        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
-    except SignalException as stopped:
-        raise SystemExit(128 + stopped.sigval) from None
-    raise SystemExit(0)
-
-
 def run(config: Train, console: Console) -> tuple[dict, int]:
-    if config.gpus > 1 and "LOCAL_RANK" not in os.environ:
-        under_torchrun(config.gpus)
+    under_torchrun(config.gpus)
     resolved = recipe.resolve(config.recipe, config.overrides)
     run_id = resolved.recipe.train.run_id or f"{resolved.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if config.resume and not resolved.recipe.train.run_id:
         raise UserError("resume: say which run with train.run_id=NAME")
     folder = config.runs / run_id
-    if not config.resume and (folder / "events.jsonl").exists():
-        raise UserError(f"train.run_id: {folder} holds a run already; choose another name, or go on with --resume")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    events = folder / "events.jsonl"
+    if not config.resume and events.exists() and events.stat().st_size:
+        raise UserError(f"train.run_id: {folder} holds a run already; choose another name, remove it, or go on with --resume")
+    device = choose_device(config.device).type
     first = int(os.environ.get("RANK", 0)) == 0
     bar = Progress(
         TextColumn(resolved.name),
@@ -94,7 +71,7 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
     return {
         "folder": str(result.folder),
         "steps": result.steps,
-        "train_loss": result.train_loss,
+        "train_loss": result.train_loss if result.steps else None,  # nan is no JSON
         "val_loss": result.validation.nats_per_token,
         "val_bpb": result.validation.bits_per_byte,
         "weights": result.weights,

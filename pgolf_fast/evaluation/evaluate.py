@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -59,7 +58,6 @@ class Outcome:
 class Progress:
     score: Score  # of this rank, so far
     share: float  # of this rank's positions
-    seconds_left: float
 
 
 def evaluate(
@@ -86,7 +84,7 @@ def evaluate(
     for _ in evaluator.chunks(referee):
         now = time.perf_counter()
         if progress and dist.rank() == 0 and now - shown > 1:
-            progress(_progress(referee, now - begin, earlier.scoring_s))
+            progress(_progress(referee))
             shown = now
         stopping = dist.any_rank(must_stop(), referee.device)
         if saved and saved.is_due(stopping, referee.device):
@@ -100,10 +98,17 @@ def evaluate(
     return dataclasses.replace(outcome(referee.result()), scoring_s=scored.scoring_s)
 
 
-def _progress(referee, seconds, earlier_s):
+def _progress(referee):
     score = referee.running()
-    share = min(1.0, score.tokens * dist.world_size() / referee.num_positions)
-    return Progress(score, share, (earlier_s + seconds) * (1 / share - 1) if share else math.inf)
+    return Progress(score, min(1.0, score.tokens * dist.world_size() / referee.num_positions))
+
+
+def _other(part: str, before, now) -> str:
+    """In what an unfinished evaluation differs from this one."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"with another {part} ({before}, now {now})"
+    changed = (f"{key}={before.get(key)}, now {now.get(key)}" for key in before | now if before.get(key) != now.get(key))
+    return f"with other {part} ({'; '.join(changed)})"
 
 
 class SavedState:
@@ -137,10 +142,9 @@ class SavedState:
         tensors, state = checkpoint.load(path)
         for part, value in self.identity.items():
             if state["identity"].get(part) != value:
-                change = f"({state['identity'].get(part)}, now {value})"
                 raise UserError(
-                    f"{path.parent.parent}: holds an unfinished evaluation with another {part} {change}; "
-                    "give it back what it began with, or choose another folder"
+                    f"{path.parent.parent}: holds an unfinished evaluation {_other(part, state['identity'].get(part), value)}; "
+                    "give it back what it began with, begin again with --fresh, or choose another folder"
                 )
 
         def part_of(owner):
