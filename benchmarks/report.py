@@ -74,11 +74,9 @@ PUBLISHED_STEP_MS = {("legal-ttt-691", 11, 8): 74.4, ("caseops-1934", 11, 8): 86
 
 def step_table(folder: Path = RESULTS) -> str:
     """Whole training steps, of one GPU's share or of several GPUs."""
-    lines = [
-        "| recipe | block visits | GPUs | ours, ms | published script, ms | ratio | torch.compile, ms | ratio "
-        "| M tokens/s | MFU | peak GiB | commit |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
+    headings = ["recipe", "block visits", "GPUs", "ours, ms", "published script, ms", "ratio", "torch.compile, ms", "ratio"]
+    headings += ["M tokens/s", "MFU", "peak GiB", "commit"]
+    rows = []
     for path in sorted(folder.glob("train_step_*.json")):
         run = json.loads(path.read_text())
         compiled = {(row["recipe"], row["visits"]): row["ms"] for row in run["steps"] if row["contestant"] == "torch.compile"}
@@ -86,12 +84,14 @@ def step_table(folder: Path = RESULTS) -> str:
             if row["contestant"] != "ours":
                 continue
             peers = PUBLISHED_STEP_MS.get((row["recipe"], row["visits"], row["gpus"])), compiled.get((row["recipe"], row["visits"]))
-            beside = " | ".join(f"{ms:.1f} | {row['ms'] / ms:.2f}" if ms else "- | -" for ms in peers)
-            lines.append(
-                f"| {row['recipe']} | {row['visits']} | {row['gpus']} | {row['ms']:.1f} | {beside} | {row['tokens_per_s'] / 1e6:.2f} "
-                f"| {row['mfu']:.1%} | {row['memory_gib']:.1f} | {run['environment']['commit']} |"
-            )
-    return "\n".join(lines) if len(lines) > 2 else "No step is stored yet."
+            beside = [cell for ms in peers for cell in ((f"{ms:.1f}", f"{row['ms'] / ms:.2f}") if ms else ("-", "-"))]
+            speed = [f"{row['tokens_per_s'] / 1e6:.2f}", f"{row['mfu']:.1%}", f"{row['memory_gib']:.1f}", run["environment"]["commit"]]
+            rows.append([row["recipe"], str(row["visits"]), str(row["gpus"]), f"{row['ms']:.1f}", *beside, *speed])
+    if not rows:
+        return "No step is stored yet."
+    told = [column for column in zip(headings, *rows) if any(cell != "-" for cell in column[1:])]
+    told = [(heading, "---" if heading in ("recipe", "commit") else "---:", *cells) for heading, *cells in told]
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*told))
 
 
 def quantization_table(folder: Path = RESULTS) -> str:
