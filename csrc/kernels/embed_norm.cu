@@ -2,6 +2,7 @@
 #include "kernels/embed_norm.h"
 
 #include "kernels/common/launch.h"
+#include "kernels/common/norm.h"
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/vector8.cuh"
 
@@ -14,7 +15,6 @@ constexpr int kChannels = 8 * kVectors;  // per lane
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kSumColumns = kWidth + 4;     // of a row of partial sums: the gate's gradient, and lambda's behind it
-constexpr float kEpsilon = 1.1920928955078125e-7f;  // 2^-23, RMS_EPSILON of the model
 
 using Row = float[kChannels];
 
@@ -42,7 +42,7 @@ __device__ __forceinline__ float dot(const Row& a, const Row& b) {
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
-__device__ __forceinline__ float rstd_of(const Row& x) { return rsqrtf(dot(x, x) * (1.f / kWidth) + kEpsilon); }
+__device__ __forceinline__ float rstd_of(const Row& x) { return rsqrtf(dot(x, x) * (1.f / kWidth) + kRmsEpsilon); }
 
 __device__ __forceinline__ bool is_valid(const EmbedNormParams& p, int64_t token) { return token >= 0 && token < p.num_rows; }
 

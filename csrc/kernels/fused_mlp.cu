@@ -65,9 +65,6 @@ struct Down : Plain {
     static __device__ __forceinline__ uint32_t operand_a(uint32_t u) { return activated<kActivation>(u); }
 };
 
-__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-
 // y = residual + act(u) Wdown^T
 template <Activation kActivation>
 struct DownResidual : Down<kActivation> {
@@ -75,7 +72,7 @@ struct DownResidual : Down<kActivation> {
     template <class Arguments, class Fetched>
     static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int, float y0, float y1, uint32_t residual,
                                                       float&) {
-        return ptx::pack_bf16(y0 + low(residual), y1 + high(residual));
+        return ptx::pack_bf16(y0 + ptx::low_bf16(residual), y1 + ptx::high_bf16(residual));
     }
 };
 
@@ -87,7 +84,7 @@ struct DownBackward : RowScaled {
     static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& fetched, int r, float dact0, float dact1,
                                                       uint32_t u, float& row_sum) {
         if (kActivation == Activation::kRelu2) u = as_bits(__hmax2(as_pair(u), __float2bfloat162_rn(0.f)));
-        const float factor = fetched.factor(p, r), u0 = low(u), u1 = high(u);
+        const float factor = fetched.factor(p, r), u0 = ptx::low_bf16(u), u1 = ptx::high_bf16(u);
         const float du0 = dact0 * slope<kActivation>(factor, u0), du1 = dact1 * slope<kActivation>(factor, u1);
         row_sum = fmaf(du1, u1, fmaf(du0, u0, row_sum));
         return ptx::pack_bf16(du0, du1);
@@ -136,8 +133,8 @@ struct NormUpBackward : UpBackward {
             for (int r = 0; r < 4; ++r) {
                 const uint32_t product = held[4 * (4 * pass + chunk) + r];
                 const float along = fetched.along[r % 2];
-                out[r] = ptx::pack_bf16(fmaf(along, low(x[r]), low(residual[r]) + low(product)),
-                                        fmaf(along, high(x[r]), high(residual[r]) + high(product)));
+                out[r] = ptx::pack_bf16(fmaf(along, ptx::low_bf16(x[r]), ptx::low_bf16(residual[r]) + ptx::low_bf16(product)),
+                                        fmaf(along, ptx::high_bf16(x[r]), ptx::high_bf16(residual[r]) + ptx::high_bf16(product)));
             }
             ptx::stmatrix_x4(address(0, chunk), out[0], out[1], out[2], out[3]);
         }

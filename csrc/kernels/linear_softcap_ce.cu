@@ -9,6 +9,7 @@
 // block and multicasts it.
 #include "kernels/linear_softcap_ce.h"
 
+#include "kernels/common/launch.h"
 #include "kernels/common/softcap.cuh"
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/wgmma.cuh"
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     uint32_t& pair = (&vectors[k].x)[j];
-                    pair = ptx::pack_bf16(scale * low_bf16(pair), scale * high_bf16(pair));
+                    pair = ptx::pack_bf16(scale * ptx::low_bf16(pair), scale * ptx::high_bf16(pair));
                 }
                 out[at[k]] = vectors[k];
             }
@@ -354,25 +355,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::cluster_sync();  // NOTE: a CTA must not leave while its peer multicasts into it or arrives on its barriers
 }
 
-cudaError_t matrix_map(CUtensorMap* map, const void* base, uint64_t rows, uint64_t columns, uint32_t box_rows) {
-    TensorMapDims dims{};
-    dims.rank = 2;
-    dims.size[0] = columns;
-    dims.size[1] = rows;
-    dims.stride_bytes[0] = 2 * columns;
-    dims.box[0] = kBlockDepth;
-    dims.box[1] = box_rows;
-    return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
-}
-
 }  // namespace
 
 cudaError_t linear_softcap_ce_fwd(const LinearSoftcapCEParams& p, cudaStream_t stream) {
     const bool with_grad = p.g != nullptr;
     CUtensorMap x_map{}, weight_map{}, g_map{};
-    cudaError_t status = matrix_map(&x_map, p.x, p.n, kLinearSoftcapCEDepth, kTile);
-    if (status == cudaSuccess) status = matrix_map(&weight_map, p.weight, p.v, kLinearSoftcapCEDepth, kTile / kCluster);
-    if (status == cudaSuccess && with_grad) status = matrix_map(&g_map, p.g, p.n, p.v, 64);
+    constexpr int kDepth = kLinearSoftcapCEDepth;
+    cudaError_t status = bf16_matrix_map(&x_map, p.x, p.n, kDepth, kDepth, kTile);
+    if (status == cudaSuccess) status = bf16_matrix_map(&weight_map, p.weight, p.v, kDepth, kDepth, kTile / kCluster);
+    if (status == cudaSuccess && with_grad) status = bf16_matrix_map(&g_map, p.g, p.n, p.v, p.v, 64);
     if (status != cudaSuccess) return status;
 
     SoftcapCEParams counted{};
@@ -385,9 +376,8 @@ cudaError_t linear_softcap_ce_fwd(const LinearSoftcapCEParams& p, cudaStream_t s
     status = softcap_ce_count_targets(counted, stream);
     if (status != cudaSuccess) return status;
 
-    int device = 0, num_sms = 0;
-    status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    int num_sms = 0;
+    status = multiprocessors(num_sms);
     const auto kernel = with_grad ? linear_softcap_ce_kernel<true> : linear_softcap_ce_kernel<false>;
     if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(with_grad));
     if (status != cudaSuccess) return status;

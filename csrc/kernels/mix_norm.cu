@@ -2,6 +2,7 @@
 #include "kernels/mix_norm.h"
 
 #include "kernels/common/launch.h"
+#include "kernels/common/norm.h"
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/vector8.cuh"
 
@@ -15,7 +16,6 @@ constexpr int kChannels = 8 * kVectors;  // per lane
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kFwdRows = 2;  // of a warp at a time
-constexpr float kEpsilon = 1.1920928955078125e-7f;  // 2^-23, RMS_EPSILON of the model
 
 __device__ __forceinline__ int64_t vector_offset(uint32_t row, int v) { return int64_t(row) * kWidth + 256 * v + 8 * (threadIdx.x % 32); }
 
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) mix_norm_fwd_kernel(const MixNormFwd
                 for (int j = 0; j < 8; ++j) sum = fmaf(x[j], x[j], sum);
             }
             if (!p.rstd) continue;
-            const float rstd = rsqrtf(warp_sum(sum) * (1.f / kWidth) + kEpsilon);
+            const float rstd = rsqrtf(warp_sum(sum) * (1.f / kWidth) + kRmsEpsilon);
             if (threadIdx.x % 32 == 0) p.rstd[row] = rstd;
             if (!p.normed) continue;
             const float scale = p.norm_scale * rstd;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/common/launch.h"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/wgmma.cuh"
@@ -38,8 +39,6 @@ __device__ uint4 load_bf16x8(const T* p) {
         return {pack_bf16(a.x, a.y), pack_bf16(a.z, a.w), pack_bf16(b.x, b.y), pack_bf16(b.z, b.w)};
     }
 }
-__device__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // Two floats to one register of two fp16, `low` in the low half.
 __device__ uint32_t pack_fp16(float low, float high) {
@@ -383,9 +382,6 @@ __device__ void load_tasks(const Iteration& it, Shared& s) {
 template <int kHalves>
 using Tile = float[kHalves][64];
 
-// Byte of column group `group` (8 columns) of row `row` in a 128-byte swizzled box.
-__device__ __forceinline__ uint32_t swizzled(int row, int group) { return row * 128 + ((group ^ (row & 7)) << 4); }
-
 // tile = weight * T + diagonal * I, where T's box (half of rows, half of columns) lies at `box(half, column_half)`.
 template <int kHalves, typename Box>
 __device__ __forceinline__ void start_from(Tile<kHalves>& tile, int first_half, float weight, float diagonal, const Box& box) {
@@ -401,7 +397,7 @@ __device__ __forceinline__ void start_from(Tile<kHalves>& tile, int first_half, 
 #pragma unroll
                 for (int eight = 0; eight < 2; ++eight) {
                     const int row = 16 * warp + 8 * eight + lane / 4, column = 8 * j + lane % 4 * 2;  // of the box
-                    const float2 pair = unpack_fp16(*reinterpret_cast<const uint32_t*>(p + swizzled(row, j) + lane % 4 * 4));
+                    const float2 pair = unpack_fp16(*reinterpret_cast<const uint32_t*>(p + wgmma::swizzled(row, j) + lane % 4 * 4));
                     float* d = &tile[half][4 * (8 * column_half + j) + 2 * eight];
                     d[0] = weight * pair.x + (on_diagonal && row == column ? diagonal : 0);
                     d[1] = weight * pair.y + (on_diagonal && row == column + 1 ? diagonal : 0);
@@ -477,7 +473,7 @@ __device__ __forceinline__ void stage_tile(const Tile<kHalves>& tile, float fact
             const float* d = &tile[half][4 * j];
             // Lane l gives the address of row l % 8 of the fragment's l / 8-th 8 x 8 block: two blocks down, then two to the right.
             const int row = 16 * warp + lane / 8 % 2 * 8 + lane % 8, column_group = j + lane / 16;
-            const uint32_t address = smem_u32(staging) + (half * 2 + j / 8) * kBoxBytes + swizzled(row, column_group % 8);
+            const uint32_t address = smem_u32(staging) + (half * 2 + j / 8) * kBoxBytes + wgmma::swizzled(row, column_group % 8);
             stmatrix_x4(address, pack(d[0], d[1]), pack(d[2], d[3]), pack(d[4], d[5]), pack(d[6], d[7]));
         }
 }
@@ -660,13 +656,6 @@ int square_tasks(const GroupMaps& group, int width) {
 }
 int update_tasks(const GroupMaps& group, int width) { return group.narrow_tiles() * ((group.wide_tiles() + width - 1) / width); }
 
-int num_multiprocessors() {
-    int device = 0, count = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
 }  // namespace
 
 int64_t orthogonalize_partial_sums(int64_t elements) { return norm_blocks(elements); }
@@ -680,6 +669,8 @@ cudaError_t orthogonalize(const OrthogonalizeParams& p, cudaStream_t stream) {
     std::sort(groups.begin(), groups.end(), [&](const auto& x, const auto& y) { return size(x) > size(y); });
     constexpr int kSharedBytes = sizeof(Shared) + 1024;  // room to align
     status = cudaFuncSetAttribute(orthogonalize_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    int num_sms = 0;
+    if (status == cudaSuccess) status = multiprocessors(num_sms);
     uint32_t* counters = p.counters;
     for (size_t first = 0; first < groups.size() && status == cudaSuccess; first += kOrthogonalizeMaxGroups) {
         Iteration it{};
@@ -708,12 +699,12 @@ cudaError_t orthogonalize(const OrthogonalizeParams& p, cudaStream_t stream) {
             if (status == cudaSuccess) status = map_of(&to.out, kBf16, from.out, from.rows, from.columns, from.count);
         }
         if (status != cudaSuccess) return status;
-        it.width = tiles_per_product >= 2 * num_multiprocessors() ? 2 : 1;
+        it.width = tiles_per_product >= 2 * num_sms ? 2 : 1;
         for (int g = 0; g < it.num_groups; ++g) {
             it.groups[g].square_tasks = square_tasks(it.groups[g], it.width);
             it.groups[g].update_tasks = update_tasks(it.groups[g], it.width);
         }
-        orthogonalize_kernel<<<num_multiprocessors(), kThreads, kSharedBytes, stream>>>(it);
+        orthogonalize_kernel<<<num_sms, kThreads, kSharedBytes, stream>>>(it);
         status = cudaGetLastError();
         counters += kOrthogonalizeCounters + matrices;
     }

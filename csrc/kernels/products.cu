@@ -1,6 +1,7 @@
 #include "kernels/products.h"
 
 #include "kernels/common/gemm.cuh"
+#include "kernels/common/norm.h"
 
 namespace pgolf {
 namespace {
@@ -8,23 +9,18 @@ namespace {
 using wgmma::kMajorK;
 using wgmma::kMajorMN;
 
-constexpr float kEpsilon = 1.1920928955078125e-7f;  // 2^-23, RMS_EPSILON of the model
-
 // 192 columns: with the K of a layer's width, the result of a tile must be stored under the products of the next.
 struct Forward : gemm::PlainOp {
     static constexpr int kBlockN = 192, kAMajor = kMajorK, kBMajor = kMajorK;
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;
 };
 
-__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-
 struct ForwardResidual : Forward {
     static constexpr bool kHasAux = true;
     template <class Arguments>
     static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int, float y0, float y1, uint32_t residual,
                                                       float&) {
-        return ptx::pack_bf16(y0 + low(residual), y1 + high(residual));
+        return ptx::pack_bf16(y0 + ptx::low_bf16(residual), y1 + ptx::high_bf16(residual));
     }
 };
 
@@ -36,7 +32,7 @@ struct ForwardResidualSquares : ForwardResidual {
     static __device__ __forceinline__ uint32_t result(const Arguments& p, const Fetched& f, int r, float y0, float y1, uint32_t residual,
                                                       float& row_sum) {
         const uint32_t y = ForwardResidual::result(p, f, r, y0, y1, residual, row_sum);
-        row_sum = fmaf(high(y), high(y), fmaf(low(y), low(y), row_sum));
+        row_sum = fmaf(ptx::high_bf16(y), ptx::high_bf16(y), fmaf(ptx::low_bf16(y), ptx::low_bf16(y), row_sum));
         return y;
     }
 };
@@ -46,7 +42,7 @@ __global__ void row_rstd_kernel(const ProductParams p, int tiles) {
     if (row >= p.m) return;
     float sum = 0.f;
     for (int tile = 0; tile < tiles; ++tile) sum += p.row_squares[int64_t(tile) * p.m + row];
-    p.rstd[row] = rsqrtf(sum / float(p.n) + kEpsilon);
+    p.rstd[row] = rsqrtf(sum / float(p.n) + kRmsEpsilon);
 }
 
 struct Backward : Forward {

@@ -4,15 +4,15 @@
 
 #include "kernels/common/gemm.cuh"
 #include "kernels/common/launch.h"
+#include "kernels/common/norm.h"
 #include "kernels/common/vector8.cuh"
 
 namespace pgolf {
 namespace {
 
-constexpr float kEpsilon = 1.1920928955078125e-7f;  // 2^-23, RMS_EPSILON of the model
 constexpr int kHalf = kQkvRotated / 2;
 
-__device__ __forceinline__ float2 unpack(uint32_t pair) { return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)}; }
+__device__ __forceinline__ float2 unpack(uint32_t pair) { return {ptx::low_bf16(pair), ptx::high_bf16(pair)}; }
 
 // ---- forward: a tile of 192 columns is three heads. A thread holds, of two rows, columns 8 j + 2 (lane % 4) and the next, so
 // dimensions i and i + 8 of a head are its own, and four neighbouring lanes hold a row of a head.
@@ -57,7 +57,7 @@ struct Qkv : gemm::PlainOp {
             }
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            const float rstd = rsqrtf(sum * (1.f / kQkvHeadDim) + kEpsilon);
+            const float rstd = rsqrtf(sum * (1.f / kQkvHeadDim) + kRmsEpsilon);
             if (quad == 0 && row + 8 * r < m) p.rstd[int64_t(row + 8 * r) * p.normed_heads + head] = rstd;
             const float factor = rstd * gain;
 #pragma unroll
@@ -76,7 +76,7 @@ struct Qkv : gemm::PlainOp {
 // ---- passes of their own: a warp per row, eight dimensions a lane, eight lanes a head, so four heads at a time.
 
 constexpr int kWarps = 8;
-constexpr int kMaxGroups = 8;  // of four heads
+constexpr int kMaxGroups = kQkvMaxHeads / 4;
 
 __device__ __forceinline__ float sum_over_head(float x) {
 #pragma unroll
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(32 * kWarps) qkv_normalize_kernel(const QkvNor
             unpack8(x, x8[group]);
 #pragma unroll
             for (int j = 0; j < 8; ++j) squares = fmaf(x[j], x[j], squares);
-            const float rstd = rsqrtf(sum_over_head(squares) * (1.f / kQkvHeadDim) + kEpsilon);
+            const float rstd = rsqrtf(sum_over_head(squares) * (1.f / kQkvHeadDim) + kRmsEpsilon);
             const float factor = head < p.q_heads ? rstd * __ldg(p.gain + head) : rstd;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {

@@ -5,8 +5,10 @@
 //   long rows           256 threads per row, two or three passes; also unaligned rows and caps above kMaxUnshiftedCap
 #include "kernels/softcap_ce.h"
 
+#include "kernels/common/launch.h"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/softcap.cuh"
+#include "kernels/common/vector8.cuh"
 #include "kernels/softcap_ce.cuh"
 
 namespace pgolf {
@@ -140,7 +142,7 @@ __device__ __forceinline__ float exponentials(float (&g)[8 * kVectors], const ui
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const uint32_t pair = (&x[k].x)[2 * half + j / 2];
-                value[j] = j % 2 ? high_bf16(pair) : low_bf16(pair);
+                value[j] = j % 2 ? ptx::high_bf16(pair) : ptx::low_bf16(pair);
             }
             if constexpr (kNear) {
                 softcap.tanh_near(t, value);
@@ -284,7 +286,7 @@ __device__ __forceinline__ void load8(float (&x)[8], const __nv_bfloat16* row, i
     if constexpr (kAligned) {
         const uint4 v = *reinterpret_cast<const uint4*>(row + column);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) x[j] = j % 2 ? high_bf16((&v.x)[j / 2]) : low_bf16((&v.x)[j / 2]);
+        for (int j = 0; j < 8; ++j) x[j] = j % 2 ? ptx::high_bf16((&v.x)[j / 2]) : ptx::low_bf16((&v.x)[j / 2]);
     } else {
 #pragma unroll
         for (int j = 0; j < 8; ++j) x[j] = j < count ? __bfloat162float(row[column + j]) : 0.f;
@@ -347,8 +349,7 @@ __global__ void __launch_bounds__(kThreads) softcap_ce_long_rows_kernel(const So
                     d[j] = target == kIgnored ? 0.f : (column + j == target ? e - sum : e) * inv_sum * softcap_slope(t) * row_weight;
                 }
                 if constexpr (kAligned) {
-                    *reinterpret_cast<uint4*>(grad + column) = {ptx::pack_bf16(d[0], d[1]), ptx::pack_bf16(d[2], d[3]),
-                                                                ptx::pack_bf16(d[4], d[5]), ptx::pack_bf16(d[6], d[7])};
+                    *reinterpret_cast<uint4*>(grad + column) = pack8(d);
                 } else {
 #pragma unroll
                     for (int j = 0; j < 8; ++j)
@@ -374,7 +375,7 @@ __global__ void __launch_bounds__(kThreads) softcap_ce_scale_kernel(const Softca
             if (scale == 1.f) continue;
             uint4 v = __ldcs(reinterpret_cast<const uint4*>(grad));
 #pragma unroll
-            for (int i = 0; i < 4; ++i) (&v.x)[i] = ptx::pack_bf16(scale * low_bf16((&v.x)[i]), scale * high_bf16((&v.x)[i]));
+            for (int i = 0; i < 4; ++i) (&v.x)[i] = ptx::pack_bf16(scale * ptx::low_bf16((&v.x)[i]), scale * ptx::high_bf16((&v.x)[i]));
             __stcs(reinterpret_cast<uint4*>(grad), v);
         } else {
             for (int j = 0; j < count; ++j)
@@ -384,12 +385,6 @@ __global__ void __launch_bounds__(kThreads) softcap_ce_scale_kernel(const Softca
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------
-
-cudaError_t multiprocessors(int& count) {
-    int device = 0;
-    if (cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-}
 
 struct RowsLaunch {
     void (*kernel)(SoftcapCEParams, Softcap);

@@ -4,9 +4,6 @@
 
 namespace pgolf {
 
-__device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-
 // A row's target in 32 bits: its column, or one of these.
 enum : int { kIgnored = -1, kOutOfRange = -2 };
 

@@ -69,8 +69,7 @@ __device__ inline float load_gate(const GateRows& gate, int batch, int token, in
 
 // ---- products of tiles -----------------------------------------------------------------------------
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in a swizzled tile.
-__device__ inline uint32_t swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+using wgmma::swizzled;
 
 // Before a product that reads registers which ordinary instructions wrote. NOTE: lanes that left a divergent branch or a
 // barrier's wait at different times must be together again, or the product is an illegal instruction.
@@ -94,14 +93,6 @@ __device__ inline void product_ab(float (&d)[32], const uint32_t (&a)[16], uint6
     for (int k = 0; k < 4; ++k)
         wgmma::mma<wgmma::kMajorMN>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], wgmma::advance(b, 2048 * k),
                                     k > 0 || accumulate);
-}
-
-// Rows 16 warp .. 16 warp + 15 of a tile as the A operand.
-__device__ inline void load_operand(uint32_t (&a)[16], const uint8_t* tile, int warp, int lane) {
-    const uint32_t base = ptx::smem_u32(tile);
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-        ptx::ldmatrix_x4(base + swizzled(16 * warp + lane % 16, 2 * k + lane / 16), a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]);
 }
 
 // Accumulator to bf16 operand: neighbouring column groups pair up (wgmma.cuh).

@@ -1,8 +1,11 @@
+#include "kernels/common/vector8.cuh"
 #include "kernels/qkv.h"
 #include "kernels/xsa_attention.cuh"
 
 namespace pgolf {
 namespace xsa {
+
+using ptx::high_bf16, ptx::low_bf16;
 
 // ---- per-row preparation -----------------------------------------------------------------------------
 
@@ -17,18 +20,8 @@ __device__ inline float row_sum(float x) {
 
 struct Eight {
     float x[8];
-    __device__ explicit Eight(const uint4& packed) {
-        const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            x[2 * i] = __uint_as_float(words[i] << 16);
-            x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-        }
-    }
+    __device__ explicit Eight(const uint4& packed) { unpack8(x, packed); }
 };
-__device__ inline uint4 to_bf16(const float (&x)[8]) {
-    return make_uint4(ptx::pack_bf16(x[0], x[1]), ptx::pack_bf16(x[2], x[3]), ptx::pack_bf16(x[4], x[5]), ptx::pack_bf16(x[6], x[7]));
-}
 __device__ inline float dot(const Eight& a, const Eight& b) {
     float sum = 0.0f;
 #pragma unroll
@@ -118,7 +111,7 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
             dy[i] = gate * (grad_out.x[i] - share * v.x[i]);
             dv[i] -= share * out.x[i] + own * dy[i];
         }
-        const uint4 rounded = to_bf16(dy);
+        const uint4 rounded = pack8(dy);
         if (exists) *row_chunk(p.dy, batch, token, head, chunk) = rounded;
         if (exists && !live) *row_chunk(p.dq, batch, token, head, chunk) = zeros;
         // dy . y, y = out / gate + own v. NOTE: of dy as it is stored: what its rounding adds to dp along y cancels against delta,
@@ -139,14 +132,11 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
             if (exists && chunk == 0 && !p.dgate.is_bf16) static_cast<float*>(p.dgate.data)[at] = dgate;
         }
     }
-    if (exists) *row_chunk(p.dv, batch, token, kv_head, chunk) = to_bf16(dv);
+    if (exists) *row_chunk(p.dv, batch, token, kv_head, chunk) = pack8(dv);
     if (exists && !live) *row_chunk(p.dk, batch, token, kv_head, chunk) = zeros;
 }
 
 // ---- what q and k were made from --------------------------------------------------------------------------
-
-__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // The gradient of a tile of q or k, in fragments, becomes that of the raw rows it was normalised and rotated from (qkv.h):
 //     d raw = rstd R^T(gain d - x (x . d) / (64 gain)),    d gain = sum of (x . d) / gain
@@ -168,22 +158,22 @@ __device__ __forceinline__ void to_gradient_of_raw(float (&d)[32], const XsaRaw&
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             pairs[j] = *reinterpret_cast<const uint32_t*>(x + swizzled(at, j) + 4 * quad);
-            dot += d[4 * j + 2 * r] * low(pairs[j]) + d[4 * j + 2 * r + 1] * high(pairs[j]);
+            dot += d[4 * j + 2 * r] * low_bf16(pairs[j]) + d[4 * j + 2 * r + 1] * high_bf16(pairs[j]);
         }
         dot = quad_sum(dot) * over_gain;
         if (at < rows) dgain += dot;
         const float scale = rstd * gain, along = -rstd * dot * (1.0f / kXsaHeadDim);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            d[4 * j + 2 * r] = fmaf(scale, d[4 * j + 2 * r], along * low(pairs[j]));
-            d[4 * j + 2 * r + 1] = fmaf(scale, d[4 * j + 2 * r + 1], along * high(pairs[j]));
+            d[4 * j + 2 * r] = fmaf(scale, d[4 * j + 2 * r], along * low_bf16(pairs[j]));
+            d[4 * j + 2 * r + 1] = fmaf(scale, d[4 * j + 2 * r + 1], along * high_bf16(pairs[j]));
         }
         // Dimensions i < 8 and i + 8 turn back together.
         const float a0 = d[2 * r], a1 = d[2 * r + 1], b0 = d[4 + 2 * r], b1 = d[5 + 2 * r];
-        d[2 * r] = a0 * low(cos) - b0 * low(sin);
-        d[2 * r + 1] = a1 * high(cos) - b1 * high(sin);
-        d[4 + 2 * r] = b0 * low(cos) + a0 * low(sin);
-        d[5 + 2 * r] = b1 * high(cos) + a1 * high(sin);
+        d[2 * r] = a0 * low_bf16(cos) - b0 * low_bf16(sin);
+        d[2 * r + 1] = a1 * high_bf16(cos) - b1 * high_bf16(sin);
+        d[4 + 2 * r] = b0 * low_bf16(cos) + a0 * low_bf16(sin);
+        d[5 + 2 * r] = b1 * high_bf16(cos) + a1 * high_bf16(sin);
     }
     if (head >= q_heads) return;
 #pragma unroll
@@ -373,7 +363,7 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
             float sum[8];
 #pragma unroll
             for (int e = 0; e < 8; ++e) sum[e] = other.x[e] + attention.x[e];
-            *row_chunk(p.dv, seq.batch, seq.start + token, kv_head, chunk) = to_bf16(sum);
+            *row_chunk(p.dv, seq.batch, seq.start + token, kv_head, chunk) = pack8(sum);
         });
     }
 }

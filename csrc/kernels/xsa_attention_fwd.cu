@@ -197,8 +197,8 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const uint32_t pair = *reinterpret_cast<const uint32_t*>(own_values + swizzled(at, j) + 4 * (lane % 4));
-                v[2 * j] = __uint_as_float(pair << 16);
-                v[2 * j + 1] = __uint_as_float(pair & 0xffff0000u);
+                v[2 * j] = ptx::low_bf16(pair);
+                v[2 * j + 1] = ptx::high_bf16(pair);
                 dot += o[4 * j + 2 * r] * v[2 * j] + o[4 * j + 2 * r + 1] * v[2 * j + 1];
                 square += v[2 * j] * v[2 * j] + v[2 * j + 1] * v[2 * j + 1];
             }

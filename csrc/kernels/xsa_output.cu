@@ -6,12 +6,14 @@
 namespace pgolf {
 namespace {
 
+using ptx::high_bf16, ptx::low_bf16;
+
 constexpr int kHead = kXsaHeadDim;
 constexpr int kChunks = kHead / 16;  // of a head, 16 columns each
 
-__device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ float dot(float sum, float x0, float x1, uint32_t pair) { return fmaf(x1, high(pair), fmaf(x0, low(pair), sum)); }
+__device__ __forceinline__ float dot(float sum, float x0, float x1, uint32_t pair) {
+    return fmaf(x1, high_bf16(pair), fmaf(x0, low_bf16(pair), sum));
+}
 __device__ __forceinline__ void quad_sum(float (&sums)[2][2]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i / 2][i % 2] = xsa::quad_sum(sums[i / 2][i % 2]);
@@ -77,8 +79,8 @@ struct OutputBackward : gemm::PlainOp {
 
     // `address(block, i)`: where a lane finds or leaves its part of columns 16 i .. of a staged block; 0 and 1 are the heads, 2 is v.
     template <class Address>
-    static __device__ __forceinline__ void stage(const Arguments& p, Fetched& f, const float (&g)[64], int, int step, int row, int n0, int m,
-                                                 Address&& address) {
+    static __device__ __forceinline__ void stage(const Arguments& p, Fetched& f, const float (&g)[64], int, int step, int row, int n0,
+                                                 int m, Address&& address) {
         if (step == 0) products_with_v(p, f, g, address);
         if (step == 1) begin_rows(p, f, row, n0, m);
         if (step == 1 && p.gate != nullptr) gate_gradient(p, f, g, row, n0, m, address);
@@ -94,9 +96,12 @@ struct OutputBackward : gemm::PlainOp {
             ptx::ldmatrix_x4(address(2, c), f.v[c][0], f.v[c][1], f.v[c][2], f.v[c][3]);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                v_v[i % 2] = dot(v_v[i % 2], low(f.v[c][i]), high(f.v[c][i]), f.v[c][i]);
+                v_v[i % 2] = dot(v_v[i % 2], low_bf16(f.v[c][i]), high_bf16(f.v[c][i]), f.v[c][i]);
 #pragma unroll
-                for (int h = 0; h < 2; ++h) g_v[h][i % 2] = dot(g_v[h][i % 2], g[32 * h + 8 * c + 2 * i], g[32 * h + 8 * c + 2 * i + 1], f.v[c][i]);
+                for (int h = 0; h < 2; ++h) {
+                    const float* pair = g + 32 * h + 8 * c + 2 * i;
+                    g_v[h][i % 2] = dot(g_v[h][i % 2], pair[0], pair[1], f.v[c][i]);
+                }
             }
         }
         quad_sum(g_v);
@@ -122,7 +127,7 @@ struct OutputBackward : gemm::PlainOp {
             const bool live = f.place[r] >= 0;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                f.gate[h][r] = live ? (h == 0 ? low(f.gates[r]) : high(f.gates[r])) : 0.f;
+                f.gate[h][r] = live ? (h == 0 ? low_bf16(f.gates[r]) : high_bf16(f.gates[r])) : 0.f;
                 if (!live) f.own[h][r] = f.share[h][r] = 0.f;
                 if (live && threadIdx.x % 4 == h) *stats_of(p, f, n0 / kHead + h, r) = f.lse[h][r] * xsa::kLog2e;
             }
@@ -140,7 +145,10 @@ struct OutputBackward : gemm::PlainOp {
                 uint32_t out[4];
                 ptx::ldmatrix_x4(address(h, c), out[0], out[1], out[2], out[3]);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) g_out[h][i % 2] = dot(g_out[h][i % 2], g[32 * h + 8 * c + 2 * i], g[32 * h + 8 * c + 2 * i + 1], out[i]);
+                for (int i = 0; i < 4; ++i) {
+                    const float* pair = g + 32 * h + 8 * c + 2 * i;
+                    g_out[h][i % 2] = dot(g_out[h][i % 2], pair[0], pair[1], out[i]);
+                }
             }
         quad_sum(g_out);
 #pragma unroll
@@ -166,12 +174,13 @@ struct OutputBackward : gemm::PlainOp {
             for (int i = 0; i < 4; ++i) {
                 const int r = i % 2, at = 32 * h + 8 * c + 2 * i;
                 const float share = f.share[h][r], gate = f.gate[h][r], own = f.own[h][r], along = gate * share;
-                const float dy0 = fmaf(gate, g[at], -along * low(f.v[c][i])), dy1 = fmaf(gate, g[at + 1], -along * high(f.v[c][i]));
-                dv[i][0] = fmaf(-share, low(out[i]), fmaf(-own, dy0, dv[i][0]));
-                dv[i][1] = fmaf(-share, high(out[i]), fmaf(-own, dy1, dv[i][1]));
+                const float dy0 = fmaf(gate, g[at], -along * low_bf16(f.v[c][i]));
+                const float dy1 = fmaf(gate, g[at + 1], -along * high_bf16(f.v[c][i]));
+                dv[i][0] = fmaf(-share, low_bf16(out[i]), fmaf(-own, dy0, dv[i][0]));
+                dv[i][1] = fmaf(-share, high_bf16(out[i]), fmaf(-own, dy1, dv[i][1]));
                 dy[i] = ptx::pack_bf16(dy0, dy1);
-                f.out_dot[h][r] = dot(f.out_dot[h][r], low(dy[i]), high(dy[i]), out[i]);
-                f.v_dot[h][r] = dot(f.v_dot[h][r], low(dy[i]), high(dy[i]), f.v[c][i]);
+                f.out_dot[h][r] = dot(f.out_dot[h][r], low_bf16(dy[i]), high_bf16(dy[i]), out[i]);
+                f.v_dot[h][r] = dot(f.v_dot[h][r], low_bf16(dy[i]), high_bf16(dy[i]), f.v[c][i]);
             }
             ptx::stmatrix_x4(address(h, c), dy[0], dy[1], dy[2], dy[3]);
         }

@@ -35,6 +35,7 @@
 #pragma once
 #include <type_traits>
 
+#include "kernels/common/launch.h"
 #include "kernels/common/tensor_map.h"
 #include "kernels/common/wgmma.cuh"
 
@@ -177,9 +178,6 @@ struct Barriers {
     // Of each staging area of each warpgroup: it may be written to; it may be stored.
     uint64_t ready[kConsumers][kMaxStagingAreas], staged[kConsumers][kMaxStagingAreas];
 };
-
-// Byte offset inside a swizzled region of 128-byte rows.
-__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk16) { return row * 128 + ((chunk16 ^ (row & 7)) << 4); }
 
 // Position in a ring of stages.
 template <int kLength>
@@ -358,9 +356,9 @@ struct Consumer {
                     const int i = 2 * half + step;
                     uint32_t(&to)[4] = a[half][step];
                     if constexpr (Op::kAMajor == wgmma::kMajorK)
-                        ptx::ldmatrix_x4(base + swizzled(lane_row, 2 * i + lane_chunk), to[0], to[1], to[2], to[3]);
+                        ptx::ldmatrix_x4(base + wgmma::swizzled(lane_row, 2 * i + lane_chunk), to[0], to[1], to[2], to[3]);
                     else  // rows are k: 8 x 8 blocks in the order (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8)
-                        ptx::ldmatrix_x4_transposed(base + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2), to[0], to[1],
+                        ptx::ldmatrix_x4_transposed(base + wgmma::swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2), to[0], to[1],
                                                     to[2], to[3]);
 #pragma unroll
                     for (int r = 0; r < 4; ++r) to[r] = Op::operand_a(to[r]);
@@ -416,7 +414,7 @@ struct Consumer {
         }
     }
     __device__ __forceinline__ uint32_t chunk_address(int i) const {
-        return ptx::smem_u32(staging) + areas.stage * L::kGroupStagingBytes + i / 4 * kStagingBlockBytes + swizzled(lane_row, i % 4 * 2 + lane_chunk);
+        return ptx::smem_u32(staging) + areas.stage * L::kGroupStagingBytes + i / 4 * kStagingBlockBytes + wgmma::swizzled(lane_row, i % 4 * 2 + lane_chunk);
     }
     // Result of 16 columns.
     __device__ __forceinline__ void stage_chunk(const Held& held, int pass, int i, const typename Op::Fetched& fetched) {
@@ -427,7 +425,7 @@ struct Consumer {
             const int pair = 4 * (pass * kChunks + i) + r;
             float low, high;
             if constexpr (L::kHeldRounded)
-                low = __uint_as_float(held[pair] << 16), high = __uint_as_float(held[pair] & 0xffff0000u);
+                low = ptx::low_bf16(held[pair]), high = ptx::high_bf16(held[pair]);
             else
                 low = held[2 * pair], high = held[2 * pair + 1];
             out[r] = Op::result(arguments, fetched, r % 2, low, high, aux[r], row_sums[r % 2]);
@@ -607,11 +605,6 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
     ptx::cluster_sync();
 }
 
-inline cudaError_t map_2d(CUtensorMap* map, const void* base, int64_t rows, int64_t columns, int64_t row_stride, uint32_t box_rows) {
-    TensorMapDims dims{2, {uint64_t(columns), uint64_t(rows)}, {uint64_t(row_stride) * 2}, {kColumnBlock, box_rows}};
-    return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
-}
-
 // A further matrix whose blocks come with the tiles, and one whose blocks go with them.
 struct Side {
     const void* in;
@@ -628,20 +621,19 @@ cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const
     constexpr int kSharedBytes = Layout<Op>::kSharedBytes;
     Maps maps{};
     maps.c_fp32 = static_cast<float*>(c);
-    cudaError_t status = Op::kAMajor == wgmma::kMajorK ? map_2d(&maps.a, a, shape.m, shape.k, shape.k, kBlockM)
-                                                       : map_2d(&maps.a, a, shape.k, shape.m, shape.m, kBlockK);
+    cudaError_t status = Op::kAMajor == wgmma::kMajorK ? bf16_matrix_map(&maps.a, a, shape.m, shape.k, shape.k, kBlockM)
+                                                       : bf16_matrix_map(&maps.a, a, shape.k, shape.m, shape.m, kBlockK);
     if (status == cudaSuccess)
-        status = Op::kBMajor == wgmma::kMajorK ? map_2d(&maps.b, b, shape.n, shape.k, shape.k, Op::kBlockN / kCluster)
-                                               : map_2d(&maps.b, b, shape.k, shape.n, shape.n, kBlockK / kCluster);
-    if (status == cudaSuccess && Layout<Op>::kStaged) status = map_2d(&maps.c, c, shape.m, shape.n, shape.n, 64);
-    if (status == cudaSuccess && Layout<Op>::kAuxStaged) status = map_2d(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
+        status = Op::kBMajor == wgmma::kMajorK ? bf16_matrix_map(&maps.b, b, shape.n, shape.k, shape.k, Op::kBlockN / kCluster)
+                                               : bf16_matrix_map(&maps.b, b, shape.k, shape.n, shape.n, kBlockK / kCluster);
+    if (status == cudaSuccess && Layout<Op>::kStaged) status = bf16_matrix_map(&maps.c, c, shape.m, shape.n, shape.n, 64);
+    if (status == cudaSuccess && Layout<Op>::kAuxStaged) status = bf16_matrix_map(&maps.aux, aux, shape.m, shape.n, shape.n, 64);
     if (Op::kSideBlocks > 0) {
-        if (status == cudaSuccess) status = map_2d(&maps.side_in, side.in, shape.m, side.columns, side.in_stride, 64);
-        if (status == cudaSuccess && Op::kSideStored) status = map_2d(&maps.side_out, side.out, shape.m, side.columns, side.out_stride, 64);
+        if (status == cudaSuccess) status = bf16_matrix_map(&maps.side_in, side.in, shape.m, side.columns, side.in_stride, 64);
+        if (status == cudaSuccess && Op::kSideStored) status = bf16_matrix_map(&maps.side_out, side.out, shape.m, side.columns, side.out_stride, 64);
     }
-    int device = 0, sms = 0;
-    if (status == cudaSuccess) status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    int sms = 0;
+    if (status == cudaSuccess) status = multiprocessors(sms);
     if (status == cudaSuccess) status = cudaFuncSetAttribute(gemm_kernel<Op>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (status != cudaSuccess) return status;
     int clusters = sms / kCluster;

@@ -1,4 +1,4 @@
-// Warp reductions in a fixed order: the same bits on every run.
+// Sum over a warp in a fixed order: the same bits on every run.
 #pragma once
 
 namespace pgolf {
@@ -6,12 +6,6 @@ namespace pgolf {
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
-}
-
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
     return x;
 }
 

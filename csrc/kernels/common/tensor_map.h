@@ -1,4 +1,4 @@
-// Host side of the bulk tensor copy engine: tensor maps for 2-D to 4-D tensors in global memory.
+// Host side of the bulk tensor copy engine: tensor maps of tensors in global memory.
 // The encoder comes from the driver through the runtime, so nothing links libcuda.
 #pragma once
 #include <cuda.h>
@@ -37,6 +37,12 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType kind, c
                              reinterpret_cast<const cuuint64_t*>(dims.stride_bytes), dims.box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// A bf16 matrix whose rows are contiguous and `row_stride` elements apart; boxes of 64 columns, one swizzled row.
+inline cudaError_t bf16_matrix_map(CUtensorMap* map, const void* base, int64_t rows, int64_t columns, int64_t row_stride, uint32_t box_rows) {
+    const TensorMapDims dims{2, {uint64_t(columns), uint64_t(rows)}, {uint64_t(row_stride) * 2}, {64, box_rows}};
+    return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
 }
 
 }  // namespace pgolf

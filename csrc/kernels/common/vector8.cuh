@@ -8,8 +8,8 @@ __device__ __forceinline__ void unpack8(float (&x)[8], const uint4& packed) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint32_t pair = (&packed.x)[i];
-        x[2 * i] = __uint_as_float(pair << 16);
-        x[2 * i + 1] = __uint_as_float(pair & 0xffff0000u);
+        x[2 * i] = ptx::low_bf16(pair);
+        x[2 * i + 1] = ptx::high_bf16(pair);
     }
 }
 

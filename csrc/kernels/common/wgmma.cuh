@@ -16,6 +16,9 @@
 
 namespace pgolf::wgmma {
 
+// Byte of 16-byte chunk `chunk` of row `row` in such a tile.
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
 // K-major, 128-byte swizzle. Advance along k inside the 64-column row by adding 32 bytes (16 bf16) to the
 // address; rows are 1024 bytes apart per group of 8.
 __device__ __forceinline__ uint64_t descriptor(const void* tile) {
@@ -124,13 +127,6 @@ __device__ __forceinline__ void mma(float (&d)[96], uint64_t a, uint64_t b, bool
     asm volatile(PGOLF_WGMMA("m64n192", "bf16.bf16", PGOLF_NAMES_96, "%96, %97", "%98", "%99, %100")
                  : PGOLF_FLOATS_32(d, 0), PGOLF_FLOATS_32(d, 32), PGOLF_FLOATS_32(d, 64)
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA), "n"(kMajorB));
-}
-
-template <int kMajorB = kMajorK>
-__device__ __forceinline__ void mma(float (&d)[96], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, bool accumulate) {
-    asm volatile(PGOLF_WGMMA("m64n192", "bf16.bf16", PGOLF_NAMES_96, "{%96, %97, %98, %99}, %100", "%101", "%102")
-                 : PGOLF_FLOATS_32(d, 0), PGOLF_FLOATS_32(d, 32), PGOLF_FLOATS_32(d, 64)
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(int(accumulate)), "n"(kMajorB));
 }
 
 template <int kMajorA = kMajorK, int kMajorB = kMajorK>
