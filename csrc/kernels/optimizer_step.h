@@ -68,8 +68,8 @@ struct TensorTable {
 int64_t optimizer_chunks(int64_t elements);
 cudaError_t gradient_norm(TensorTable<GradientNormTensor>& table, double* partials, float* norm, cudaStream_t stream);
 
-// direction = (g + momentum' x) with momentum' = momentum x + g and g = scale x grad. The latter two are rounded once to the dtype of
-// the momentum, the direction to bf16, as orthogonalize would read it anyway.
+// With g = scale grad and m the momentum tensor:   m' = momentum m + g      direction = g + momentum m'
+// g, momentum m and m' are each rounded to the dtype of m, the direction to bf16, as orthogonalize would read it anyway.
 struct MuonDirectionScalars {
     const float *scale, *momentum;  // device
     float row_epsilon;              // least length that a row is divided by; 0: rows keep their length

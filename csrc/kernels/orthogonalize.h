@@ -50,14 +50,14 @@ struct OrthogonalizeParams {
     int64_t num_groups;
     const double* coefficients;  // a, b, c of each step
     int64_t num_steps;           // at most kOrthogonalizeMaxSteps
-    uint32_t* counters;  // workspace, kOrthogonalizeCounters + the number of matrices
-    double* partial_sums;  // workspace, orthogonalize_partial_sums() of them
+    uint32_t* counters;          // workspace, kOrthogonalizeCounters per launch or more, and one per matrix
+    double* partial_sums;        // workspace, orthogonalize_partial_sums() of each matrix
 };
 
 constexpr int kOrthogonalizeMaxSteps = 16;
 constexpr int kOrthogonalizeSquares = 4;     // m x m matrices in use at a time
 constexpr int kOrthogonalizeMaxGroups = 16;  // per launch; more are served by more launches
-constexpr int kOrthogonalizeCounters = 1;    // the queue's, before one per matrix
+constexpr int kOrthogonalizeCounters = 1;    // the queue's, before those of a launch's matrices
 
 int64_t orthogonalize_partial_sums(int64_t elements);  // of one matrix
 cudaError_t orthogonalize(const OrthogonalizeParams& p, cudaStream_t stream);
