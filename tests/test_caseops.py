@@ -125,3 +125,5 @@ def test_spans_that_run_out_of_the_text_are_refused():
     for ends in ([4], [2, 1]):
         with pytest.raises(ValueError, match="ends"):
             caseops.span_bytes(b"abc", 0, np.array(ends, np.int64))
+    with pytest.raises(ValueError, match="begin: expected at least 0, got -5"):
+        caseops.span_bytes(b"abc", -5, np.array([-1], np.int64))

@@ -177,6 +177,7 @@ Ends span_bytes(const py::bytes& encoded, int64_t begin, const Ends& ends) {
     Ends counts(n);
     const int64_t* end = ends.data();
     int64_t* count = counts.mutable_data();
+    if (begin < 0) throw std::invalid_argument("begin: expected at least 0, got " + std::to_string(begin));
     bool is_escaped = false;
     size_t i = size_t(begin);
     for (int64_t span = 0; span < n; ++span) {

@@ -58,7 +58,8 @@ Codes int6_unpack_codes(const Bytes& packed, int64_t columns) {
 }
 
 void register_int6(py::module_& m) {
-    m.def("int6_pack_codes", &int6_pack_codes, py::arg("codes").noconvert(), "int8 codes [rows, columns] to packed uint8 [rows, ceil(6 columns / 8)]");
+    m.def("int6_pack_codes", &int6_pack_codes, py::arg("codes").noconvert(),
+          "int8 codes [rows, columns] to packed uint8 [rows, ceil(6 columns / 8)]");
     m.def("int6_unpack_codes", &int6_unpack_codes, py::arg("packed").noconvert(), py::arg("columns"), "the inverse");
 }
 

@@ -48,7 +48,8 @@ py::array_t<int32_t> similarity_order(const py::array_t<int8_t, py::array::c_sty
 }
 
 void register_rowsort(py::module_& m) {
-    m.def("similarity_order", &similarity_order, py::arg("codes").noconvert(), "greedy L1 nearest-neighbour order of the rows of int8 codes");
+    m.def("similarity_order", &similarity_order, py::arg("codes").noconvert(),
+          "greedy L1 nearest-neighbour order of the rows of int8 codes");
 }
 
 }  // namespace pgolf
