@@ -8,10 +8,10 @@ namespace {
 AttnGateParams params(const Tensor& n, const Tensor& weight, double scale, const Tensor& gate) {
     AttnGateParams p{};
     const int64_t m = n.size(0), channels = n.size(1), window = weight.size(1);
-    STD_TORCH_CHECK(m <= INT32_MAX, "n: more than 2^31 rows");
-    STD_TORCH_CHECK(window <= kGateMaxWindow && channels >= kGateMaxWindow && channels % 8 == 0, "n, weight: the kernel takes a window of up to ",
-                    kGateMaxWindow, " of at least as many channels, a multiple of 8");
-    p.m = int(m), p.channels = int(channels), p.window = int(window), p.scale = float(scale);
+    const bool widths_fit = window <= kGateMaxWindow && channels >= kGateMaxWindow && channels % 8 == 0;
+    STD_TORCH_CHECK(widths_fit, "n, weight: the kernel takes a window of up to ", kGateMaxWindow,
+                    " of at least as many channels, a multiple of 8");
+    p.m = row_count(m, "n"), p.channels = int(channels), p.window = int(window), p.scale = float(scale);
     p.n = bf16s(n, "n", {m, channels});
     p.gate = bf16s(gate, "gate", {m, kGateHeads});
     p.weight = floats(weight, "weight", {kGateHeads, window});
@@ -28,9 +28,7 @@ void bwd(Tensor dgate, Tensor gate, Tensor n, Tensor weight, double scale, Tenso
     AttnGateParams p = params(n, weight, scale, gate);
     p.dgate = bf16s(dgate, "dgate", {p.m, kGateHeads});
     p.dn = bf16s(dn, "dn", {p.m, p.channels});
-    check(dweight, "dweight", ScalarType::Float, {kGateHeads, p.window});
-    check_contiguous(dweight, "dweight");
-    p.dweight = static_cast<float*>(dweight.data_ptr());
+    p.dweight = floats(dweight, "dweight", {kGateHeads, p.window});
     OnDeviceOf here(n);
     check_launch(attn_gate_bwd(p, here.stream), "attn_gate_bwd");
 }

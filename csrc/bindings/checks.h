@@ -11,12 +11,14 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 
 // NOTE: lives in libtorch_cuda only. Weak, so that the library also loads under a CPU build of torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace pgolf {
 
+using std::optional;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -69,6 +71,19 @@ inline float* floats(const Tensor& t, const char* argument, std::initializer_lis
     return static_cast<float*>(t.data_ptr());
 }
 
+// Rows of a matrix as an int, to which kernels still add a tile or a grid's stride.
+inline int row_count(int64_t rows, const char* argument) {
+    STD_TORCH_CHECK(rows < (int64_t(1) << 31) - 65536, argument, ": expected fewer than 2^31 - 2^16 rows, got ", rows);
+    return int(rows);
+}
+
+// Host memory where a kernel reports an index out of range.
+inline int64_t* host_report(const Tensor& t) {
+    const bool fits = !t.is_cuda() && t.scalar_type() == ScalarType::Long && t.numel() == 3;
+    STD_TORCH_CHECK(fits, "report: expected int64 [3] in pinned host memory");
+    return static_cast<int64_t*>(t.data_ptr());
+}
+
 // Device of `t` made current for the guard's life, and that device's current torch stream.
 struct OnDeviceOf {
     torch::stable::accelerator::DeviceGuard guard;
@@ -83,6 +98,7 @@ struct OnDeviceOf {
 };
 
 inline void check_launch(cudaError_t status, const char* kernel) {
+    if (status != cudaSuccess) cudaGetLastError();  // NOTE: forgets it; the next launch of anybody would report it once more
     STD_TORCH_CHECK(status == cudaSuccess, kernel, ": ", cudaGetErrorString(status));
 }
 

@@ -1,14 +1,10 @@
 // Registers the stream's first value: check, fill the params, launch.
 #include "kernels/embed_norm.h"
 
-#include <optional>
-
 #include "bindings/checks.h"
 
 namespace pgolf {
 namespace {
-
-using std::optional;
 
 __nv_bfloat16* matrix(const Tensor& t, const char* argument, int64_t m) { return bf16s(t, argument, {m, kEmbedNormWidth}); }
 
@@ -50,7 +46,7 @@ EmbedNormParams params(const Tensor& tokens, int64_t sequence, const Tensor& tab
 void fwd(Tensor tokens, int64_t sequence, Tensor table, optional<Tensor> addend, optional<Tensor> gate, optional<Tensor> lambda,
          int64_t smear, optional<int64_t> bos, Tensor y, Tensor report) {
     EmbedNormParams p = params(tokens, sequence, table, addend, gate, lambda, smear, bos, y);
-    p.report = static_cast<int64_t*>(report.data_ptr());
+    p.report = host_report(report);
     const OnDeviceOf here(table);
     check_launch(embed_norm_fwd(p, here.stream), "embed_norm_fwd");
 }

@@ -16,14 +16,12 @@ bool is_float(const Tensor& t, const char* argument, int64_t width) {
 }
 
 __nv_bfloat16* rows(const Tensor& t, const char* argument, int64_t m) {
-    check(t, argument, ScalarType::BFloat16, {m, -1});
-    check_contiguous(t, argument);
-    check_aligned(t, argument);
+    __nv_bfloat16* const data = bf16s(t, argument, {m, -1});
     STD_TORCH_CHECK(m > 0 && m < (int64_t(1) << 31), argument, ": expected 1 to 2^31 rows, got ", m);
     const int64_t width = t.size(1);
     const bool width_fits = width > 0 && width % 8 == 0 && width <= 4096;
     STD_TORCH_CHECK(width_fits, argument, ": the kernel takes widths that are multiples of 8 up to 4096, got ", width);
-    return static_cast<__nv_bfloat16*>(t.data_ptr());
+    return data;
 }
 
 template <typename T>
@@ -40,7 +38,7 @@ void fwd(Tensor indices, Tensor table, Tensor out, Tensor report) {
     p.indices = list<int64_t>(indices, "indices", ScalarType::Long, m);
     p.is_float = is_float(table, "table", out.size(1));
     p.table = table.data_ptr();
-    p.report = static_cast<int64_t*>(report.data_ptr());
+    p.report = host_report(report);
     p.m = uint32_t(m), p.num_rows = int(table.size(0)), p.width = int(out.size(1));
     const OnDeviceOf here(table);
     check_launch(embedding_fwd(p, here.stream), "embedding_fwd");
@@ -55,6 +53,7 @@ void bwd(Tensor d_out, Tensor sorted, Tensor order, Tensor gradient, Tensor part
     p.is_float = is_float(gradient, "gradient", width);
     p.gradient = gradient.data_ptr();
     p.partial_sums = list<float>(partial_sums, "partial_sums", ScalarType::Float, 2 * ranges * width);
+    check_aligned(partial_sums, "partial_sums");
     p.m = uint32_t(m), p.num_rows = int(gradient.size(0)), p.width = int(width);
     const OnDeviceOf here(d_out);
     check_launch(embedding_bwd(p, here.stream), "embedding_bwd");

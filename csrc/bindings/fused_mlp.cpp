@@ -5,14 +5,12 @@
 namespace pgolf {
 namespace {
 
-using std::optional;
-
 FusedMlpParams shapes(const Tensor& first, const Tensor& w_up, const Tensor& w_down, int64_t activation) {
     FusedMlpParams p{};
     const int64_t m = first.size(0), d = w_up.size(1), h = w_up.size(0), d_out = w_down.size(0);
-    STD_TORCH_CHECK(m <= INT32_MAX, "x: more than 2^31 rows");
-    STD_TORCH_CHECK(d % 8 == 0 && h % 8 == 0 && d_out % 8 == 0, "w_up, w_down: the kernel takes widths that are multiples of 8, got ", d, ", ", h, ", ", d_out);
-    p.m = int(m), p.d = int(d), p.h = int(h), p.d_out = int(d_out);
+    const bool widths_fit = d > 0 && h > 0 && d_out > 0 && d % 8 == 0 && h % 8 == 0 && d_out % 8 == 0;
+    STD_TORCH_CHECK(widths_fit, "w_up, w_down: the kernel takes widths that are multiples of 8, got ", d, ", ", h, ", ", d_out);
+    p.m = row_count(m, "x"), p.d = int(d), p.h = row_count(h, "w_up"), p.d_out = row_count(d_out, "w_down");
     p.w_up = bf16s(w_up, "w_up", {h, d});
     p.w_down = bf16s(w_down, "w_down", {d_out, h});
     p.activation = Activation(activation);
@@ -52,7 +50,8 @@ void bwd(Tensor dy, Tensor x, optional<Tensor> dx_residual, optional<Tensor> rst
     FusedMlpParams p = shapes(dy, w_up, w_down, activation);
     row_factors(p, rstd, scale);
     if (rstd) {
-        STD_TORCH_CHECK(dx_residual.has_value() && row_sums.has_value() && scale > 0, "rstd: goes with dx_residual, row_sums and a scale > 0");
+        const bool complete = dx_residual.has_value() && row_sums.has_value() && scale > 0;
+        STD_TORCH_CHECK(complete, "rstd: goes with dx_residual, row_sums and a scale > 0");
         p.dx_residual = bf16s(*dx_residual, "dx_residual", {p.m, p.d});
         p.row_sums = floats(*row_sums, "row_sums", {fused_mlp_row_tiles(p.h), p.m});
     }
@@ -61,6 +60,7 @@ void bwd(Tensor dy, Tensor x, optional<Tensor> dx_residual, optional<Tensor> rst
     p.u = bf16s(u, "u", {p.m, p.h});
     p.dw_up = floats(dw_up, "dw_up", {p.h, p.d});
     p.dw_down = floats(dw_down, "dw_down", {p.d_out, p.h});
+    check_aligned(dw_up, "dw_up");  // two floats are added at a time
     p.du = bf16s(du, "du", {p.m, p.h});
     p.dx = bf16s(dx, "dx", {p.m, p.d});
     OnDeviceOf here(dy);

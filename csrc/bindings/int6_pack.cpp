@@ -8,6 +8,8 @@
 
 namespace pgolf {
 
+constexpr int64_t kMaxColumns = INT_MAX - 65536;  // the kernels add what a block holds of a row to a column
+
 static Int6Float float_type(const Tensor& t, const char* argument) {
     switch (t.scalar_type()) {
         case ScalarType::BFloat16: return Int6Float::kBFloat16;
@@ -31,6 +33,8 @@ static void pack(std::vector<Tensor> weights, std::vector<Tensor> given_scales, 
     STD_TORCH_CHECK(given_scales.empty() || given_scales.size() == weights.size(), "given_scales: expected one per matrix, or none");
     check(packed, "packed", ScalarType::Byte, {-1});
     check(scales, "scales", ScalarType::Half, {-1});
+    check_contiguous(packed, "packed");
+    check_contiguous(scales, "scales");
     const Int6Float type = float_type(weights[0], "weights");
     std::vector<Int6PackMatrix> matrices(weights.size());
     int64_t bytes_used = 0, rows_used = 0;
@@ -38,7 +42,7 @@ static void pack(std::vector<Tensor> weights, std::vector<Tensor> given_scales, 
         const Tensor& w = weights[i];
         check(w, "weights", weights[0].scalar_type(), {-1, -1});
         STD_TORCH_CHECK(w.get_device_index() == packed.get_device_index(), "weights: on another device than the output");
-        STD_TORCH_CHECK(w.size(0) <= INT_MAX && w.size(1) <= INT_MAX, "weights: more than 2^31 - 1 rows or columns");
+        STD_TORCH_CHECK(w.size(0) <= INT_MAX && w.size(1) <= kMaxColumns, "weights: 2^31 rows, or 2^31 - 2^16 columns, or more");
         STD_TORCH_CHECK(w.size(1) <= 1 || w.stride(1) == 1, "weights: expected neighbouring columns to be neighbours in memory");
         if (!given_scales.empty()) {
             check(given_scales[i], "given_scales", ScalarType::Half, {w.size(0)});
@@ -64,7 +68,7 @@ static void unpack(std::vector<Tensor> packed, std::vector<Tensor> scales, std::
     int64_t used = 0;
     for (size_t i = 0; i < packed.size(); ++i) {
         const int64_t rows = packed[i].size(0);
-        STD_TORCH_CHECK(rows <= INT_MAX && columns[i] >= 0 && columns[i] <= INT_MAX, "columns: outside [0, 2^31), or as many rows");
+        STD_TORCH_CHECK(rows <= INT_MAX && columns[i] >= 0 && columns[i] <= kMaxColumns, "columns: outside [0, 2^31 - 2^16), or 2^31 rows");
         check(packed[i], "packed", ScalarType::Byte, {-1, int6_row_bytes(columns[i])});
         check_contiguous(packed[i], "packed");
         check(scales[i], "scales", ScalarType::Half, {rows});

@@ -1,15 +1,12 @@
 // Registers the residual mix with its norm: check, fill the params, launch.
 #include "kernels/mix_norm.h"
 
-#include <optional>
 #include <vector>
 
 #include "bindings/checks.h"
 
 namespace pgolf {
 namespace {
-
-using std::optional;
 
 __nv_bfloat16* matrix(const Tensor& t, const char* argument, int64_t m) { return bf16s(t, argument, {m, kMixNormWidth}); }
 __nv_bfloat16* matrix(const optional<Tensor>& t, const char* argument, int64_t m) { return t ? matrix(*t, argument, m) : nullptr; }
@@ -23,10 +20,10 @@ template <typename Params>
 Params mix_params(const std::vector<Tensor>& tensors, const optional<Tensor>& coefficients, const std::vector<int64_t>& rows, int64_t m,
                   double norm_scale) {
     Params p{};
-    STD_TORCH_CHECK(m > 0 && m < (int64_t(1) << 31) - 65536, "tensors: expected 1 to 2^31 rows, got ", m);
+    STD_TORCH_CHECK(m > 0, "tensors: expected at least one row");
     STD_TORCH_CHECK(tensors.size() <= size_t(kMixNormMaxTensors), "tensors: expected up to ", kMixNormMaxTensors, ", got ", tensors.size());
     STD_TORCH_CHECK(rows.size() >= tensors.size(), "rows: expected one per tensor, ", tensors.size(), ", got ", rows.size());
-    p.m = uint32_t(m);
+    p.m = uint32_t(row_count(m, "tensors"));
     p.num_tensors = int(tensors.size());
     p.num_rows = coefficients ? int(coefficients->size(0)) : 1;
     STD_TORCH_CHECK(p.num_rows >= 1 && p.num_rows <= kMixNormMaxTensors, "coefficients: expected 1 to ", kMixNormMaxTensors, " rows, got ",

@@ -12,13 +12,15 @@ using Tensors = std::vector<Tensor>;
 
 bool is_bf16(const Tensor& t, const char* argument) {
     const ScalarType dtype = t.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, argument, ": expected bfloat16 or float32, got ", name_of(dtype));
+    const bool fits = dtype == ScalarType::BFloat16 || dtype == ScalarType::Float;
+    STD_TORCH_CHECK(fits, argument, ": expected bfloat16 or float32, got ", name_of(dtype));
     return dtype == ScalarType::BFloat16;
 }
 
 // The data of a tensor that must lie like `model` and, unless `any_dtype`, hold the same dtype.
 void* like(const Tensor& t, const Tensor& model, const char* argument, bool any_dtype = false) {
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == model.get_device_index(), argument, ": expected on the device of the first list");
+    const bool same_device = t.is_cuda() && t.get_device_index() == model.get_device_index();
+    STD_TORCH_CHECK(same_device, argument, ": expected on the device of the first list");
     STD_TORCH_CHECK(t.numel() == model.numel(), argument, ": expected ", model.numel(), " elements, got ", t.numel());
     STD_TORCH_CHECK(any_dtype || t.scalar_type() == model.scalar_type(), argument, ": expected ", name_of(model.scalar_type()), ", got ",
                     name_of(t.scalar_type()));
@@ -39,9 +41,10 @@ void check_lists(size_t count, std::initializer_list<size_t> others) {
 
 StepSize step_size(const Tensor& rates, double weight_decay, const Tensor& param) {
     check(rates, "rates", ScalarType::Float, {-1});
-    STD_TORCH_CHECK(rates.size(0) > 0 && param.numel() % rates.size(0) == 0, "rates: ", rates.size(0), " do not share out ", param.numel(), " elements");
     check_contiguous(rates, "rates");
-    return {static_cast<const float*>(rates.data_ptr()), rates.size(0) == 1 ? 0 : param.numel() / rates.size(0), float(weight_decay)};
+    const int64_t count = rates.size(0), elements = param.numel();
+    STD_TORCH_CHECK(count > 0 && elements % count == 0, "rates: ", count, " do not share out ", elements, " elements");
+    return {static_cast<const float*>(rates.data_ptr()), count == 1 ? 0 : elements / count, float(weight_decay)};
 }
 
 // The running average of tensor i; an empty list: there is none.
@@ -62,9 +65,9 @@ void gradient_norm_op(Tensors grads, Tensor partials, Tensor norm) {
         chunks += optimizer_chunks(grad.numel());
     }
     check(partials, "partials", ScalarType::Double, {chunks});
-    check(norm, "norm", ScalarType::Float, {});
+    check_contiguous(partials, "partials");
     OnDeviceOf on(norm);
-    check_launch(gradient_norm(table, static_cast<double*>(partials.data_ptr()), static_cast<float*>(norm.data_ptr()), on.stream), "gradient_norm");
+    check_launch(gradient_norm(table, static_cast<double*>(partials.data_ptr()), floats(norm, "norm", {}), on.stream), "gradient_norm");
 }
 
 void muon_direction_op(Tensors grads, Tensors momenta, Tensors directions, Tensor scale, Tensor momentum, double row_epsilon) {
@@ -75,16 +78,23 @@ void muon_direction_op(Tensors grads, Tensors momenta, Tensors directions, Tenso
         const int64_t columns = grad.size(-1);
         STD_TORCH_CHECK(columns > 0 && columns % 4 == 0 && columns <= INT32_MAX, "grads: expected rows of a multiple of 4, got ", columns);
         STD_TORCH_CHECK(is_bf16(directions[i], "directions"), "directions: expected bfloat16");
-        table.tensors[table.count++] = {like(grad, grad, "grads"), like(state, grad, "momenta", true), like(directions[i], grad, "directions", true),
-                                        grad.numel() / columns, int32_t(columns), is_bf16(grad, "grads"), is_bf16(state, "momenta")};
+        table.tensors[table.count++] = {like(grad, grad, "grads"),
+                                        like(state, grad, "momenta", true),
+                                        like(directions[i], grad, "directions", true),
+                                        grad.numel() / columns,
+                                        int32_t(columns),
+                                        is_bf16(grad, "grads"),
+                                        is_bf16(state, "momenta")};
     }
     OnDeviceOf on(scale);
-    check_launch(muon_direction(table, {scalar(scale, "scale"), scalar(momentum, "momentum"), float(row_epsilon)}, on.stream), "muon_direction");
+    const MuonDirectionScalars scalars{scalar(scale, "scale"), scalar(momentum, "momentum"), float(row_epsilon)};
+    check_launch(muon_direction(table, scalars, on.stream), "muon_direction");
 }
 
 void muon_apply_op(Tensors params, Tensors updates, Tensors averages, Tensors rates, std::vector<double> weight_decays,
                    std::vector<double> shape_factors, Tensor lr_factor, double average_decay) {
-    check_lists(params.size(), {updates.size(), rates.size(), weight_decays.size(), shape_factors.size(), averages.empty() ? params.size() : averages.size()});
+    check_lists(params.size(), {updates.size(), rates.size(), weight_decays.size(), shape_factors.size(),
+                                averages.empty() ? params.size() : averages.size()});
     TensorTable<MuonApplyTensor> table{};
     for (size_t i = 0; i < params.size(); ++i) {
         const Tensor& param = params[i];
@@ -99,8 +109,8 @@ void muon_apply_op(Tensors params, Tensors updates, Tensors averages, Tensors ra
 }
 
 void adam_apply_op(Tensors params, Tensors grads, Tensors means, Tensors squares, Tensors averages, Tensors rates,
-                   std::vector<double> weight_decays, Tensor scale, Tensor lr_factor, Tensor step, double beta1, double beta2, double epsilon,
-                   double average_decay) {
+                   std::vector<double> weight_decays, Tensor scale, Tensor lr_factor, Tensor step, double beta1, double beta2,
+                   double epsilon, double average_decay) {
     check_lists(params.size(), {grads.size(), means.size(), squares.size(), rates.size(), weight_decays.size(),
                                 averages.empty() ? params.size() : averages.size()});
     TensorTable<AdamTensor> table{};
@@ -112,8 +122,13 @@ void adam_apply_op(Tensors params, Tensors grads, Tensors means, Tensors squares
     }
     check(step, "step", ScalarType::Double, {});
     OnDeviceOf on(step);
-    const AdamScalars scalars{scalar(scale, "scale"), scalar(lr_factor, "lr_factor"), static_cast<const double*>(step.data_ptr()), beta1, beta2,
-                              float(epsilon), float(average_decay)};
+    const AdamScalars scalars{scalar(scale, "scale"),
+                              scalar(lr_factor, "lr_factor"),
+                              static_cast<const double*>(step.data_ptr()),
+                              beta1,
+                              beta2,
+                              float(epsilon),
+                              float(average_decay)};
     check_launch(adam_apply(table, scalars, on.stream), "adam_apply");
 }
 
@@ -124,13 +139,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def("optimizer_chunks(int elements) -> int");
     m.def("gradient_norm(Tensor[] grads, Tensor(a!) partials, Tensor(b!) norm) -> ()");
     m.def(
-        "muon_direction(Tensor[] grads, Tensor(a!)[] momenta, Tensor(b!)[] directions, Tensor scale, Tensor momentum, float row_epsilon) -> ()");
+        "muon_direction(Tensor[] grads, Tensor(a!)[] momenta, Tensor(b!)[] directions, Tensor scale, Tensor momentum, float row_epsilon)"
+        " -> ()");
     m.def(
-        "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor[] rates, float[] weight_decays, float[] shape_factors,"
-        " Tensor lr_factor, float average_decay) -> ()");
+        "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor[] rates, float[] weight_decays,"
+        " float[] shape_factors, Tensor lr_factor, float average_decay) -> ()");
     m.def(
         "adam_apply(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] means, Tensor(c!)[] squares, Tensor(d!)[] averages, Tensor[] rates,"
-        " float[] weight_decays, Tensor scale, Tensor lr_factor, Tensor step, float beta1, float beta2, float epsilon, float average_decay) -> ()");
+        " float[] weight_decays, Tensor scale, Tensor lr_factor, Tensor step, float beta1, float beta2, float epsilon, float average_decay)"
+        " -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CompositeExplicitAutograd, m) { m.impl("optimizer_chunks", TORCH_BOX(&pgolf::chunks_op)); }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {

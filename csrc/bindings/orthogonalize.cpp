@@ -33,7 +33,9 @@ static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> c
     for (size_t g = 0; g < num_groups; ++g) {
         const int64_t count = outputs[g].size(0), rows = outputs[g].size(1), columns = outputs[g].size(2);
         const int64_t m = rows < columns ? rows : columns;
-        STD_TORCH_CHECK(rows % 8 == 0 && columns % 8 == 0 && rows * columns > 0, "matrices: expected rows and columns that are multiples of 8");
+        const bool sizes_fit = rows > 0 && columns > 0 && rows % 8 == 0 && columns % 8 == 0;
+        STD_TORCH_CHECK(sizes_fit, "matrices: expected rows and columns that are multiples of 8");
+        STD_TORCH_CHECK(count > 0, "outputs: no matrices");
         STD_TORCH_CHECK(rows <= INT_MAX && columns <= INT_MAX && count <= INT_MAX, "matrices: more than 2^31 - 1 of something");
         check(outputs[g], "outputs", ScalarType::BFloat16, {count, rows, columns});
         for (const Tensor& t : {x0[g], x1[g]}) check(t, "workspaces", ScalarType::Half, {count, rows, columns});

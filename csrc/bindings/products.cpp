@@ -5,15 +5,12 @@
 namespace pgolf {
 namespace {
 
-using std::optional;
-
 ProductParams sizes(int64_t m, int64_t n, int64_t k) {
-    STD_TORCH_CHECK(m <= INT32_MAX && k <= INT32_MAX, "x: more than 2^31 rows");
-    return {.m = int(m), .n = int(n), .k = int(k)};
+    return {.m = row_count(m, "x"), .n = row_count(n, "weight"), .k = row_count(k, "x")};
 }
 
 const __nv_bfloat16* bf16(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {
-    STD_TORCH_CHECK(columns % 8 == 0, argument, ": the kernel takes widths that are multiples of 8, got ", columns);
+    STD_TORCH_CHECK(columns > 0 && columns % 8 == 0, argument, ": the kernel takes widths that are multiples of 8, got ", columns);
     return bf16s(t, argument, {rows, columns});
 }
 

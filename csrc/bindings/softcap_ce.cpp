@@ -12,7 +12,7 @@ static void softcap_ce_fwd_cuda(const Tensor& logits, const Tensor& targets, con
     const int64_t n = logits.size(0), v = logits.size(1);
     STD_TORCH_CHECK(n < (int64_t(1) << 31) && v < (int64_t(1) << 30), "logits: too large");
     STD_TORCH_CHECK(logits.stride(1) == 1 || v == 1, "logits: expected contiguous rows");
-    check_loss_arguments(targets, loss, workspace, report, reduction, n);
+    check_loss_arguments(targets, loss, workspace, reduction, n);
     const bool with_grad = grad_logits.numel() > 0;
     if (with_grad) {
         check(grad_logits, "grad_logits", ScalarType::BFloat16, {n, v});
@@ -25,7 +25,7 @@ static void softcap_ce_fwd_cuda(const Tensor& logits, const Tensor& targets, con
     p.loss = static_cast<float*>(loss.data_ptr());
     p.grad_logits = with_grad ? static_cast<__nv_bfloat16*>(grad_logits.data_ptr()) : nullptr;
     p.workspace = static_cast<SoftcapCEWorkspace*>(workspace.data_ptr());
-    p.report = static_cast<int64_t*>(report.data_ptr());
+    p.report = host_report(report);
     p.n = uint32_t(n);
     p.v = int32_t(v);
     p.row_stride = logits.stride(0);

@@ -8,8 +8,6 @@
 namespace pgolf {
 namespace {
 
-using std::optional;
-
 // The stride of a dimension of one element means nothing and may be anything: replaced by one that spans all other dimensions.
 HeadRows head_rows(const Tensor& t, const char* argument, int64_t batch, int64_t tokens, int64_t heads) {
     check(t, argument, ScalarType::BFloat16, {batch, tokens, heads, kXsaHeadDim});
@@ -32,12 +30,6 @@ GateRows gate_rows(const optional<Tensor>& t, const char* argument, int64_t batc
     const bool is_bf16 = t->scalar_type() == ScalarType::BFloat16;
     check(*t, argument, is_bf16 ? ScalarType::BFloat16 : ScalarType::Float, {batch, tokens, heads});
     return {t->data_ptr(), is_bf16, t->stride(0), t->stride(1), t->stride(2)};
-}
-
-float* head_stats(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
-    check(t, argument, ScalarType::Float, shape);
-    check_contiguous(t, argument);
-    return static_cast<float*>(t.data_ptr());
 }
 
 XsaPlan plan_rows(const Tensor& t, const char* argument, const XsaAttentionParams& p, int tokens_per_block) {
@@ -64,6 +56,7 @@ XsaAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, con
     if (cu_seqlens) {
         check(*cu_seqlens, "cu_seqlens", ScalarType::Int, {-1});
         check_contiguous(*cu_seqlens, "cu_seqlens");
+        STD_TORCH_CHECK(batch == 1 && cu_seqlens->size(0) > 0, "cu_seqlens: expected [documents + 1], of a batch of one row");
         p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
         p.documents = int(cu_seqlens->size(0)) - 1;
     }
@@ -73,8 +66,8 @@ XsaAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, con
     p.v = head_rows(v, "v", batch, tokens, kv_heads);
     p.gate = gate_rows(gate, "gate", batch, queries, q_heads);
     p.out = head_rows(out, "out", batch, queries, q_heads);
-    p.lse = head_stats(lse, "lse", {batch, q_heads, queries});
-    p.own = head_stats(own, "own", {batch, q_heads, queries});
+    p.lse = floats(lse, "lse", {batch, q_heads, queries});
+    p.own = floats(own, "own", {batch, q_heads, queries});
     return p;
 }
 
@@ -100,10 +93,9 @@ void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tenso
     p.dv = head_rows(dv, "dv", f.batch, f.tokens, f.kv_heads);
     if (rstd) {
         STD_TORCH_CHECK(gain && cos && sin && dgain, "rstd: wants gain, cos, sin and dgain beside it");
-        STD_TORCH_CHECK(int64_t(f.batch) * f.tokens <= INT32_MAX, "rstd: more than 2^31 rows");
-        const int64_t positions = cos->size(0);
+        const int64_t rows = row_count(int64_t(f.batch) * f.tokens, "rstd"), positions = cos->size(0);
         STD_TORCH_CHECK(positions > 0 && positions < (1 << 30), "cos: expected 1 to 2^30 positions, got ", positions);
-        p.raw.rstd = floats(*rstd, "rstd", {int64_t(f.batch) * f.tokens, f.q_heads + f.kv_heads});
+        p.raw.rstd = floats(*rstd, "rstd", {rows, f.q_heads + f.kv_heads});
         p.raw.gain = floats(*gain, "gain", {f.q_heads});
         p.raw.cos = bf16s(*cos, "cos", {positions, kQkvRotated / 2});
         p.raw.sin = bf16s(*sin, "sin", {positions, kQkvRotated / 2});
@@ -114,7 +106,7 @@ void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tenso
     p.dy = head_rows(dy, "dy", f.batch, f.tokens, f.q_heads);
     p.stats_width = stats.size(-1);
     STD_TORCH_CHECK(p.stats_width % 4 == 0 && p.stats_width >= f.tokens + 4 * f.documents, "stats: too narrow");
-    p.stats = head_stats(stats, "stats", {int64_t(f.batch) * f.q_heads, 2, p.stats_width});
+    p.stats = floats(stats, "stats", {int64_t(f.batch) * f.q_heads, 2, p.stats_width});
     OnDeviceOf device(q);
     check_launch(xsa_attention_bwd(p, device.stream), "xsa_attention_bwd");
 }

@@ -8,7 +8,7 @@ namespace pgolf {
 
 enum class Int6Float { kBFloat16, kFloat16, kFloat32 };
 
-// Any address and any row stride is served, rows and columns below 2^31. The fast path reads rows that start at
+// Any address and any row stride is served, rows below 2^31, columns below 2^31 - 2^16. The fast path reads rows that start at
 // multiples of 16 bytes and hold a multiple of 8 columns, and writes packed rows of a multiple of 64 columns in
 // 16-byte pieces. Rows beyond 8192 columns are read twice.
 struct Int6PackMatrix {
