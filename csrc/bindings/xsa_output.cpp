@@ -7,24 +7,24 @@
 namespace pgolf {
 namespace {
 
-using std::optional;
-
-// [B, T, heads, 64] that is a matrix of B T rows; its stride from row to row is returned.
+// [B, T, heads, 64] that is a matrix of B T rows, `stride` elements apart.
 __nv_bfloat16* head_matrix(const Tensor& t, const char* argument, const XsaOutputBwdParams& p, int64_t heads, int64_t* stride) {
     check(t, argument, ScalarType::BFloat16, {p.batch, p.tokens, heads, kXsaHeadDim});
     check_aligned(t, argument);
     STD_TORCH_CHECK(t.stride(3) == 1 && t.stride(2) == kXsaHeadDim, argument, ": the heads of a token must be contiguous");
-    STD_TORCH_CHECK(t.stride(1) % 8 == 0 && t.stride(0) == p.tokens * t.stride(1), argument, ": expected equally spaced tokens, 16-byte aligned");
+    const bool equally_spaced = t.stride(1) % 8 == 0 && (p.batch == 1 || t.stride(0) == p.tokens * t.stride(1));
+    STD_TORCH_CHECK(equally_spaced, argument, ": expected equally spaced tokens, 16-byte aligned");
     *stride = t.stride(1);
     return static_cast<__nv_bfloat16*>(t.data_ptr());
 }
 
-void bwd(Tensor d_projected, Tensor weight, Tensor out, Tensor v, optional<Tensor> gate, Tensor lse, Tensor own, optional<Tensor> cu_seqlens,
-         Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats, optional<Tensor> places, bool xsa) {
+void bwd(Tensor d_projected, Tensor weight, Tensor out, Tensor v, optional<Tensor> gate, Tensor lse, Tensor own,
+         optional<Tensor> cu_seqlens, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats,
+         optional<Tensor> places, bool xsa) {
     const int64_t batch = out.size(0), tokens = out.size(1), q_heads = out.size(2), kv_heads = v.size(2), width = weight.size(0);
     STD_TORCH_CHECK(q_heads == kXsaOutputGroup * kv_heads, "v: expected half as many heads as out");
-    STD_TORCH_CHECK(batch * tokens < (int64_t(1) << 31) - 1024, "out: more than 2^31 tokens");
-    STD_TORCH_CHECK(width % 8 == 0, "weight: the kernel takes widths that are multiples of 8, got ", width);
+    row_count(batch * tokens, "out");
+    STD_TORCH_CHECK(width > 0 && width % 8 == 0, "weight: the kernel takes widths that are multiples of 8, got ", width);
     XsaOutputBwdParams p{};
     p.batch = int(batch), p.tokens = int(tokens), p.q_heads = int(q_heads), p.width = int(width), p.xsa = xsa;
     p.d_projected = bf16s(d_projected, "d_projected", {batch * tokens, width});
@@ -68,6 +68,7 @@ void bwd(Tensor d_projected, Tensor weight, Tensor out, Tensor v, optional<Tenso
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def(
         "xsa_output_bwd(Tensor d_projected, Tensor weight, Tensor out, Tensor v, Tensor? gate, Tensor lse, Tensor own, Tensor? cu_seqlens, "
-        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy, Tensor(f!) stats, Tensor(g!)? places, bool xsa) -> ()");
+        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy, Tensor(f!) stats, Tensor(g!)? places, bool xsa)"
+        " -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) { m.impl("xsa_output_bwd", TORCH_BOX(&pgolf::bwd)); }
