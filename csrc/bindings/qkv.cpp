@@ -8,8 +8,7 @@ namespace {
 template <class Params>
 void fill(Params& p, const Tensor& qkv, const Tensor& gain, const Tensor& cos, const Tensor& sin, const Tensor& rstd, int64_t kv_heads) {
     const int64_t m = qkv.size(0), q_heads = gain.size(0), width = (q_heads + 2 * kv_heads) * kQkvHeadDim;
-    STD_TORCH_CHECK(m <= INT32_MAX, "qkv: more than 2^31 rows");
-    p.m = int(m), p.q_heads = int(q_heads), p.kv_heads = int(kv_heads);
+    p.m = row_count(m, "qkv"), p.q_heads = int(q_heads), p.kv_heads = int(kv_heads);
     p.qkv = bf16s(qkv, "qkv", {m, width});
     p.gain = floats(gain, "gain", {q_heads});
     STD_TORCH_CHECK(cos.size(0) > 0, "cos: no positions");
@@ -19,11 +18,17 @@ void fill(Params& p, const Tensor& qkv, const Tensor& gain, const Tensor& cos, c
     p.rstd = floats(rstd, "rstd", {m, q_heads + kv_heads});
 }
 
+// Of the passes of their own, normalize and backward.
+void check_heads(int normed_heads) {
+    const bool fits = normed_heads > 0 && normed_heads <= kQkvMaxHeads;
+    STD_TORCH_CHECK(fits, "rstd: the kernel takes up to ", kQkvMaxHeads, " query and key heads, got ", normed_heads);
+}
+
 void forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int64_t kv_heads, Tensor qkv, Tensor rstd) {
     QkvForwardParams p{};
     fill(p, qkv, gain, cos, sin, rstd, kv_heads);
     p.width = int(n.size(1));
-    STD_TORCH_CHECK(p.width % 8 == 0, "n: the kernel takes widths that are multiples of 8, got ", p.width);
+    STD_TORCH_CHECK(p.width > 0 && p.width % 8 == 0, "n: the kernel takes widths that are multiples of 8, got ", p.width);
     p.n = bf16s(n, "n", {p.m, p.width});
     p.weight = bf16s(weight, "weight", {qkv.size(1), p.width});
     OnDeviceOf here(n);
@@ -33,6 +38,7 @@ void forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int64
 void normalize(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int64_t kv_heads, Tensor rstd) {
     QkvNormalizeParams p{};
     fill(p, qkv, gain, cos, sin, rstd, kv_heads);
+    check_heads(p.q_heads + p.kv_heads);
     OnDeviceOf here(qkv);
     check_launch(qkv_normalize(p, here.stream), "qkv_normalize");
 }
@@ -40,7 +46,7 @@ void normalize(Tensor qkv, Tensor gain, Tensor cos, Tensor sin, int64_t kv_heads
 void backward(Tensor dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor dgain) {
     QkvBackwardParams p{};
     fill(p, qkv, gain, cos, sin, rstd, rstd.size(1) - gain.size(0));
-    STD_TORCH_CHECK(rstd.size(1) <= 32, "rstd: the kernel takes at most 32 heads, got ", rstd.size(1));
+    check_heads(p.q_heads + p.kv_heads);
     p.dqkv = bf16s(dqkv, "dqkv", {p.m, qkv.size(1)});
     p.dgain = floats(dgain, "dgain", {p.q_heads});
     OnDeviceOf here(qkv);
@@ -53,8 +59,7 @@ void backward(Tensor dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def("qkv_forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int kv_heads, Tensor(a!) qkv, Tensor(b!) rstd) -> ()");
     m.def("qkv_normalize(Tensor(a!) qkv, Tensor gain, Tensor cos, Tensor sin, int kv_heads, Tensor(b!) rstd) -> ()");
-    m.def(
-        "qkv_backward(Tensor(a!) dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(b!) dgain) -> ()");
+    m.def("qkv_backward(Tensor(a!) dqkv, Tensor qkv, Tensor rstd, Tensor gain, Tensor cos, Tensor sin, Tensor(b!) dgain) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
     m.impl("qkv_forward", TORCH_BOX(&pgolf::forward));

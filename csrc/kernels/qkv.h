@@ -15,6 +15,7 @@ namespace pgolf {
 
 constexpr int kQkvHeadDim = 64;
 constexpr int kQkvRotated = 16;  // leading dimensions of a head
+constexpr int kQkvMaxHeads = 32;  // queries' and keys' together, of normalize and backward
 
 // Matrices with contiguous rows, 16-byte aligned. W = (q_heads + 2 kv_heads) 64.
 struct QkvForwardParams {

@@ -15,6 +15,7 @@ from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, library
 
 HEAD_DIM, ROTATED = 64, 16  # of the kernel
+MAX_HEADS = 32  # kQkvMaxHeads
 
 # n [M, C], weight [(Hq + 2 Hk) D, C], gain [Hq] in the accumulation dtype, cos and sin [positions, half]; row r is at position
 # r % positions.
@@ -86,8 +87,9 @@ def kernel_fits(head_dim, rotated):
     return head_dim == HEAD_DIM and rotated == ROTATED
 
 
-def _kernel_serves(name, qkv_width, heads, cos):
-    return kernel_fits(qkv_width // heads, 2 * cos.shape[1]) and _library.uses_kernel(name, cos.device)
+def _kernel_serves(name, qkv_width, heads, cos, normed_heads=0):
+    fits = kernel_fits(qkv_width // heads, 2 * cos.shape[1]) and normed_heads <= MAX_HEADS
+    return fits and _library.uses_kernel(name, cos.device)
 
 
 @torch.library.impl(library, "qkv_forward", "CUDA")
@@ -102,16 +104,18 @@ def _forward_cuda(n, weight, gain, cos, sin, kv_heads):
 
 @torch.library.impl(library, "qkv_normalize", "CUDA")
 def _normalize_cuda(qkv, gain, cos, sin, kv_heads):
-    if not _kernel_serves("qkv_normalize", qkv.shape[1], gain.shape[0] + 2 * kv_heads, cos):
+    normed = gain.shape[0] + kv_heads
+    if not _kernel_serves("qkv_normalize", qkv.shape[1], normed + kv_heads, cos, normed):
         return _normalize_formula(qkv, gain, cos, sin, kv_heads)
-    rstd = gain.new_empty(qkv.shape[0], gain.shape[0] + kv_heads)
+    rstd = gain.new_empty(qkv.shape[0], normed)
     torch.ops.pgolf_fast_sm90.qkv_normalize(qkv, gain, cos, sin, kv_heads, rstd)
     return rstd
 
 
 @torch.library.impl(library, "qkv_backward", "CUDA")
 def _backward_cuda(dqkv, qkv, rstd, gain, cos, sin, dgain):
-    if not _kernel_serves("qkv_backward", qkv.shape[1], 2 * rstd.shape[1] - gain.shape[0], cos):
+    normed = rstd.shape[1]
+    if not _kernel_serves("qkv_backward", qkv.shape[1], 2 * normed - gain.shape[0], cos, normed):
         return _backward_formula(dqkv, qkv, rstd, gain, cos, sin, dgain)
     torch.ops.pgolf_fast_sm90.qkv_backward(dqkv, qkv, rstd, gain, cos, sin, dgain)
 

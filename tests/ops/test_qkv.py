@@ -118,6 +118,14 @@ def test_gain_gradient_is_added_and_zero_gain_is_finite(device):
     assert sums[0][1] == 0 and sums[0][0] != 0
 
 
+def test_more_heads_than_the_kernel_takes_go_the_composite_way():
+    """Refused by the op's own test of fitness, before it asks for a GPU."""
+    cos = torch.empty(5, 8)
+    for name, q_heads, kv_heads in (("qkv_normalize", 32, 1), ("qkv_backward", 17, 17)):
+        heads, normed = q_heads + 2 * kv_heads, q_heads + kv_heads
+        assert normed > op.MAX_HEADS and not op._kernel_serves(name, 64 * heads, heads, cos, normed)
+
+
 def test_no_rows(device):
     t, d = draw(0, 64, 2, 1, 5, device)
     found = with_gradients(t, d, 1)
