@@ -47,6 +47,8 @@ static void pack(std::vector<Tensor> weights, std::vector<Tensor> given_scales, 
         if (!given_scales.empty()) {
             check(given_scales[i], "given_scales", ScalarType::Half, {w.size(0)});
             check_contiguous(given_scales[i], "given_scales");
+            const bool same_device = given_scales[i].get_device_index() == packed.get_device_index();
+            STD_TORCH_CHECK(same_device, "given_scales: on another device than the output");
         }
         matrices[i] = {w.const_data_ptr(),
                        given_scales.empty() ? nullptr : static_cast<const uint16_t*>(given_scales[i].const_data_ptr()),

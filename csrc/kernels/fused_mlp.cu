@@ -122,8 +122,8 @@ struct NormUpBackward : UpBackward {
     }
     // 32 of a pass's 64 columns.
     template <class Address>
-    static __device__ __forceinline__ void stage(const Arguments&, const Fetched& fetched, const uint32_t (&held)[64], int pass, int step, int, int,
-                                                 int, Address&& address) {
+    static __device__ __forceinline__ void stage(const Arguments&, const Fetched& fetched, const uint32_t (&held)[64], int pass, int step,
+                                                 int, int, int, Address&& address) {
 #pragma unroll
         for (int chunk = 2 * step; chunk < 2 * step + 2; ++chunk) {
             uint32_t residual[4], x[4], out[4];
@@ -192,7 +192,8 @@ cudaError_t fused_mlp_fwd(const FusedMlpParams& p, cudaStream_t stream) {
 }
 
 cudaError_t fused_mlp_bwd_input(const FusedMlpParams& p, cudaStream_t stream) {
-    return p.activation == Activation::kRelu2 ? backward_input<Activation::kRelu2>(p, stream) : backward_input<Activation::kLeakyRelu2>(p, stream);
+    return p.activation == Activation::kRelu2 ? backward_input<Activation::kRelu2>(p, stream)
+                                              : backward_input<Activation::kLeakyRelu2>(p, stream);
 }
 
 cudaError_t fused_mlp_bwd(const FusedMlpParams& p, cudaStream_t stream) {

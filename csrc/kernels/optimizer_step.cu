@@ -88,7 +88,8 @@ __device__ __forceinline__ double block_sum(double x) {
     return total;
 }
 
-__global__ void __launch_bounds__(kThreads) squares_kernel(__grid_constant__ const TensorTable<GradientNormTensor> table, double* partials) {
+__global__ void __launch_bounds__(kThreads)
+    squares_kernel(__grid_constant__ const TensorTable<GradientNormTensor> table, double* partials) {
     int block;
     const GradientNormTensor& t = entry_of_block(table, block);
     float sum = 0;
@@ -152,10 +153,11 @@ __global__ void __launch_bounds__(kThreads)
     const MuonDirectionTensor& t = entry_of_block(table, block);
     const int64_t row = int64_t(block) * kWarps + threadIdx.x / 32;
     if (row >= t.rows) return;
+    using bf16 = __nv_bfloat16;
     if (t.momentum_is_bf16)
-        t.grad_is_bf16 ? direction_of_row<__nv_bfloat16, __nv_bfloat16>(t, row, scalars) : direction_of_row<float, __nv_bfloat16>(t, row, scalars);
+        t.grad_is_bf16 ? direction_of_row<bf16, bf16>(t, row, scalars) : direction_of_row<float, bf16>(t, row, scalars);
     else
-        t.grad_is_bf16 ? direction_of_row<__nv_bfloat16, float>(t, row, scalars) : direction_of_row<float, float>(t, row, scalars);
+        t.grad_is_bf16 ? direction_of_row<bf16, float>(t, row, scalars) : direction_of_row<float, float>(t, row, scalars);
 }
 
 // The rates of four elements, which may lie in two rows.

@@ -43,7 +43,8 @@ struct Qkv : gemm::PlainOp {
         return fetched;
     }
     // One head. acc[4 j + 2 r] and the next: row `row + 8 r`, columns `column + 8 j + 2 (lane % 4)` and the next.
-    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[32], int row, int column, int m) {
+    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[32], int row, int column,
+                                                  int m) {
         const int quad = threadIdx.x % 4, head = column / kQkvHeadDim;
         if (head >= p.normed_heads) return;
         const float gain = head < p.q_heads ? __ldg(p.gain + head) : 1.f;

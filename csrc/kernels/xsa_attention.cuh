@@ -23,10 +23,14 @@ inline cudaError_t tile_map(CUtensorMap* map, const HeadRows& x, int heads, int 
     return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, x.data, dims);
 }
 
-// The same value in every lane of a warp, told to the compiler, which then keeps it and addresses made of it in uniform registers.
-__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+inline cudaError_t allow_shared(const void* kernel, int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 
 // ---- which tokens ----------------------------------------------------------------------------------
+
+// The same value in every lane of a warp, told to the compiler, which then keeps it and addresses made of it in uniform registers.
+__device__ inline int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 struct Sequence {
     int batch, start, length;
@@ -197,9 +201,7 @@ struct KeyStream {
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&empty[j % kStages]);
     }
 };
-inline cudaError_t allow_shared(const void* kernel, int bytes) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
+
 // Dynamic shared memory starts at 16 bytes; tiles need 1024.
 __device__ inline uint8_t* align_tiles(uint8_t* shared) { return shared + (1024 - ptx::smem_u32(shared) % 1024) % 1024; }
 

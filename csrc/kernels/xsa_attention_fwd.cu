@@ -204,7 +204,8 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
             }
             own = __fdividef(quad_sum(dot) * normalise, fmaxf(quad_sum(square), 1e-24f));
         }
-        const float gate = p.gate.data != nullptr && inside ? load_gate(p.gate, s_seq.batch, s_seq.start + token - p.prefix, mine.head) : 1.0f;
+        const bool is_gated = p.gate.data != nullptr && inside;
+        const float gate = is_gated ? load_gate(p.gate, s_seq.batch, s_seq.start + token - p.prefix, mine.head) : 1.0f;
         const float factor = gate * normalise, share = gate * own;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {

@@ -18,8 +18,9 @@ struct TensorMapDims {
 // `kind`: CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT32, ...; base 16-byte aligned. Out-of-range reads give zero.
 inline cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType kind, const void* base, const TensorMapDims& dims,
                                    CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
-    using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                                const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                CUtensorMapFloatOOBfill);
     static Encode encode = [] {
         void* f = nullptr;
         cudaDriverEntryPointQueryResult found;
@@ -40,7 +41,8 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, CUtensorMapDataType kind, c
 }
 
 // A bf16 matrix whose rows are contiguous and `row_stride` elements apart; boxes of 64 columns, one swizzled row.
-inline cudaError_t bf16_matrix_map(CUtensorMap* map, const void* base, int64_t rows, int64_t columns, int64_t row_stride, uint32_t box_rows) {
+inline cudaError_t bf16_matrix_map(CUtensorMap* map, const void* base, int64_t rows, int64_t columns, int64_t row_stride,
+                                   uint32_t box_rows) {
     const TensorMapDims dims{2, {uint64_t(columns), uint64_t(rows)}, {uint64_t(row_stride) * 2}, {64, box_rows}};
     return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, dims);
 }
