@@ -68,6 +68,8 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
     else:
         result = trainer.run()
     dist.stop()
+    if first:
+        console.print(f"written: {result.folder} (next: pgolf quantize {result.folder})", soft_wrap=True)
     return {
         "folder": str(result.folder),
         "steps": result.steps,
