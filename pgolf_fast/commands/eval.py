@@ -39,7 +39,7 @@ class Eval:
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ARTIFACT|RUN")]
     """What `pgolf pack` wrote, or a run's folder with such a file in it."""
-    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SETTING=VALUE")] = ()
+    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SETTING=VALUE ...]")] = ()
     """eval.stride=..., ttt.epochs=..., over the recipe's settings in the artifact."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Validation shards, with tokenizer and, where the recipe counts original bytes, the sidecar."""
