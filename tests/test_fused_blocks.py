@@ -186,8 +186,10 @@ def trained_like(config, device, dtype, seed=4):
 @pytest.mark.cuda
 @pytest.mark.parametrize("name, looped", [("legal-ttt-691", False), ("gepa-598", False), ("caseops-1934", False), ("caseops-1934", True)])
 def test_agreement_on_the_device(name, looped):
-    """Every gradient is at most twice as far from float32 as the plain blocks' in bfloat16, and a little. Of a gradient that is one
-    number the error is one draw of that noise, not a mean: once in five runs 0.012 for ve_scale, where torch's draw was 0.0004."""
+    """Every gradient is at most twice as far from float32 as the plain blocks' in bfloat16, and a little.
+
+    Of a gradient that is one number the error is one draw, not a mean: once in five runs 0.012 for ve_scale, where torch's was 0.0004.
+    """
     config = dataclasses.replace(published(name), bf16_tensors=())
     tokens, targets = tokens_of(config, 1, 333)
     cu_seqlens = torch.tensor([0, 40, 41, 200, 333, 333], dtype=torch.int32)
