@@ -47,8 +47,13 @@ def _print_json(result) -> None:
         return
     try:
         print(json.dumps(result), flush=True)
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at exit
+    except BrokenPipeError:
+        _stop_printing()
+
+
+def _stop_printing() -> None:
+    """The reader has seen enough, as in `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at exit
 
 
 def _settings_last(arguments: list[str]) -> list[str]:
@@ -78,6 +83,9 @@ def main() -> None:
     except UserError as error:
         print(f"pgolf {verb}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        _stop_printing()
+        raise SystemExit(0) from None
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise

@@ -120,8 +120,9 @@ def test_on_several_gpus_it_ends_as_its_processes_do(tmp_path):
     assert "/nowhere" in done.stderr and "was the first to end with an error (2)" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_reader_that_stops_early_is_no_error():
-    command = [sys.executable, "-m", "pgolf_fast", "recipes", "caseops-1934", "--json"]
+@pytest.mark.parametrize("arguments", [("recipes", "caseops-1934", "--json"), ("train", "--help")], ids=" ".join)
+def test_a_reader_that_stops_early_is_no_error(arguments):
+    command = [sys.executable, "-m", "pgolf_fast", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert "Error" not in process.stderr.read()

@@ -153,6 +153,15 @@ def test_clear_errors(pgolf, artifact, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_artifact_older_than_what_it_is_packed_from_is_told(pgolf, artifact, data, tmp_path):
+    (tmp_path / "artifact.pglf").write_bytes(artifact.read_bytes())
+    (tmp_path / "quantized.pglf").write_bytes(b"")
+    for seconds, is_told in ((1, True), (-1, False)):
+        os.utime(tmp_path / "quantized.pglf", ns=2 * (tmp_path.joinpath("artifact.pglf").stat().st_mtime_ns + seconds * 10**9,))
+        code, out, err = pgolf(tmp_path, "--data", data, "--evaluator", "plain")
+        assert code == 0 and ("quantized.pglf is newer than" in " ".join(out.split())) == is_told, out + err
+
+
 def test_a_tokenizer_of_another_size(pgolf, data, tmp_path):
     settings = recipe.resolve("legal-ttt-691", (*SMALL, "model.vocab_size=96"), {}).recipe
     model = GPT(settings.model, seed=1)

@@ -20,7 +20,7 @@ from pgolf_fast.errors import UserError
 class Bench:
     """Benchmark ops against their peers; speed is printed only after the op's tests pass."""
 
-    ops: tyro.conf.Positional[tuple[str, ...]] = ()
+    ops: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[OP ...]")] = ()
     """Ops to run; all of them if none is named. `step` alone: the whole training step of recipes."""
     device: str = "auto"
     """cpu, cuda, or auto: the first GPU if there is one."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from pgolf_fast.clock import process_age_s
 from pgolf_fast.commands.devices import choose_device, under_torchrun
 from pgolf_fast.commands.pack import ARTIFACT
 from pgolf_fast.commands.progress import shown
+from pgolf_fast.commands.quantize import QUANTIZED
 from pgolf_fast.data import Validation, load_validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_evaluator
@@ -37,7 +39,7 @@ class Eval:
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ARTIFACT|RUN")]
     """What `pgolf pack` wrote, or a run's folder with such a file in it."""
-    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SETTING=VALUE")] = ()
+    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SETTING=VALUE ...]")] = ()
     """eval.stride=..., ttt.epochs=..., over the recipe's settings in the artifact."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Validation shards, with tokenizer and, where the recipe counts original bytes, the sidecar."""
@@ -87,6 +89,9 @@ def run(config: Eval, console: Console) -> tuple[dict, int]:
         if config.source.is_dir():
             remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one"
         raise UserError(f"source: no file {artifact}; {remedy}")
+    quantized = config.source / QUANTIZED
+    if quantized.is_file() and quantized.stat().st_mtime > artifact.stat().st_mtime and int(os.environ.get("RANK", 0)) == 0:
+        console.print(f"[yellow]! {quantized} is newer than {artifact}, which is what is scored; `pgolf pack {config.source}` packs it")
     device = dist.start(choose_device(config.device).type)
     found = _run(config, console, artifact, device)
     dist.stop()

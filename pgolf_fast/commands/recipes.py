@@ -15,10 +15,10 @@ from pgolf_fast import recipe
 class Recipes:
     """List the recipes, or show every value of one and where it comes from."""
 
-    name: Annotated[str, tyro.conf.Positional] = ""
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")] = ""
     """A recipe's name or a TOML file; without one, the recipes are listed."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """stage.setting=value, as for training."""
+    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SETTING=VALUE ...]")] = ()
+    """As for training."""
     json: bool = False
     """Print as JSON."""
 

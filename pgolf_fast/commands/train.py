@@ -20,8 +20,8 @@ from pgolf_fast.train import Trainer
 class Train:
     """Train a recipe; with several GPUs or processes through torchrun, or through --gpus."""
 
-    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """stage.setting=value, e.g. train.data=FOLDER schedule.iterations=500."""
+    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SETTING=VALUE ...]")] = ()
+    """train.data=FOLDER schedule.iterations=500 ..., over the recipe's settings."""
     recipe: str = "tiny"
     """A recipe's name or a TOML file; `pgolf recipes` lists them."""
     runs: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs")
@@ -68,6 +68,8 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
     else:
         result = trainer.run()
     dist.stop()
+    if first:
+        console.print(f"written: {result.folder} (next: pgolf quantize {result.folder})", soft_wrap=True)
     return {
         "folder": str(result.folder),
         "steps": result.steps,
