@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         uint4* const out = reinterpret_cast<uint4*>(p.scaled_x) + int64_t(first_row(block)) * kRowVectors + lane;
         for (int row = 2 * worker; row < rows; row += 2 * workers) {
             const int next = min(row + 1, rows - 1);  // the last row twice, rather than a branch that a load would wait in
-            const uint32_t at[4] = {row * kRowVectors, row * kRowVectors + 32, next * kRowVectors, next * kRowVectors + 32};
+            const uint32_t first = row * kRowVectors, second = next * kRowVectors, at[4] = {first, first + 32, second, second + 32};
             uint4 vectors[4];
 #pragma unroll
             for (int k = 0; k < 4; ++k) vectors[k] = __ldg(in + at[k]);
