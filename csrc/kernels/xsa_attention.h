@@ -56,7 +56,8 @@ struct XsaAttentionParams {
     int prefix;                // tokens without a query: q, gate, out, lse and own begin after them. Forward of a dense batch only
     float scale;               // > 0
     bool xsa;
-    const int32_t* cu_seqlens; // [documents + 1], or null: every row of the batch is one sequence
+    const int32_t* cu_seqlens; // [documents + 1], or null: every row of the batch is one sequence. NOTE: ascending from 0 to
+                               // at most `tokens`; nothing checks it, and with another list plan and stats are written out of bounds
     int documents;
     XsaPlan queries;           // scratch
     HeadRows q, k, v;

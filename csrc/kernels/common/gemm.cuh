@@ -619,7 +619,8 @@ struct Side {
     int64_t in_stride, out_stride;  // elements from row to row
 };
 
-// A, B as their majors say; C [m, n] bf16, or float32 [m, n] or [n, m] that is added to; aux [m, n]; all with contiguous rows.
+// A, B as their majors say; C [m, n] bf16, or float32 [m, n] or [n, m] that is added to; aux [m, n]; all with contiguous rows. n > 0, and
+// k > 0 where C is stored.
 template <class Op>
 cudaError_t launch(const void* a, const void* b, void* c, const void* aux, const Shape& shape, cudaStream_t stream,
                    const typename Op::Arguments& arguments = {}, const Side& side = {}) {
