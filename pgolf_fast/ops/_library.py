@@ -136,6 +136,12 @@ def require_device(tensor: torch.Tensor, argument: str, device: torch.device) ->
         raise ValueError(f"{argument}: expected on {device}, got {tensor.device}")
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` where kernels can read it, 16 bytes at a time; else a contiguous copy. A gradient may arrive as a slice at any offset."""
+    is_readable = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+    return tensor if is_readable else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Arithmetic of the references: float64 stays, everything narrower is computed in float32."""
     return torch.promote_types(dtype, torch.float32)

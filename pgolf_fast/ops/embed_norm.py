@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from pgolf_fast.ops import _library
-from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, library, require, require_device, require_dtype
+from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, aligned, library, require, require_device, require_dtype
 from pgolf_fast.ops.embedding import check_indices, embedding_plan
 
 SMEARS = ("none", "token", "channel")
@@ -125,7 +125,7 @@ def _kernel_serves(name, tokens, table, dtype):
 
 
 def _as_matrix(x):
-    return None if x is None else x.reshape(-1, KERNEL_WIDTH).contiguous()
+    return None if x is None else aligned(x.reshape(-1, KERNEL_WIDTH))
 
 
 def _vector(x):
@@ -139,7 +139,7 @@ def _fwd_cuda(tokens, table, addend, gate, smear_lambda, smear, bos, dtype):
     _library.check_device_errors()
     y = table.new_empty(tokens.numel(), KERNEL_WIDTH, dtype=dtype)
     torch.ops.pgolf_fast_sm90.embed_norm_fwd(
-        tokens.flatten(), tokens.shape[1], table.contiguous(), _as_matrix(addend), _vector(gate), _vector(smear_lambda), smear, bos,
+        tokens.flatten(), tokens.shape[1], aligned(table), _as_matrix(addend), _vector(gate), _vector(smear_lambda), smear, bos,
         y, _library.device_report("tokens"),
     )  # fmt: skip
     return y.view(*tokens.shape, KERNEL_WIDTH)
@@ -153,7 +153,7 @@ def _bwd_cuda(dy, tokens, table, addend, gate, smear_lambda, smear, bos):
     d_gate, d_lambda = (None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, smear_lambda))
     partial_sums = None if gate is None else gate.new_empty(MAX_CTAS, SUM_COLUMNS)
     torch.ops.pgolf_fast_sm90.embed_norm_bwd(
-        _as_matrix(dy), tokens.flatten(), tokens.shape[1], table.contiguous(), _as_matrix(addend), _vector(gate), _vector(smear_lambda),
+        _as_matrix(dy), tokens.flatten(), tokens.shape[1], aligned(table), _as_matrix(addend), _vector(gate), _vector(smear_lambda),
         smear, bos,
         d_e, d_gate, d_lambda, partial_sums,
     )  # fmt: skip

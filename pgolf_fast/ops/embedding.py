@@ -9,7 +9,7 @@ sort of the indices, made once per batch (`embedding_plan`); rows that stand in 
 import torch
 
 from pgolf_fast.ops import _library
-from pgolf_fast.ops._library import accumulation_dtype, library, require, require_device, require_dtype
+from pgolf_fast.ops._library import accumulation_dtype, aligned, library, require, require_device, require_dtype
 
 MAX_WIDTH = 4096
 RANGE = 64  # kEmbeddingRange
@@ -71,7 +71,7 @@ def _fwd_cuda(indices, table, dtype):
         return embedding_ref(indices, table, dtype)
     _library.check_device_errors()
     out = table.new_empty(indices.numel(), table.shape[1], dtype=dtype)
-    torch.ops.pgolf_fast_sm90.embedding_fwd(indices.flatten(), table.contiguous(), out, _library.device_report("indices"))
+    torch.ops.pgolf_fast_sm90.embedding_fwd(indices.flatten(), aligned(table), out, _library.device_report("indices"))
     return out.view(*indices.shape, table.shape[1])
 
 
@@ -83,7 +83,7 @@ def _bwd_cuda(gradient, d_out, sorted, order):
         return _backward_formula(gradient, d_out, sorted, order)
     m, width = d_out.shape
     partial_sums = gradient.new_empty(2 * -(-m // RANGE) * width, dtype=torch.float32)
-    torch.ops.pgolf_fast_sm90.embedding_bwd(d_out.contiguous(), sorted, order, gradient, partial_sums)
+    torch.ops.pgolf_fast_sm90.embedding_bwd(aligned(d_out), sorted, order, gradient, partial_sums)
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::embedding_fwd")

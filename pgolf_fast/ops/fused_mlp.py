@@ -8,7 +8,7 @@ Only u = up(x) is kept for the backward:
 import torch
 
 from pgolf_fast.ops import _library
-from pgolf_fast.ops._library import library, require, require_device, require_dtype
+from pgolf_fast.ops._library import aligned, library, require, require_device, require_dtype
 
 ACTIVATIONS = ("relu2", "leaky_relu2")
 ROW_TILE = 192  # of fused_mlp_row_tiles
@@ -84,16 +84,16 @@ library.impl("norm_mlp_bwd", _norm_backward_formula, "CPU")
 def _forward_kernel(x, rstd, scale, residual, w_up, w_down, activation):
     u = x.new_empty(x.shape[0], w_up.shape[0])
     y = x.new_empty(x.shape[0], w_down.shape[0])
-    torch.ops.pgolf_fast_sm90.fused_mlp_fwd(x.contiguous(), rstd, scale, residual, w_up.contiguous(), w_down.contiguous(), activation, u, y)
+    torch.ops.pgolf_fast_sm90.fused_mlp_fwd(aligned(x), rstd, scale, residual, aligned(w_up), aligned(w_down), activation, u, y)
     return y, u
 
 
 def _backward_kernel(dy, x, dx_residual, rstd, scale, u, w_up, w_down, activation, dw_up, dw_down):
     du, dx = torch.empty_like(u), x.new_empty(x.shape)
-    dy, x, u, w_up, w_down = (t.contiguous() for t in (dy, x, u, w_up, w_down))
+    dy, x, u, w_up, w_down = (aligned(t) for t in (dy, x, u, w_up, w_down))
     row_sums = None
     if rstd is not None:
-        dx_residual, row_sums = dx_residual.contiguous(), rstd.new_empty(-(-u.shape[1] // ROW_TILE), x.shape[0])
+        dx_residual, row_sums = aligned(dx_residual), rstd.new_empty(-(-u.shape[1] // ROW_TILE), x.shape[0])
     # The kernel adds to the weight gradients in an order that varies.
     torch.ops.pgolf_fast_sm90.fused_mlp_bwd(dy, x, dx_residual, rstd, scale, u, w_up, w_down, activation, du, dx, dw_up, dw_down, row_sums)
     return dx, du
@@ -123,7 +123,7 @@ def _bwd_input_cuda(dy, u, w_up, w_down, activation):
     if not _library.uses_kernel("fused_mlp_bwd_input", dy.device):
         return _input_gradient_formula(dy, u, w_up, w_down, activation)
     du, dx = torch.empty_like(u), dy.new_empty(dy.shape[0], w_up.shape[1])
-    tensors = [t.contiguous() for t in (dy, u, w_up, w_down)]
+    tensors = [aligned(t) for t in (dy, u, w_up, w_down)]
     torch.ops.pgolf_fast_sm90.fused_mlp_bwd_input(*tensors, activation, du, dx)
     return dx
 

@@ -10,7 +10,7 @@ G is stored before a row's sum of exponentials is known; csrc/kernels/linear_sof
 import torch
 
 from pgolf_fast.ops import _library
-from pgolf_fast.ops._library import library, require, require_device, require_dtype
+from pgolf_fast.ops._library import aligned, library, require, require_device, require_dtype
 from pgolf_fast.ops.softcap_ce import REDUCTIONS, WORKSPACE_BYTES, _forward_formula, softcap_cross_entropy, softcap_cross_entropy_ref
 
 KERNEL_DEPTH = 512
@@ -62,7 +62,7 @@ def _fwd_cuda(x, weight, targets, cap, reduction, ignore_index, with_grad):
     scaled_x = x.new_empty(x.shape if with_grad else 0)
     workspace = x.new_empty(WORKSPACE_BYTES, dtype=torch.uint8)
     torch.ops.pgolf_fast_sm90.linear_softcap_ce_fwd(
-        x.contiguous(), weight.contiguous(), targets.contiguous(), loss, g, row_scale, scaled_x, workspace,
+        aligned(x), aligned(weight), targets.contiguous(), loss, g, row_scale, scaled_x, workspace,
         _library.device_report("targets"), cap, reduction, ignore_index,
     )  # fmt: skip
     return loss, g, row_scale, scaled_x
@@ -71,7 +71,7 @@ def _fwd_cuda(x, weight, targets, cap, reduction, ignore_index, with_grad):
 @torch.library.impl(library, "linear_softcap_ce_bwd", "CUDA")
 def _bwd_cuda(grad_loss, weight, g, row_scale, scaled_x):
     dx = torch.empty_like(scaled_x)
-    torch.ops.pgolf_fast_sm90.linear_softcap_ce_dx(g, weight.contiguous(), row_scale, grad_loss, dx)
+    torch.ops.pgolf_fast_sm90.linear_softcap_ce_dx(g, aligned(weight), row_scale, grad_loss, dx)
     return dx, _dweight(grad_loss, g, scaled_x)
 
 

@@ -12,7 +12,7 @@ Residual, x0 and skip mixes are all this, with rows of coefficients; tensors tha
 import torch
 
 from pgolf_fast.ops import _library
-from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, library, require, require_device, require_dtype
+from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, aligned, library, require, require_device, require_dtype
 
 MAX_TENSORS = 5
 KERNEL_WIDTH = 512  # channels the kernels are built for; other widths take the formula
@@ -98,8 +98,7 @@ def _kernel_serves(name, x):
 
 
 def _as_matrix(x):
-    x = None if x is None else x.reshape(-1, KERNEL_WIDTH).contiguous()
-    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
+    return None if x is None else aligned(x.reshape(-1, KERNEL_WIDTH))
 
 
 @torch.library.impl(library, "mix_norm_fwd", "CUDA")
@@ -112,7 +111,7 @@ def _fwd_cuda(tensors, coefficients, rows, norm_scale):
     mixed = None if _is_own_mix(tensors, coefficients) else x.new_empty(m, KERNEL_WIDTH)
     rstd = x.new_empty(m, dtype=torch.float32)
     normed = None if norm_scale is None else x.new_empty(m, KERNEL_WIDTH)
-    coefficients = None if coefficients is None else coefficients.contiguous()
+    coefficients = None if coefficients is None else aligned(coefficients)
     torch.ops.pgolf_fast_sm90.mix_norm_fwd(matrices, coefficients, rows, 1.0 if norm_scale is None else norm_scale, mixed, normed, rstd)
     return (
         x.new_empty(0) if mixed is None else mixed.view(x.shape),
@@ -137,7 +136,7 @@ def _bwd_cuda(d_mixed, d_normed, mixed, rstd, tensors, coefficients, rows, norm_
         None if tensors or d_normed is None else _as_matrix(mixed),
         None if d_normed is None else rstd.reshape(-1).contiguous(),
         [_as_matrix(t) for t in tensors],
-        None if coefficients is None else coefficients.contiguous(),
+        None if coefficients is None else aligned(coefficients),
         rows, norm_scale,
         [given.new_empty(0) if incoming is None else _as_matrix(incoming) for incoming in accumulate],
         gradients, partial_sums, d_coefficients,

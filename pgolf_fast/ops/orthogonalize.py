@@ -20,7 +20,7 @@ import functools
 import torch
 
 from pgolf_fast.ops import _library
-from pgolf_fast.ops._library import library, require, require_device, require_dtype
+from pgolf_fast.ops._library import aligned, library, require, require_device, require_dtype
 
 MAX_STEPS = 16  # of the kernel
 SQUARES = 4  # kOrthogonalizeSquares
@@ -137,7 +137,6 @@ def _kernel(groups, coefficients):
     outputs = [_new_result(members) for members in groups]
     x0, x1 = ([torch.empty_like(o, dtype=torch.float16) for o in outputs] for _ in range(2))
     squares = [x.new_empty(SQUARES, x.shape[0], min(x.shape[1:]), min(x.shape[1:])) for x in x0]
-    aligned = lambda m: m if m.is_contiguous() and m.data_ptr() % 16 == 0 else m.clone(memory_format=torch.contiguous_format)  # noqa: E731
     matrices = [aligned(m) for members in groups for m in members if m.shape[0] > 0]
     counters = outputs[0].new_empty(sum(m.shape[0] for m in matrices) + len(groups), dtype=torch.int32)
     sums = sum(m.shape[0] * torch.ops.pgolf_fast_sm90.orthogonalize_partial_sums(m.shape[1] * m.shape[2]) for m in matrices)
