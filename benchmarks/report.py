@@ -89,7 +89,7 @@ def parity_table(folder: Path = RESULTS) -> str:
 # GPUs to that. 8 H200: PR #414 for the SP1024 recipes, PR #1855 for CaseOps; one: PR #1855 with one GPU's share.
 PUBLISHED_STEP_MS = {("legal-ttt-691", 11, 8): 74.4, ("caseops-1934", 11, 8): 86.1, ("caseops-1934", 17, 8): 126.4,
                      ("caseops-1934", 11, 1): 85.3, ("caseops-1934", 17, 1): 124.8}  # fmt: skip
-# Those that we set out for: of recipe, visits and GPUs. 0.6 of the published.
+# Those that we set out for: of recipe, visits and GPUs.
 TARGET_STEP_MS = {("legal-ttt-691", 11, 8): 45, ("caseops-1934", 11, 8): 50, ("caseops-1934", 17, 8): 74,
                   ("caseops-1934", 11, 1): 49, ("caseops-1934", 17, 1): 73}  # fmt: skip
 

@@ -186,10 +186,7 @@ def trained_like(config, device, dtype, seed=4):
 @pytest.mark.cuda
 @pytest.mark.parametrize("name, looped", [("legal-ttt-691", False), ("gepa-598", False), ("caseops-1934", False), ("caseops-1934", True)])
 def test_agreement_on_the_device(name, looped):
-    """Every gradient is at most twice as far from float32 as the plain blocks' in bfloat16, and a little.
-
-    Of a gradient that is one number the error is one draw, not a mean: once in five runs 0.012 for ve_scale, where torch's was 0.0004.
-    """
+    """Every gradient is at most twice as far from float32 as the plain blocks' in bfloat16."""
     config = dataclasses.replace(published(name), bf16_tensors=())
     tokens, targets = tokens_of(config, 1, 333)
     cu_seqlens = torch.tensor([0, 40, 41, 200, 333, 333], dtype=torch.int32)
@@ -202,8 +199,7 @@ def test_agreement_on_the_device(name, looped):
     for key, gradient in truth.items():
         if gradient is None or gradient.norm() == 0:
             continue
-        floor = 1e-2 if gradient.numel() > 1 else 3e-2
-        error, allowed = relative_error(ours[1][key], gradient), 2 * relative_error(peer[1][key], gradient) + floor
+        error, allowed = relative_error(ours[1][key], gradient), 2 * relative_error(peer[1][key], gradient) + 1e-2
         assert error <= allowed, f"{key}: relative error {error:.3e}, allowed {allowed:.3e}"
 
 

@@ -326,6 +326,7 @@ def test_rstd_alone(device, m):
     x = torch.randn(m, WIDTH).bfloat16().to(device)
     expected = (x.double().square().mean(-1) + 2.0**-23).rsqrt()
     torch.testing.assert_close(row_rstd(x).double(), expected, rtol=1e-5, atol=0)
+    torch.library.opcheck(OPS.mix_norm_fwd, ([x], None, [0], None))
 
 
 @pytest.mark.parametrize("rows", [(0, 1), (0, 0, 1), (0, 1, 2, 3, 4)])
