@@ -61,11 +61,10 @@ def _mix(tensors, coefficients, rows):
 
 def _forward_formula(tensors, coefficients, rows, norm_scale):
     mixed = _mix(tensors, coefficients, rows)
-    empty = mixed.new_empty(0)
     wide = mixed.to(accumulation_dtype(mixed.dtype))
     rstd = torch.rsqrt(wide.square().mean(-1) + RMS_EPSILON)
-    normed = empty if norm_scale is None else (norm_scale * rstd[..., None] * wide).to(mixed.dtype)
-    return empty if _is_own_mix(tensors, coefficients) else mixed, normed, rstd
+    normed = mixed.new_empty(0) if norm_scale is None else (norm_scale * rstd[..., None] * wide).to(mixed.dtype)
+    return mixed.new_empty(0) if _is_own_mix(tensors, coefficients) else mixed, normed, rstd
 
 
 def _backward_formula(d_mixed, d_normed, mixed, rstd, tensors, coefficients, rows, norm_scale, accumulate):
