@@ -177,7 +177,7 @@ class _Backward(fused_blocks.Backward):
         found["o_up"] = torch.bmm(saved.low_o.mT, rows)
         q, k, v = fused_blocks.heads(qkv, config, plan.tokens)
         y, xsa, scale = y.view(q.shape), fused_blocks.is_xsa(config, block), config.head_dim**-0.5
-        forward = q, k, v, gate, y, lse, own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
+        forward = q, k, v, gate, y, lse, own, plan.documents, xsa, scale
         raw = rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.unwanted_gain
         dout = self.spread(i, dout)
         dqkv, dgate = ops.xsa_output_bwd(dout, self.operands.o[block], *forward, *raw)

@@ -48,8 +48,7 @@ class Plan(NamedTuple):
     cos: torch.Tensor  # [T, half]
     sin: torch.Tensor
     value_blocks: tuple[int, ...]  # the blocks whose values receive an embedding
-    cu_seqlens: torch.Tensor | None
-    max_seqlen: int
+    documents: list[torch.Tensor]  # xsa_attention.documents_of
 
     def norm_scale(self, block):
         return 1 / math.sqrt(block + 1) if self.config.ln_scale else 1.0
@@ -262,7 +261,7 @@ class Forward:
         if config.attn_gate:
             gate = ops.attn_gate_fwd(n, self.weights.gate[block], config.attn_gate_scale).view(*q.shape[:2], -1)
         xsa, scale = is_xsa(config, block), config.head_dim**-0.5
-        y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.cu_seqlens, plan.max_seqlen, xsa, scale)
+        y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.documents, xsa, scale)
         return gate, y.flatten(0, 1).flatten(1), lse, own
 
     def output(self, i, block, attended, residual):
@@ -351,7 +350,7 @@ class Backward:
         q, k, v = heads(saved.qkv, config, plan.tokens)
         y, xsa, scale = saved.y.view(q.shape), is_xsa(config, block), config.head_dim**-0.5
         raw = saved.rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.gradients.q_gain[block]
-        forward = q, k, v, saved.gate, y, saved.lse, saved.own, plan.cu_seqlens, plan.max_seqlen, xsa, scale
+        forward = q, k, v, saved.gate, y, saved.lse, saved.own, plan.documents, xsa, scale
         dqkv, dgate = ops.xsa_output_bwd(dx1, self.operands.o[block], *forward, *raw)
         dqkv = dqkv.view_as(saved.qkv)
         dv = dqkv[:, -config.kv_dim :]

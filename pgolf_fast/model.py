@@ -22,6 +22,7 @@ from pgolf_fast.errors import UserError
 from pgolf_fast.ops import embed_norm, embedding, fused_mlp, linear_softcap_cross_entropy, mix_norm, xsa_attention
 from pgolf_fast.ops._library import RMS_EPSILON
 from pgolf_fast.ops.fused_mlp import activation_ref
+from pgolf_fast.ops.xsa_attention import documents_of
 from pgolf_fast.settings import requirer, setting
 from pgolf_fast.tensor_names import published_views
 
@@ -551,8 +552,7 @@ class GPT(nn.Module):
             cos=context.cos.squeeze(1),
             sin=context.sin.squeeze(1),
             value_blocks=tuple(context.values),
-            cu_seqlens=context.cu_seqlens,
-            max_seqlen=context.max_seqlen or context.x0.shape[1],
+            documents=documents_of(context.cu_seqlens, context.x0.shape[1], self.config.num_heads // self.config.num_kv_heads),
         )
         packed, coefficients = self._packed(fake_quant), self._coefficients(visits)
         weights = fused_blocks.Weights(**packed, q_gain=self.q_gain, **coefficients)

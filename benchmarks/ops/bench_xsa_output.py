@@ -9,6 +9,7 @@ import torch
 from benchmarks.shapes import HEAD_DIM, HEADS, KV_HEADS, SEQUENCE, WIDTH, cu_seqlens, document_lengths, tokens
 from benchmarks.timing import Case
 from pgolf_fast.ops.qkv import ROTATED
+from pgolf_fast.ops.xsa_attention import documents_of
 from pgolf_fast.ops.xsa_output import _op_by_op
 
 
@@ -25,8 +26,9 @@ def cases(device):
         qkv = torch.randn(batch, m // batch, HEADS + 2 * KV_HEADS, HEAD_DIM, device=device).bfloat16()
         q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=2)
         gate = torch.rand(batch, m // batch, HEADS, device=device).bfloat16() if gated else None
-        forward = ops.xsa_attention_fwd(q, k, v, gate, starts, SEQUENCE, True, scale)
-        arguments = (d_projected, weight, q, k, v, gate, *forward, starts, SEQUENCE, True, scale)
+        where = documents_of(starts, m // batch, HEADS // KV_HEADS)
+        forward = ops.xsa_attention_fwd(q, k, v, gate, where, True, scale)
+        arguments = (d_projected, weight, q, k, v, gate, *forward, where, True, scale)
         contestants = {
             "ours": lambda i, a=arguments: ops.xsa_output_bwd(*a),
             "two ops": lambda i, a=arguments: _op_by_op(*a),

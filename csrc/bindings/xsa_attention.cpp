@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "bindings/checks.h"
+#include "bindings/xsa_checks.h"
 #include "kernels/qkv.h"
 
 namespace pgolf {
@@ -32,35 +32,45 @@ GateRows gate_rows(const optional<Tensor>& t, const char* argument, int64_t batc
     return {t->data_ptr(), is_bf16, t->stride(0), t->stride(1), t->stride(2)};
 }
 
-XsaPlan plan_rows(const Tensor& t, const char* argument, const XsaAttentionParams& p, int tokens_per_block) {
-    if (p.cu_seqlens == nullptr) return {nullptr, tokens_per_block};
-    check(t, argument, ScalarType::Int, {-1, 4});
-    check_contiguous(t, argument);
-    check_aligned(t, argument);
-    STD_TORCH_CHECK(t.size(0) >= xsa_plan_capacity(p.tokens, p.documents, tokens_per_block), argument, ": too short");
-    return {static_cast<int4*>(t.data_ptr()), tokens_per_block};
+XsaPlan plan_of(const optional<Tensor>& t, const char* argument, int64_t tokens, int64_t documents, int tokens_per_block) {
+    if (!t) return {nullptr, 0, tokens_per_block};
+    check(*t, argument, ScalarType::Int, {-1, 4});
+    check_contiguous(*t, argument);
+    check_aligned(*t, argument);
+    const bool fits = t->size(0) >= xsa_plan_capacity(tokens, documents, tokens_per_block);
+    STD_TORCH_CHECK(fits, argument, ": too short for ", tokens, " tokens and ", documents, " documents");
+    return {static_cast<int4*>(t->data_ptr()), row_count(t->size(0), argument), tokens_per_block};
+}
+
+void plan(Tensor cu_seqlens, Tensor queries, Tensor keys, Tensor places, int64_t queries_per_block) {
+    XsaPlanParams p{};
+    const int64_t tokens = places.size(0), documents = cu_seqlens.size(0) - 1;
+    STD_TORCH_CHECK(tokens > 0 && tokens < (1 << 30), "places: expected 1 to 2^30 tokens, got ", tokens);
+    STD_TORCH_CHECK(documents >= 0, "cu_seqlens: expected [documents + 1], got an empty list");
+    STD_TORCH_CHECK(queries_per_block == kXsaTile || queries_per_block == 2 * kXsaTile, "queries_per_block: expected one tile or two");
+    check(cu_seqlens, "cu_seqlens", ScalarType::Int, {-1});
+    check_contiguous(cu_seqlens, "cu_seqlens");
+    p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());
+    p.documents = row_count(documents, "cu_seqlens"), p.tokens = int(tokens);
+    p.queries = plan_of(queries, "queries", tokens, documents, int(queries_per_block));
+    p.keys = plan_of(keys, "keys", tokens, documents, kXsaKeysPerBlock);
+    p.places = places_of(places, tokens);
+    OnDeviceOf device(cu_seqlens);
+    check_launch(xsa_attention_plan(p, device.stream), "xsa_attention_plan");
 }
 
 XsaAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& gate,
-                          const optional<Tensor>& cu_seqlens, const Tensor& out, const Tensor& lse, const Tensor& own, const Tensor& plan,
-                          bool xsa, double scale) {
+                          const optional<Tensor>& plan, const Tensor& out, const Tensor& lse, const Tensor& own, bool xsa, double scale) {
     const int64_t batch = q.size(0), queries = q.size(1), tokens = k.size(1), q_heads = q.size(2), kv_heads = k.size(2);
     STD_TORCH_CHECK(batch > 0 && batch <= 65535 && tokens > 0 && tokens < (1 << 30), "q: expected 1 to 65535 rows of 1 to 2^30 tokens");
     STD_TORCH_CHECK(kv_heads > 0 && q_heads % kv_heads == 0 && q_heads <= 65535, "q: its heads are not a multiple of k's, or over 65535");
     STD_TORCH_CHECK(queries > 0 && queries <= tokens, "q: expected 1 to ", tokens, " tokens, got ", queries);
-    STD_TORCH_CHECK(queries == tokens || !cu_seqlens, "q: fewer tokens than k with cu_seqlens");
+    STD_TORCH_CHECK(!plan || (batch == 1 && queries == tokens), "plan: goes with a batch of one row, of as many queries as keys");
     STD_TORCH_CHECK(scale > 0, "scale: expected > 0");
     XsaAttentionParams p{};
     p.batch = int(batch), p.tokens = int(tokens), p.q_heads = int(q_heads), p.kv_heads = int(kv_heads);
     p.prefix = int(tokens - queries), p.scale = float(scale), p.xsa = xsa;
-    if (cu_seqlens) {
-        check(*cu_seqlens, "cu_seqlens", ScalarType::Int, {-1});
-        check_contiguous(*cu_seqlens, "cu_seqlens");
-        STD_TORCH_CHECK(batch == 1 && cu_seqlens->size(0) > 0, "cu_seqlens: expected [documents + 1], of a batch of one row");
-        p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
-        p.documents = int(cu_seqlens->size(0)) - 1;
-    }
-    p.queries = plan_rows(plan, "plan", p, xsa_queries_per_block(p.q_heads, p.kv_heads));
+    p.queries = plan_of(plan, "plan", tokens, 0, xsa_queries_per_block(p.q_heads, p.kv_heads));
     p.q = head_rows(q, "q", batch, queries, q_heads);
     p.k = head_rows(k, "k", batch, tokens, kv_heads);
     p.v = head_rows(v, "v", batch, tokens, kv_heads);
@@ -71,22 +81,24 @@ XsaAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, con
     return p;
 }
 
-void fwd(Tensor q, Tensor k, Tensor v, optional<Tensor> gate, optional<Tensor> cu_seqlens, Tensor out, Tensor lse, Tensor own, Tensor plan,
-         bool xsa, double scale) {
-    const XsaAttentionParams p = params(q, k, v, gate, cu_seqlens, out, lse, own, plan, xsa, scale);
+void fwd(Tensor q, Tensor k, Tensor v, optional<Tensor> gate, optional<Tensor> plan, Tensor out, Tensor lse, Tensor own, bool xsa,
+         double scale) {
+    const XsaAttentionParams p = params(q, k, v, gate, plan, out, lse, own, xsa, scale);
     OnDeviceOf device(q);
     check_launch(xsa_attention_fwd(p, device.stream), "xsa_attention_fwd");
 }
 
 void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tensor> gate, Tensor out, Tensor lse, Tensor own,
-         optional<Tensor> cu_seqlens, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats, Tensor plan,
-         Tensor plan_keys, optional<Tensor> rstd, optional<Tensor> gain, optional<Tensor> cos, optional<Tensor> sin, optional<Tensor> dgain,
-         bool xsa, double scale) {
+         optional<Tensor> plan, optional<Tensor> plan_keys, optional<Tensor> places, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate,
+         Tensor dy, Tensor stats, optional<Tensor> rstd, optional<Tensor> gain, optional<Tensor> cos, optional<Tensor> sin,
+         optional<Tensor> dgain, bool xsa, double scale) {
     XsaAttentionBwdParams p{};
     XsaAttentionParams& f = p.fwd;
-    f = params(q, k, v, gate, cu_seqlens, out, lse, own, plan, xsa, scale);
+    f = params(q, k, v, gate, plan, out, lse, own, xsa, scale);
     STD_TORCH_CHECK(f.prefix == 0, "q: the backward needs as many tokens as k has");
-    p.keys = plan_rows(plan_keys, "plan_keys", f, kXsaKeysPerBlock);
+    STD_TORCH_CHECK(plan.has_value() == plan_keys.has_value() && plan.has_value() == places.has_value(), "plan_keys, places: go with plan");
+    p.keys = plan_of(plan_keys, "plan_keys", f.tokens, 0, kXsaKeysPerBlock);
+    p.places = places_of(places, f.tokens);
     if (grad_out) p.grad_out = head_rows(*grad_out, "grad_out", f.batch, f.tokens, f.q_heads);
     p.dq = head_rows(dq, "dq", f.batch, f.tokens, f.q_heads);
     p.dk = head_rows(dk, "dk", f.batch, f.tokens, f.kv_heads);
@@ -105,7 +117,7 @@ void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tenso
     p.dgate = gate_rows(dgate, "dgate", f.batch, f.tokens, f.q_heads);
     p.dy = head_rows(dy, "dy", f.batch, f.tokens, f.q_heads);
     p.stats_width = stats.size(-1);
-    STD_TORCH_CHECK(p.stats_width % 4 == 0 && p.stats_width >= f.tokens + 4 * f.documents, "stats: too narrow");
+    STD_TORCH_CHECK(p.stats_width % 4 == 0 && p.stats_width >= f.tokens + 4 * int64_t(p.keys.capacity), "stats: too narrow");
     p.stats = floats(stats, "stats", {int64_t(f.batch) * f.q_heads, 2, p.stats_width});
     OnDeviceOf device(q);
     check_launch(xsa_attention_bwd(p, device.stream), "xsa_attention_bwd");
@@ -116,15 +128,17 @@ void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def(
-        "xsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) own,"
-        " Tensor(d!) plan, bool xsa, float scale) -> ()");
+        "xsa_attention_plan(Tensor cu_seqlens, Tensor(a!) queries, Tensor(b!) keys, Tensor(c!) places, int queries_per_block) -> ()");
+    m.def(
+        "xsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? plan, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) own,"
+        " bool xsa, float scale) -> ()");
     m.def(
         "xsa_attention_bwd(Tensor? grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
-        " Tensor? cu_seqlens, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy, Tensor(f!) stats,"
-        " Tensor(g!) plan, Tensor(h!) plan_keys, Tensor? rstd, Tensor? gain, Tensor? cos, Tensor? sin, Tensor(i!)? dgain, bool xsa,"
-        " float scale) -> ()");
+        " Tensor? plan, Tensor? plan_keys, Tensor? places, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy,"
+        " Tensor(f!) stats, Tensor? rstd, Tensor? gain, Tensor? cos, Tensor? sin, Tensor(g!)? dgain, bool xsa, float scale) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) {
+    m.impl("xsa_attention_plan", TORCH_BOX(&pgolf::plan));
     m.impl("xsa_attention_fwd", TORCH_BOX(&pgolf::fwd));
     m.impl("xsa_attention_bwd", TORCH_BOX(&pgolf::bwd));
 }

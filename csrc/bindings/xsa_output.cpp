@@ -1,8 +1,7 @@
 // Registers the backward of the attention's output projection: check, fill the params, launch.
 #include "kernels/xsa_output.h"
 
-#include "bindings/checks.h"
-#include "kernels/xsa_attention.h"
+#include "bindings/xsa_checks.h"
 
 namespace pgolf {
 namespace {
@@ -19,8 +18,7 @@ __nv_bfloat16* head_matrix(const Tensor& t, const char* argument, const XsaOutpu
 }
 
 void bwd(Tensor d_projected, Tensor weight, Tensor out, Tensor v, optional<Tensor> gate, Tensor lse, Tensor own,
-         optional<Tensor> cu_seqlens, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats,
-         optional<Tensor> places, bool xsa) {
+         optional<Tensor> places, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats, bool xsa) {
     const int64_t batch = out.size(0), tokens = out.size(1), q_heads = out.size(2), kv_heads = v.size(2), width = weight.size(0);
     STD_TORCH_CHECK(q_heads == kXsaOutputGroup * kv_heads, "v: expected half as many heads as out");
     row_count(batch * tokens, "out");
@@ -45,18 +43,9 @@ void bwd(Tensor d_projected, Tensor weight, Tensor out, Tensor v, optional<Tenso
     }
     p.lse = floats(lse, "lse", {batch, q_heads, tokens});
     p.own = floats(own, "own", {batch, q_heads, tokens});
-    if (cu_seqlens) {
-        check(*cu_seqlens, "cu_seqlens", ScalarType::Int, {-1});
-        check_contiguous(*cu_seqlens, "cu_seqlens");
-        p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->data_ptr());
-        p.documents = int(cu_seqlens->size(0)) - 1;
-        STD_TORCH_CHECK(batch == 1 && places.has_value(), "places: goes with cu_seqlens, of one row");
-        check(*places, "places", ScalarType::Int, {tokens});
-        check_contiguous(*places, "places");
-        p.places = static_cast<int32_t*>(places->data_ptr());
-    }
+    p.places = places_of(places, batch * tokens);
     p.stats_width = stats.size(-1);
-    STD_TORCH_CHECK(p.stats_width % 4 == 0 && p.stats_width >= tokens + 4 * p.documents, "stats: too narrow");
+    STD_TORCH_CHECK(p.stats_width % 4 == 0 && p.stats_width >= tokens, "stats: too narrow");
     p.stats = floats(stats, "stats", {batch * q_heads, 2, p.stats_width});
     OnDeviceOf here(out);
     check_launch(xsa_output_bwd(p, here.stream), "xsa_output_bwd");
@@ -67,8 +56,7 @@ void bwd(Tensor d_projected, Tensor weight, Tensor out, Tensor v, optional<Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf_fast_sm90, m) {
     m.def(
-        "xsa_output_bwd(Tensor d_projected, Tensor weight, Tensor out, Tensor v, Tensor? gate, Tensor lse, Tensor own, Tensor? cu_seqlens, "
-        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy, Tensor(f!) stats, Tensor(g!)? places, bool xsa)"
-        " -> ()");
+        "xsa_output_bwd(Tensor d_projected, Tensor weight, Tensor out, Tensor v, Tensor? gate, Tensor lse, Tensor own, Tensor? places, "
+        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dgate, Tensor(e!) dy, Tensor(f!) stats, bool xsa) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(pgolf_fast_sm90, CUDA, m) { m.impl("xsa_output_bwd", TORCH_BOX(&pgolf::bwd)); }

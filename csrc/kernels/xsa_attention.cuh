@@ -27,6 +27,12 @@ inline cudaError_t allow_shared(const void* kernel, int bytes) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
+// Tiles reach past a document's end into places that no token has: they must hold numbers. `rows` of two times `width` each.
+inline cudaError_t clear_unused_stats(float* stats, int rows, int64_t width, int tokens, cudaStream_t stream) {
+    if (width == tokens) return cudaSuccess;  // a dense batch that leaves no gap
+    return cudaMemsetAsync(stats, 0, sizeof(float) * rows * 2 * width, stream);
+}
+
 // ---- which tokens ----------------------------------------------------------------------------------
 
 // The same value in every lane of a warp, told to the compiler, which then keeps it and addresses made of it in uniform registers.
@@ -155,7 +161,7 @@ constexpr int kStages = 4;  // key and value tiles in flight
 
 inline dim3 query_grid(const XsaAttentionParams& p) {
     const int per_block = p.queries.tokens_per_block, heads_per_block = per_block == kTile ? 2 : 1;
-    if (p.cu_seqlens != nullptr) return dim3(xsa_plan_capacity(p.tokens, p.documents, per_block) - 1, p.q_heads / heads_per_block, 1);
+    if (p.queries.entries != nullptr) return dim3(p.queries.capacity - 1, p.q_heads / heads_per_block, 1);
     return dim3((p.tokens + per_block - 1) / per_block - p.prefix / per_block, p.q_heads / heads_per_block, p.batch);
 }
 

@@ -37,15 +37,21 @@ struct GateRows {
     int64_t batch_stride, token_stride, head_stride;
 };
 
-// Work list of packed documents: plan[0] = {entries, end of the last document, -, -}, then {start, length, index, document} of
+// Work list of packed documents: entries[0] = {entries, end of the last document, -, -}, then {start, length, index, document} of
 // every block of `tokens_per_block` tokens, all blocks of one document together, longest document first.
 struct XsaPlan {
-    int4* entries;  // room for xsa_plan_capacity; null for a dense batch
+    int4* entries;  // null for a dense batch
+    int capacity;   // at least xsa_plan_capacity
     int tokens_per_block;
 };
 inline int64_t xsa_plan_capacity(int64_t tokens, int64_t documents, int tokens_per_block) {
     return tokens / tokens_per_block + documents + 2;
 }
+
+// Where a token's document starts and where its stats lie (stats_place); both negative for a token after the last document.
+struct XsaPlace {
+    int start, stats;
+};
 
 // Queries of one block of the forward and of the dq kernel: one tile of two heads, or two tiles of one head where a group's
 // number of heads is odd.
@@ -56,10 +62,7 @@ struct XsaAttentionParams {
     int prefix;                // tokens without a query: q, gate, out, lse and own begin after them. Forward of a dense batch only
     float scale;               // > 0
     bool xsa;
-    const int32_t* cu_seqlens; // [documents + 1], or null: every row of the batch is one sequence. NOTE: ascending from 0 to
-                               // at most `tokens`; nothing checks it, and with another list plan and stats are written out of bounds
-    int documents;
-    XsaPlan queries;           // scratch
+    XsaPlan queries;           // without entries every row of the batch is one sequence
     HeadRows q, k, v;
     GateRows gate;
     HeadRows out;
@@ -82,7 +85,8 @@ struct XsaRaw {
 //   dy = dz - e v,   dv += -(e z + own dy),   delta = rowsum(dy y),   dgate = rowsum(dout out) / gate
 struct XsaAttentionBwdParams {
     XsaAttentionParams fwd;    // as given to the forward; out, lse and own are inputs now
-    XsaPlan keys;              // scratch
+    XsaPlan keys;
+    const XsaPlace* places;    // [tokens], or null for a dense batch
     HeadRows grad_out;         // data null: dy, stats, dgate and dv's direct part have been written (xsa_output.h)
     HeadRows dq, dk, dv;
     XsaRaw raw;
@@ -93,7 +97,15 @@ struct XsaAttentionBwdParams {
 };
 cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t stream);
 
-// Fills plan.entries. `last_first`: the blocks of a document in descending order.
-cudaError_t xsa_attention_plan(const int32_t* cu_seqlens, int documents, const XsaPlan& plan, bool last_first, cudaStream_t stream);
+// What the kernels above need to know of packed documents, made on the device: no host ever reads cu_seqlens. Any list is harmless:
+// it counts as starting at 0, entries beyond `tokens` as `tokens`, and those below an earlier one as that one.
+struct XsaPlanParams {
+    const int32_t* cu_seqlens;  // [documents + 1]
+    int documents, tokens;
+    XsaPlan queries;            // entries are written: the blocks of a document last first
+    XsaPlan keys;               // the same, first first
+    XsaPlace* places;           // [tokens], written
+};
+cudaError_t xsa_attention_plan(const XsaPlanParams& p, cudaStream_t stream);
 
 }  // namespace pgolf

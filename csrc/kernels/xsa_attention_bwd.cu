@@ -29,22 +29,6 @@ __device__ inline float dot(const Eight& a, const Eight& b) {
     return row_sum(sum);
 }
 
-// Where a token's sequence starts and where its stats lie; start is negative for a token after the last document.
-struct Place {
-    int start, stats;
-};
-__device__ inline Place find_place(const XsaAttentionParams& f, int token) {
-    if (f.cu_seqlens == nullptr) return {0, token};
-    if (f.documents == 0 || token >= f.cu_seqlens[f.documents]) return {-1, 0};
-    int document = 0;
-    for (int end = f.documents; end - document > 1;) {
-        const int middle = (document + end) / 2;
-        (f.cu_seqlens[middle] <= token ? document : end) = middle;
-    }
-    const int start = f.cu_seqlens[document];
-    return {start, stats_place(start, document) + token - start};
-}
-
 // This lane's part of dout . y, from the scores up: for a gate of exactly 0, whose out tells nothing about y. Slow and rare.
 __device__ inline float recomputed_dot(const XsaAttentionBwdParams& p, int batch, int start, int token, int head, int kv_head, int lane,
                                        float lse) {
@@ -89,7 +73,7 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
     };
     const uint4 packed_v = __ldg(row_chunk(f.v, batch, token, kv_head, chunk));
     HeadInput next = fetch(kv_head * group);
-    const Place place = find_place(f, token);
+    const XsaPlace place = p.places != nullptr ? p.places[token] : XsaPlace{0, token};
     const bool live = exists && place.start >= 0;
     const uint4 zeros = make_uint4(0, 0, 0, 0);
     const uint32_t mask = live ? 0xffffffffu : 0u;
@@ -503,26 +487,19 @@ cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t strea
     if (status == cudaSuccess) status = tile_map(&map_k, f.k, f.kv_heads, f.tokens, f.batch);
     if (status == cudaSuccess) status = tile_map(&map_v, f.v, f.kv_heads, f.tokens, f.batch);
     if (status == cudaSuccess) status = stats_map(&map_stats, p.stats, f.batch * f.q_heads, p.stats_width);
-    if (status == cudaSuccess && f.cu_seqlens != nullptr) {
-        status = xsa_attention_plan(f.cu_seqlens, f.documents, f.queries, true, stream);
-        if (status == cudaSuccess) status = xsa_attention_plan(f.cu_seqlens, f.documents, p.keys, false, stream);
-    }
     constexpr int kQueryShared = 1024 + (2 * kConsumers + 2 * kStages) * kTileBytes;
     if (status == cudaSuccess) status = allow_shared(reinterpret_cast<const void*>(xsa_attention_dkdv_kernel), kKeyShared);
     if (status == cudaSuccess) status = allow_shared(reinterpret_cast<const void*>(xsa_attention_dq_kernel), kQueryShared);
     if (status != cudaSuccess) return status;
 
     if (p.grad_out.data != nullptr) {
-        // Tiles reach past a document's end into places that no token has: they must hold numbers.
-        status = cudaMemsetAsync(p.stats, 0, sizeof(float) * f.batch * f.q_heads * 2 * p.stats_width, stream);
-        if (status != cudaSuccess) return status;
+        if (status = clear_unused_stats(p.stats, f.batch * f.q_heads, p.stats_width, f.tokens, stream); status != cudaSuccess) return status;
         constexpr int kRows = kPrepareThreads / kRowLanes;
         xsa_attention_prepare_kernel<<<dim3((f.tokens + kRows - 1) / kRows, f.kv_heads, f.batch), kPrepareThreads, 0, stream>>>(p);
     }
-    const int key_blocks = f.cu_seqlens != nullptr ? xsa_plan_capacity(f.tokens, f.documents, kXsaKeysPerBlock) - 1
-                                                   : (f.tokens + kXsaKeysPerBlock - 1) / kXsaKeysPerBlock;
-    const int batches = f.cu_seqlens != nullptr ? 1 : f.batch;
-    const dim3 key_grid(key_blocks, f.kv_heads, batches);
+    const bool packed = p.keys.entries != nullptr;
+    const int key_blocks = packed ? p.keys.capacity - 1 : (f.tokens + kXsaKeysPerBlock - 1) / kXsaKeysPerBlock;
+    const dim3 key_grid(key_blocks, f.kv_heads, f.batch);
     xsa_attention_dkdv_kernel<<<key_grid, kKeyThreads, kKeyShared, stream>>>(map_q, map_dy, map_k, map_v, map_stats, p);
     if (cudaError_t launched = cudaGetLastError(); launched != cudaSuccess) return launched;
     cudaLaunchAttribute overlap{cudaLaunchAttributeProgrammaticStreamSerialization};

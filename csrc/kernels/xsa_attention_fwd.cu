@@ -236,7 +236,6 @@ cudaError_t xsa_attention_fwd(const XsaAttentionParams& p, cudaStream_t stream) 
     cudaError_t status = tile_map(&map_q, p.q, p.q_heads, p.tokens - p.prefix, p.batch);
     if (status == cudaSuccess) status = tile_map(&map_k, p.k, p.kv_heads, p.tokens, p.batch);
     if (status == cudaSuccess) status = tile_map(&map_v, p.v, p.kv_heads, p.tokens, p.batch);
-    if (status == cudaSuccess && p.cu_seqlens != nullptr) status = xsa_attention_plan(p.cu_seqlens, p.documents, p.queries, true, stream);
     constexpr int kShared = 1024 + (kConsumers + 2 * kStages) * kTileBytes;
     if (status == cudaSuccess) status = allow_shared(reinterpret_cast<const void*>(xsa_attention_fwd_kernel), kShared);
     if (status != cudaSuccess) return status;

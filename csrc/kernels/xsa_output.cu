@@ -19,23 +19,6 @@ __device__ __forceinline__ void quad_sum(float (&sums)[2][2]) {
     for (int i = 0; i < 4; ++i) sums[i / 2][i % 2] = xsa::quad_sum(sums[i / 2][i % 2]);
 }
 
-// Place of every token in a row of stats; negative after the last document.
-__global__ void places_kernel(const XsaOutputBwdParams p) {
-    const int token = blockIdx.x * blockDim.x + threadIdx.x;
-    if (token >= p.tokens) return;
-    int place = -1;
-    if (p.documents > 0 && token < p.cu_seqlens[p.documents]) {
-        int document = 0;
-        for (int end = p.documents; end - document > 1;) {
-            const int middle = (document + end) / 2;
-            (p.cu_seqlens[middle] <= token ? document : end) = middle;
-        }
-        const int start = p.cu_seqlens[document];
-        place = xsa::stats_place(start, document) + token - start;
-    }
-    p.places[token] = place;
-}
-
 // A tile is the two query heads of a key head; out is its auxiliary tile and becomes dy, v its side block and becomes dv.
 struct OutputBackward : gemm::PlainOp {
     static constexpr int kBlockN = kXsaOutputGroup * kHead, kAMajor = wgmma::kMajorK, kBMajor = wgmma::kMajorMN;
@@ -63,7 +46,7 @@ struct OutputBackward : gemm::PlainOp {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = min(first_row + 8 * r, m - 1), batch = p.batch == 1 ? 0 : row / p.tokens, token = row - batch * p.tokens;
-            f.place[r] = p.places != nullptr ? __ldg(p.places + row) : token;
+            f.place[r] = p.places != nullptr ? __ldg(&p.places[row].stats) : token;
             f.batch[r] = batch;
             const int stat = batch * p.q_heads + head;  // first head's row of own and lse
             f.gates[r] = p.gate != nullptr ? __ldg(reinterpret_cast<const unsigned*>(p.gate + int64_t(row) * p.q_heads + head))
@@ -215,14 +198,10 @@ struct OutputBackward : gemm::PlainOp {
 cudaError_t xsa_output_bwd(const XsaOutputBwdParams& p, cudaStream_t stream) {
     const int m = p.batch * p.tokens, columns = p.q_heads * kHead, kv_columns = columns / kXsaOutputGroup;
     if (m == 0) return cudaSuccess;
-    // The attention's tiles reach past a document's end into places that no token has: they must hold numbers.
-    cudaError_t status = cudaMemsetAsync(p.stats, 0, sizeof(float) * p.batch * p.q_heads * 2 * p.stats_width, stream);
+    const cudaError_t status = xsa::clear_unused_stats(p.stats, p.batch * p.q_heads, p.stats_width, p.tokens, stream);
     if (status != cudaSuccess) return status;
-    if (p.cu_seqlens != nullptr) places_kernel<<<(p.tokens + 255) / 256, 256, 0, stream>>>(p);
-    XsaOutputBwdParams arguments = p;
-    if (p.cu_seqlens == nullptr) arguments.places = nullptr;
     const gemm::Side side{p.v, p.dv, kv_columns, p.v_stride, p.gradient_stride};
-    return gemm::launch<OutputBackward>(p.d_projected, p.weight, p.dy, p.out, {m, columns, p.width}, stream, arguments, side);
+    return gemm::launch<OutputBackward>(p.d_projected, p.weight, p.dy, p.out, {m, columns, p.width}, stream, p, side);
 }
 
 }  // namespace pgolf

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "kernels/xsa_attention.h"
+
 namespace pgolf {
 
 constexpr int kXsaOutputGroup = 2;  // query heads of a key head: the two of a tile
@@ -24,15 +26,14 @@ struct XsaOutputBwdParams {
     const __nv_bfloat16* v;            // [M, kv_heads 64]
     const __nv_bfloat16* gate;         // [M, q_heads], or null
     const float *lse, *own;            // [batch, q_heads, tokens]
-    const int32_t* cu_seqlens;         // [documents + 1], or null
+    const XsaPlace* places;            // [M], or null for a dense batch
     __nv_bfloat16* dy;                 // [M, q_heads 64]
     __nv_bfloat16 *dq, *dk;            // [M, heads 64]; only tokens after the last document are written: zeros
     __nv_bfloat16* dv;                 // [M, kv_heads 64]
     __nv_bfloat16* dgate;              // [M, q_heads], with gate
     float* stats;                      // as in XsaAttentionBwdParams, all of it is written
-    int32_t* places;                   // scratch [M], with cu_seqlens
     int64_t v_stride, gradient_stride, stats_width;
-    int batch, tokens, width, q_heads, documents;
+    int batch, tokens, width, q_heads;
     bool xsa;
 };
 

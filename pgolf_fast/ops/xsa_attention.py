@@ -11,6 +11,7 @@ both orthogonal to v, rowsum(dy * y) = rowsum(dz * z).
 Query head h reads KV head h // (Hq / Hk). Packed documents: B = 1, document i
 is the tokens [cu_seqlens[i], cu_seqlens[i + 1]); tokens after the last entry
 give 0; documents of length 0 are allowed, so a list can be padded to a fixed length.
+The ops take what `documents_of` makes of such a list, once for all layers.
 
 A q shorter than k and v holds the last positions of its row: their attention to all that came before, forward only.
 """
@@ -26,11 +27,16 @@ from pgolf_fast.ops._library import accumulation_dtype, library, require, requir
 EPSILON = 1e-12
 
 
-def _documents(k, cu_seqlens):
+def _ascending(cu_seqlens, tokens):
+    """As the kernels take any list, so that none is harmful: from 0, never descending, up to `tokens`."""
+    return F.pad(cu_seqlens[1:].clamp(0, tokens).cummax(0).values, (1, 0))
+
+
+def _sequences(k, cu_seqlens):
     """(row of the batch, its tokens) of every document."""
     if cu_seqlens is None:
         return [(b, slice(0, k.shape[1])) for b in range(k.shape[0])]
-    ends = cu_seqlens.tolist()
+    ends = _ascending(cu_seqlens, k.shape[1]).tolist()
     return [(0, slice(start, end)) for start, end in zip(ends, ends[1:]) if end > start]
 
 
@@ -59,7 +65,7 @@ def xsa_attention_ref(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None,
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[2] // k.shape[2]
     rows = [torch.zeros_like(q[b]) for b in range(q.shape[0])]
-    for b, tokens in _documents(k, cu_seqlens):
+    for b, tokens in _sequences(k, cu_seqlens):
         qh, kh, vh = _heads_first(q[b, tokens]), _heads_first(k[b, tokens], group), _heads_first(v[b, tokens], group)
         y, _, _ = _attend(qh, kh, vh, scale)
         vh = vh[:, -y.shape[1] :]
@@ -70,30 +76,45 @@ def xsa_attention_ref(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None,
     return torch.stack(rows)
 
 
+# What the ops below need to know of packed documents: the kernels' lists of blocks and places of tokens; on a CPU the list itself.
+# group: Hq / Hk
+library.define("xsa_attention_plan(Tensor cu_seqlens, int tokens, int group) -> Tensor[]")
+
+# documents: of xsa_attention_plan; empty: every row of the batch is one.
 # out [B, T, Hq, D]; lse and own [B, Hq, T] float32 (float64 for float64 input), what the backward needs.
 library.define(
-    "xsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor? cu_seqlens, int max_seqlen, bool xsa, float scale)"
+    "xsa_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor[] documents, bool xsa, float scale)"
     " -> (Tensor out, Tensor lse, Tensor own)"
 )
 library.define(
     "xsa_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
-    " Tensor? cu_seqlens, int max_seqlen, bool xsa, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
+    " Tensor[] documents, bool xsa, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate)"
 )
 
 # The same with the gradients side by side, dqkv [B, T, Hq + 2 Hk, D].
 library.define(
     "xsa_attention_bwd_packed(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
-    " Tensor? cu_seqlens, int max_seqlen, bool xsa, float scale) -> (Tensor dqkv, Tensor dgate)"
+    " Tensor[] documents, bool xsa, float scale) -> (Tensor dqkv, Tensor dgate)"
 )
 
 
+def documents_of(cu_seqlens, tokens, group):
+    """What the ops take for `cu_seqlens`, int32 [documents + 1] or None."""
+    return [] if cu_seqlens is None else torch.ops.pgolf_fast.xsa_attention_plan(cu_seqlens, tokens, group)
+
+
+@torch.library.impl(library, "xsa_attention_plan", "CPU")
+def _plan_cpu(cu_seqlens, tokens, group):
+    return [cu_seqlens.clone()]
+
+
 @torch.library.impl(library, "xsa_attention_fwd", "CPU")
-def _fwd_cpu(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
+def _fwd_cpu(q, k, v, gate, documents, xsa, scale):
     group = q.shape[2] // k.shape[2]
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulation_dtype(q.dtype))
     own = torch.zeros_like(lse)
-    for b, tokens in _documents(k, cu_seqlens):
+    for b, tokens in _sequences(k, *(documents or [None])):
         qh, kh, vh = _heads_first(q[b, tokens]), _heads_first(k[b, tokens], group), _heads_first(v[b, tokens], group)
         y, _, lse[b, :, tokens] = _attend(qh, kh, vh, scale)
         if xsa:
@@ -108,7 +129,7 @@ def _fwd_cpu(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
 
 
 @torch.library.impl(library, "xsa_attention_bwd", "CPU")
-def _bwd_cpu(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+def _bwd_cpu(grad_out, q, k, v, gate, out, lse, own, documents, xsa, scale):
     group = q.shape[2] // k.shape[2]
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
     dgate = torch.zeros(gate.shape, dtype=gate.dtype) if gate is not None else q.new_empty(0)
@@ -116,7 +137,7 @@ def _bwd_cpu(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa
     def per_kv_head(x):  # [Hq, T, D] to [T, Hk, D], summed over the group
         return x.view(-1, group, *x.shape[1:]).sum(1).transpose(0, 1)
 
-    for b, rows in _documents(k, cu_seqlens):
+    for b, rows in _sequences(k, *(documents or [None])):
         qh, kh, vh = _heads_first(q[b, rows]), _heads_first(k[b, rows], group), _heads_first(v[b, rows], group)
         y, p, _ = _attend(qh, kh, vh, scale)
         dz = _heads_first(grad_out[b, rows])
@@ -156,104 +177,108 @@ def _kernel_rows(x, argument):
     return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
-def _kernel_inputs(q, k, v, gate, cu_seqlens):
+def _kernel_inputs(q, k, v, gate):
     if gate is not None:
         require_dtype(gate, "gate", (torch.bfloat16, torch.float32))
-    rows = (_kernel_rows(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
-    return *rows, None if cu_seqlens is None else cu_seqlens.contiguous()
+    return [_kernel_rows(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
 
 
-def _plan_space(q, cu_seqlens, tokens_per_block):
-    """Room for the list of blocks that the kernels make of the documents."""
-    entries = 0 if cu_seqlens is None else q.shape[1] // tokens_per_block + cu_seqlens.shape[0] + 1
-    return torch.empty((entries, 4), dtype=torch.int32, device=q.device)
+def _plan_space(cu_seqlens, tokens, group):
+    """The blocks of queries and of keys, and every token's place."""
+    queries_per_block = 64 if group % 2 == 0 else 128  # xsa_queries_per_block
+    entries = [tokens // per_block + cu_seqlens.shape[0] + 1 for per_block in (queries_per_block, KEYS_PER_BLOCK)]  # xsa_plan_capacity
+    return [*(cu_seqlens.new_empty(n, 4) for n in entries), cu_seqlens.new_empty(tokens, 2)], queries_per_block
 
 
-def _queries_per_block(q, k):
-    return 64 if q.shape[2] // k.shape[2] % 2 == 0 else 128  # xsa_queries_per_block
+@torch.library.impl(library, "xsa_attention_plan", "CUDA")
+def _plan_cuda(cu_seqlens, tokens, group):
+    plan, queries_per_block = _plan_space(cu_seqlens, tokens, group)
+    torch.ops.pgolf_fast_sm90.xsa_attention_plan(cu_seqlens.contiguous(), *plan, queries_per_block)
+    return plan
 
 
 @torch.library.impl(library, "xsa_attention_fwd", "CUDA")
-def _fwd_cuda(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
-    q, k, v, cu_seqlens = _kernel_inputs(q, k, v, gate, cu_seqlens)
+def _fwd_cuda(q, k, v, gate, documents, xsa, scale):
+    q, k, v = _kernel_inputs(q, k, v, gate)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     own = torch.empty_like(lse)
-    plan = _plan_space(q, cu_seqlens, _queries_per_block(q, k))
-    torch.ops.pgolf_fast_sm90.xsa_attention_fwd(q, k, v, gate, cu_seqlens, out, lse, own, plan, xsa, scale)
+    queries = documents[0] if documents else None
+    torch.ops.pgolf_fast_sm90.xsa_attention_fwd(q, k, v, gate, queries, out, lse, own, xsa, scale)
     return out, lse, own
 
 
 @torch.library.impl(library, "xsa_attention_bwd", "CUDA")
-def _bwd_cuda(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+def _bwd_cuda(grad_out, q, k, v, gate, out, lse, own, documents, xsa, scale):
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    return *gradients, _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale)
+    return *gradients, _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, documents, xsa, scale)
 
 
 @torch.library.impl(library, "xsa_attention_bwd_packed", "CUDA")
-def _bwd_packed_cuda(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+def _bwd_packed_cuda(grad_out, q, k, v, gate, out, lse, own, documents, xsa, scale):
     heads = [x.shape[2] for x in (q, k, v)]
     dqkv = q.new_empty((*q.shape[:2], sum(heads), q.shape[3]))
-    return dqkv, _bwd_into(dqkv.split(heads, dim=2), grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale)
+    return dqkv, _bwd_into(dqkv.split(heads, dim=2), grad_out, q, k, v, gate, out, lse, own, documents, xsa, scale)
 
 
-def _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale, weight=None, raw=NOT_OF_RAW):
+def _bwd_into(gradients, grad_out, q, k, v, gate, out, lse, own, documents, xsa, scale, weight=None, raw=NOT_OF_RAW):
     """Writes the gradients of q, k and v, which may be strided, and returns the gate's. With a `weight`, grad_out is that of the
     output projection, and with `raw` the gradients are those of what q and k were made from (xsa_output.py)."""
-    q, k, v, cu_seqlens = _kernel_inputs(q, k, v, gate, cu_seqlens)
+    q, k, v = _kernel_inputs(q, k, v, gate)
+    queries, keys, places = documents or (None,) * 3
     dy = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if gate is not None else None
-    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    stats_width = -(-q.shape[1] // 4) * 4 + 4 * documents
+    # Each document may leave a gap of 4; there are more blocks of keys than documents.
+    stats_width = -(-q.shape[1] // 4) * 4 + 4 * (0 if keys is None else len(keys))
     stats = torch.empty((q.shape[0] * q.shape[2], 2, stats_width), dtype=torch.float32, device=q.device)
-    plan, plan_keys = (_plan_space(q, cu_seqlens, tokens) for tokens in (_queries_per_block(q, k), KEYS_PER_BLOCK))
     if weight is None:
         grad_out = _kernel_rows(grad_out, "grad_out")
     else:
-        places = None if cu_seqlens is None else torch.empty(q.shape[1], dtype=torch.int32, device=q.device)
-        torch.ops.pgolf_fast_sm90.xsa_output_bwd(
-            grad_out, weight, out, v, gate, lse, own, cu_seqlens, *gradients, dgate, dy, stats, places, xsa
-        )
+        torch.ops.pgolf_fast_sm90.xsa_output_bwd(grad_out, weight, out, v, gate, lse, own, places, *gradients, dgate, dy, stats, xsa)
         grad_out = None
     torch.ops.pgolf_fast_sm90.xsa_attention_bwd(
-        grad_out, q, k, v, gate, out, lse, own, cu_seqlens, *gradients, dgate, dy, stats, plan, plan_keys, *raw, xsa, scale
+        grad_out, q, k, v, gate, out, lse, own, queries, keys, places, *gradients, dgate, dy, stats, *raw, xsa, scale
     )
     return dgate if dgate is not None else q.new_empty(0)
 
 
+@torch.library.register_fake(f"{_library.NAMESPACE}::xsa_attention_plan")
+def _plan_fake(cu_seqlens, tokens, group):
+    return [torch.empty_like(cu_seqlens)] if cu_seqlens.device.type == "cpu" else _plan_space(cu_seqlens, tokens, group)[0]
+
+
 @torch.library.register_fake(f"{_library.NAMESPACE}::xsa_attention_fwd")
-def _fwd_fake(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale):
+def _fwd_fake(q, k, v, gate, documents, xsa, scale):
     rows = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulation_dtype(q.dtype))
     return q.new_empty(q.shape), rows, torch.empty_like(rows)
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::xsa_attention_bwd")
-def _bwd_fake(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+def _bwd_fake(grad_out, q, k, v, gate, out, lse, own, documents, xsa, scale):
     dgate = gate.new_empty(gate.shape) if gate is not None else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dgate
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::xsa_attention_bwd_packed")
-def _bwd_packed_fake(grad_out, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale):
+def _bwd_packed_fake(grad_out, q, k, v, gate, out, lse, own, documents, xsa, scale):
     dgate = gate.new_empty(gate.shape) if gate is not None else q.new_empty(0)
     return q.new_empty((*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3])), dgate
 
 
 def _save(ctx, inputs, output):
-    q, k, v, gate, cu_seqlens, ctx.max_seqlen, ctx.xsa, ctx.scale = inputs
+    q, k, v, gate, documents, ctx.xsa, ctx.scale = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(q, k, v, gate, cu_seqlens, *output)
+    ctx.save_for_backward(q, k, v, gate, *output, *documents)
 
 
 def _backward(ctx, grad_out, *_):
-    if grad_out is None:
-        return (None,) * 8
-    q, k, v, gate, cu_seqlens, out, lse, own = ctx.saved_tensors
-    dq, dk, dv, dgate = torch.ops.pgolf_fast.xsa_attention_bwd(
-        grad_out, q, k, v, gate, out, lse, own, cu_seqlens, ctx.max_seqlen, ctx.xsa, ctx.scale
-    )
-    return dq, dk, dv, dgate if gate is not None else None, None, None, None, None
+    q, k, v, gate, out, lse, own, *documents = ctx.saved_tensors
+    dq = dk = dv = dgate = None
+    if grad_out is not None:
+        forward = q, k, v, gate, out, lse, own, documents, ctx.xsa, ctx.scale
+        dq, dk, dv, dgate = torch.ops.pgolf_fast.xsa_attention_bwd(grad_out, *forward)
+    return dq, dk, dv, dgate if gate is not None else None, [None] * len(documents), None, None
 
 
 torch.library.register_autograd(f"{_library.NAMESPACE}::xsa_attention_fwd", _backward, setup_context=_save)
@@ -270,6 +295,7 @@ def _composite(q, k, v, xsa, gate, scale, cu_seqlens, max_seqlen):
         y = y.transpose(1, 2)
     else:
         # Documents side by side in a padded batch; all shapes are known on the host, so nothing synchronises.
+        cu_seqlens = _ascending(cu_seqlens, q.shape[1])
         starts = cu_seqlens[:-1].long()
         offset = torch.arange(max_seqlen, device=q.device)
         inside = offset < (cu_seqlens[1:] - cu_seqlens[:-1])[:, None]
@@ -297,7 +323,8 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
     xsa         remove the component along the token's own value
     gate        [B, T, Hq] factor on each head's output, or None
     scale       of the scores, > 0; None is D ** -0.5
-    cu_seqlens  int32 [documents + 1], ascending from 0 to at most T, for packed documents (then B = 1)
+    cu_seqlens  int32 [documents + 1], ascending from 0 to at most T, for packed documents (then B = 1). Its values are not checked:
+                an entry counts as the largest up to it, from 0 and up to T
     max_seqlen  upper bound of the document lengths; T if not given. Only the composite path reads it.
 
     By the kernel (sm_90, D = 64; other widths take the composite): bf16, gate bf16 or float32, every element finite; nothing
@@ -333,8 +360,8 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
         return torch.zeros_like(q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     require(scale > 0, "scale", f"expected > 0, got {scale}")
-    max_seqlen = q.shape[1] if max_seqlen is None else int(max_seqlen)
     # NOTE: other head widths are those of small models; for them the composite is fast enough.
     if q.device.type == "cuda" and (q.shape[-1] != HEAD_DIM or not _library.uses_kernel("xsa_attention_fwd", q.device)):
-        return _composite(q, k, v, xsa, gate, scale, cu_seqlens, max_seqlen)
-    return torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, gate, cu_seqlens, max_seqlen, xsa, scale)[0]
+        return _composite(q, k, v, xsa, gate, scale, cu_seqlens, q.shape[1] if max_seqlen is None else int(max_seqlen))
+    documents = documents_of(cu_seqlens, q.shape[1], q.shape[2] // k.shape[2])
+    return torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, gate, documents, xsa, scale)[0]

@@ -18,14 +18,14 @@ from pgolf_fast.ops.xsa_attention import HEAD_DIM, NOT_OF_RAW, _bwd_into
 # results, as in xsa_attention_bwd_packed
 library.define(
     "xsa_output_bwd(Tensor d_projected, Tensor weight, Tensor q, Tensor k, Tensor v, Tensor? gate, Tensor out, Tensor lse, Tensor own,"
-    " Tensor? cu_seqlens, int max_seqlen, bool xsa, float scale, Tensor? rstd=None, Tensor? gain=None, Tensor? cos=None, Tensor? sin=None,"
+    " Tensor[] documents, bool xsa, float scale, Tensor? rstd=None, Tensor? gain=None, Tensor? cos=None, Tensor? sin=None,"
     " Tensor(a!)? dgain=None) -> (Tensor dqkv, Tensor dgate)"
 )
 
 
-def _op_by_op(d_projected, weight, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale, rstd=None, *source):
+def _op_by_op(d_projected, weight, q, k, v, gate, out, lse, own, documents, xsa, scale, rstd=None, *source):
     grad_out = project_backward(d_projected, weight).view(q.shape)
-    forward = q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale
+    forward = q, k, v, gate, out, lse, own, documents, xsa, scale
     dqkv, dgate = torch.ops.pgolf_fast.xsa_attention_bwd_packed(grad_out, *forward)
     if rstd is not None:
         made = torch.cat([q, k, v], dim=2).flatten(2).flatten(0, 1)
@@ -47,17 +47,17 @@ def _kernel_serves(q, k, v, gate, out, cos):
 
 
 @torch.library.impl(library, "xsa_output_bwd", "CUDA")
-def _cuda(d_projected, weight, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale, *raw):
+def _cuda(d_projected, weight, q, k, v, gate, out, lse, own, documents, xsa, scale, *raw):
     raw = raw or NOT_OF_RAW
     if not _kernel_serves(q, k, v, gate, out, raw[2]):
-        return _op_by_op(d_projected, weight, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale, *raw)
+        return _op_by_op(d_projected, weight, q, k, v, gate, out, lse, own, documents, xsa, scale, *raw)
     heads = [x.shape[2] for x in (q, k, v)]
     dqkv = q.new_empty((*q.shape[:2], sum(heads), q.shape[3]))
     gradients = dqkv.split(heads, dim=2)
-    return dqkv, _bwd_into(gradients, d_projected, q, k, v, gate, out, lse, own, cu_seqlens, xsa, scale, weight, raw)
+    return dqkv, _bwd_into(gradients, d_projected, q, k, v, gate, out, lse, own, documents, xsa, scale, weight, raw)
 
 
 @torch.library.register_fake(f"{_library.NAMESPACE}::xsa_output_bwd")
-def _fake(d_projected, weight, q, k, v, gate, out, lse, own, cu_seqlens, max_seqlen, xsa, scale, *raw):
+def _fake(d_projected, weight, q, k, v, gate, out, lse, own, documents, xsa, scale, *raw):
     dgate = gate.new_empty(gate.shape) if gate is not None else q.new_empty(0)
     return q.new_empty((*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3])), dgate

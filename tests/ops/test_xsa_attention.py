@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pgolf_fast.ops.xsa_attention import NOT_OF_RAW, _composite, xsa_attention, xsa_attention_ref
+from pgolf_fast.ops.xsa_attention import KEYS_PER_BLOCK, NOT_OF_RAW, _composite, documents_of, xsa_attention, xsa_attention_ref
 from tests.compare import assert_within, relative_error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -128,6 +128,64 @@ def test_no_document_at_all():
             assert not value.any(), name
 
 
+FAR = 2**31 - 1
+# Lists that are none, and what each counts as, of 200 tokens.
+LISTS = {
+    "past the tokens": ([0, 70, 500, FAR], [0, 70, 200, 200]),
+    "descending": ([0, 130, 65, 10, 180], [0, 130, 130, 130, 180]),
+    "from within": ([90, 120, 150], [0, 120, 150]),
+    "before the first": ([-5, -FAR, 66, -1, 80], [0, 0, 66, 66, 80]),
+    "one far entry": ([FAR], [0]),
+    "more documents than threads, up and down": ([*range(0, 3000, 2), *range(3000, 0, -1)], [*range(0, 200, 2), *[200] * 4400]),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)], ids=lambda h: f"{h[0]}to{h[1]}")
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_that_is_none_counts_as_an_ascending_one(name, heads, device):
+    q, k, v, gate, _, grad = inputs([200], heads, gate=torch.float32, device=device)
+    gate[:, ::9] = 0
+    found, expected = (
+        outcome(xsa_attention, q, k, v, gate, torch.tensor(entries, dtype=torch.int32, device=device), grad) for entries in LISTS[name]
+    )
+    for key, value in found.items():
+        assert torch.equal(value, expected[key]), key
+    ascending = torch.tensor(LISTS[name][0], dtype=torch.int32)
+    composite = _composite(*(x.cpu().float() for x in (q, k, v)), True, gate.cpu(), 0.125, ascending, 200)
+    torch.testing.assert_close(composite.bfloat16(), found["out"].cpu(), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("heads", [(8, 4), (3, 3)], ids=lambda h: f"{h[0]}to{h[1]}")
+@pytest.mark.parametrize("lengths", [[0] * 3, AWKWARD, [1] * 1500 + [70], [3, 0, 5000]], ids=["none", "awkward", "ones", "long"])
+def test_the_plan_holds_every_block_once(lengths, heads):
+    """Every document's blocks together, in order, longer documents first; and every token's place, behind those before it."""
+    tokens, group = sum(lengths) + 100, heads[0] // heads[1]
+    cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    queries, keys, places = (t.tolist() for t in documents_of(cu_seqlens, tokens, group))
+    starts = cu_seqlens.tolist()
+    for (header, *entries), per_block, last_first in ((queries, 128 if group % 2 else 64, True), (keys, KEYS_PER_BLOCK, False)):
+        found = entries[: header[0]]
+        assert header[1] == sum(lengths) and [-(-entry[1] // per_block) for entry in found] == sorted(
+            (-(-n // per_block) for n in lengths for _ in range(-(-n // per_block))), reverse=True
+        )
+        expected = {
+            d: [[starts[d], n, b, d] for b in range(-(-n // per_block))][:: -1 if last_first else 1] for d, n in enumerate(lengths) if n
+        }
+        while found:
+            blocks = expected.pop(found[0][3])
+            assert found[: len(blocks)] == blocks
+            found = found[len(blocks) :]
+        assert not expected
+    owner = [d for d, n in enumerate(lengths) for _ in range(n)]
+    assert [start for start, _ in places] == [starts[d] for d in owner] + [-1] * 100
+    stats = [place for _, place in places[: len(owner)]]
+    assert all(stats[starts[d]] % 4 == 0 for d in owner) and all(b - a >= 1 for a, b in zip(stats, stats[1:]))
+    assert all(place - stats[starts[d]] == t - starts[d] for t, (d, place) in enumerate(zip(owner, stats)))
+    assert not stats or stats[-1] < -(-tokens // 4) * 4 + 4 * len(keys)
+
+
 @pytest.mark.cuda
 def test_many_one_token_documents():
     assert_agrees(inputs([1] * 1500 + [70]), xsa=False)
@@ -183,14 +241,13 @@ def test_gradients_into_slices_of_a_packed_buffer():
     """The launching op writes dq, dk and dv where it is told, strides and all."""
     q, k, v, _, cu_seqlens, grad = inputs([100, 65])
     expected = outcome(xsa_attention, q, k, v, None, cu_seqlens, grad)
-    out, lse, own = torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, None, cu_seqlens, 100, True, 0.125)
+    documents = documents_of(cu_seqlens, 165, 2)
+    out, lse, own = torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, None, documents, True, 0.125)
     packed = torch.full((1, 165, 16, 64), math.nan, dtype=torch.bfloat16, device="cuda")
     dq, dk, dv = packed.split([8, 4, 4], dim=2)
-    stats = torch.empty(8, 2, 168 + 4 * 2, device="cuda")
-    plan, plan_keys = (torch.empty(165 // tokens + 2 + 2, 4, dtype=torch.int32, device="cuda") for tokens in (64, 192))
-    scratch = torch.empty_like(out), stats, plan, plan_keys
+    scratch = torch.empty_like(out), torch.empty(8, 2, 168 + 4 * len(documents[1]), device="cuda")
     torch.ops.pgolf_fast_sm90.xsa_attention_bwd(
-        grad, q, k, v, None, out, lse, own, cu_seqlens, dq, dk, dv, None, *scratch, *NOT_OF_RAW, True, 0.125
+        grad, q, k, v, None, out, lse, own, *documents, dq, dk, dv, None, *scratch, *NOT_OF_RAW, True, 0.125
     )
     for name, value in (("dq", dq), ("dk", dk), ("dv", dv)):
         assert torch.equal(value, expected[name]), name
@@ -265,9 +322,9 @@ def test_last_queries_of_longer_keys_are_the_end_of_all(device, heads, tokens, q
     """Tiles are counted from the first key, so on the GPU even the order of the sums is the same."""
     q, k, v, gate, _, _ = inputs([tokens], heads, batch=2, gate=torch.float32, device=device)
     for xsa in (True, False):
-        whole = torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, gate, None, tokens, xsa, 0.125)
+        whole = torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, gate, [], xsa, 0.125)
         ends = q[:, -queries:], k, v, gate[:, -queries:]
-        part = torch.ops.pgolf_fast.xsa_attention_fwd(*ends, None, tokens, xsa, 0.125)
+        part = torch.ops.pgolf_fast.xsa_attention_fwd(*ends, [], xsa, 0.125)
         for name, x, expected in zip(("out", "lse", "own"), part, (whole[0][:, -queries:], *(x[:, :, -queries:] for x in whole[1:]))):
             if device == "cuda":
                 assert torch.equal(x, expected), name
@@ -293,7 +350,9 @@ def test_composite_of_last_queries():
 def test_opcheck(device, gated):
     q, k, v, gate, cu_seqlens, _ = inputs([20, 0, 50], gate=torch.float32 if gated else None, device=device)
     leaves = [x if x is None else x.detach().clone().requires_grad_() for x in (q, k, v, gate)]
-    torch.library.opcheck(torch.ops.pgolf_fast.xsa_attention_fwd, (*leaves, cu_seqlens, 50, True, 0.125))
+    torch.library.opcheck(torch.ops.pgolf_fast.xsa_attention_plan, (cu_seqlens, 70, 2))
+    for documents in (documents_of(cu_seqlens, 70, 2), []):
+        torch.library.opcheck(torch.ops.pgolf_fast.xsa_attention_fwd, (*leaves, documents, True, 0.125))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -301,8 +360,9 @@ def test_opcheck(device, gated):
 def test_packed_gradients_are_the_same_side_by_side(device, gated):
     q, k, v, gate, cu_seqlens, grad = inputs([20, 0, 50], gate=torch.float32 if gated else None, device=device)
     ops = torch.ops.pgolf_fast
-    forward = ops.xsa_attention_fwd(q, k, v, gate, cu_seqlens, 50, True, 0.125)
-    arguments = (grad, q, k, v, gate, *forward, cu_seqlens, 50, True, 0.125)
+    documents = documents_of(cu_seqlens, 70, 2)
+    forward = ops.xsa_attention_fwd(q, k, v, gate, documents, True, 0.125)
+    arguments = (grad, q, k, v, gate, *forward, documents, True, 0.125)
     *apart, dgate = ops.xsa_attention_bwd(*arguments)
     dqkv, same_dgate = ops.xsa_attention_bwd_packed(*arguments)
     assert torch.equal(dqkv, torch.cat(apart, dim=2)) and torch.equal(dgate, same_dgate)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgolf_fast.ops import qkv, xsa_output  # noqa: F401  defines the op
-from pgolf_fast.ops.xsa_attention import xsa_attention_ref
+from pgolf_fast.ops.xsa_attention import documents_of, xsa_attention_ref
 from tests.compare import assert_within
 from tests.ops.test_xsa_attention import AWKWARD, inputs, plain_torch
 
@@ -29,9 +29,9 @@ def draw(lengths, tail=0, batch=1, gated=True, heads=(8, 4), width=512, dtype=to
 
 
 def ours(q, k, v, gate, cu_seqlens, d_projected, weight, xsa=True):
-    ops, scale, longest = torch.ops.pgolf_fast, q.shape[-1] ** -0.5, q.shape[1]
-    out, lse, own = ops.xsa_attention_fwd(q, k, v, gate, cu_seqlens, longest, xsa, scale)
-    dqkv, dgate = ops.xsa_output_bwd(d_projected, weight, q, k, v, gate, out, lse, own, cu_seqlens, longest, xsa, scale)
+    ops, scale, documents = torch.ops.pgolf_fast, q.shape[-1] ** -0.5, documents_of(cu_seqlens, q.shape[1], q.shape[2] // k.shape[2])
+    out, lse, own = ops.xsa_attention_fwd(q, k, v, gate, documents, xsa, scale)
+    dqkv, dgate = ops.xsa_output_bwd(d_projected, weight, q, k, v, gate, out, lse, own, documents, xsa, scale)
     return dict(zip(NAMES, (*dqkv.split([q.shape[2], k.shape[2], v.shape[2]], dim=2), *([dgate] if gate is not None else []))))
 
 
@@ -67,13 +67,14 @@ def draw_raw(lengths, tail=0, batch=1, heads=(8, 4), positions=100, rotated=16, 
 
 def of_raw(raw, gain, cos, sin, case):
     ops, (q, k, v, _, cu_seqlens, d_projected, weight) = torch.ops.pgolf_fast, case
-    heads, scale, longest = [x.shape[2] for x in (q, k, v)], q.shape[-1] ** -0.5, q.shape[1]
+    heads, scale = [x.shape[2] for x in (q, k, v)], q.shape[-1] ** -0.5
+    documents = documents_of(cu_seqlens, q.shape[1], heads[0] // heads[1])
     made = raw.clone()
     rstd = ops.qkv_normalize(made, gain, cos, sin, heads[1])
     q, k, v = made.view(*q.shape[:2], sum(heads), q.shape[3]).split(heads, dim=2)
-    out, lse, own = ops.xsa_attention_fwd(q, k, v, None, cu_seqlens, longest, True, scale)
+    out, lse, own = ops.xsa_attention_fwd(q, k, v, None, documents, True, scale)
     dgain = torch.ones_like(gain)
-    rest = q, k, v, None, out, lse, own, cu_seqlens, longest, True, scale, rstd, gain, cos, sin, dgain
+    rest = q, k, v, None, out, lse, own, documents, True, scale, rstd, gain, cos, sin, dgain
     draw, _ = ops.xsa_output_bwd(d_projected, weight, *rest)
     return dict(zip(RAW_NAMES, (*draw.split(heads, dim=2), dgain - 1)))
 
@@ -169,9 +170,9 @@ def test_an_identity_projection_is_the_attention_alone():
     q, k, v, gate, cu_seqlens, d_projected, _ = draw([300, 77, 1])
     weight = torch.eye(512, device="cuda", dtype=torch.bfloat16)
     found = ours(q, k, v, gate, cu_seqlens, d_projected, weight)
-    ops, scale = torch.ops.pgolf_fast, 64**-0.5
-    forward = ops.xsa_attention_fwd(q, k, v, gate, cu_seqlens, 378, True, scale)
-    dqkv, dgate = ops.xsa_attention_bwd_packed(d_projected.view(q.shape), q, k, v, gate, *forward, cu_seqlens, 378, True, scale)
+    ops, scale, documents = torch.ops.pgolf_fast, 64**-0.5, documents_of(cu_seqlens, 378, 2)
+    forward = ops.xsa_attention_fwd(q, k, v, gate, documents, True, scale)
+    dqkv, dgate = ops.xsa_attention_bwd_packed(d_projected.view(q.shape), q, k, v, gate, *forward, documents, True, scale)
     for name, expected in zip(NAMES, (*dqkv.split([8, 4, 4], dim=2), dgate)):
         torch.testing.assert_close(found[name], expected, rtol=2**-6, atol=2**-6)
 
@@ -192,9 +193,10 @@ def test_what_the_kernel_does_not_serve_goes_through_two_ops():
 
 def test_registration(device):
     q, k, v, gate, cu_seqlens, d_projected, weight = draw([5, 9], heads=(4, 2), width=64, device=device)
-    out, lse, own = torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, gate, cu_seqlens, 14, True, 0.125)
+    documents = documents_of(cu_seqlens, 14, 2)
+    out, lse, own = torch.ops.pgolf_fast.xsa_attention_fwd(q, k, v, gate, documents, True, 0.125)
     for gate in (gate, None):
-        arguments = (d_projected, weight, q, k, v, gate, out, lse, own, cu_seqlens, 14, True, 0.125)
+        arguments = (d_projected, weight, q, k, v, gate, out, lse, own, documents, True, 0.125)
         torch.library.opcheck(torch.ops.pgolf_fast.xsa_output_bwd.default, arguments)
     gain, table = torch.ones(4, device=device), torch.ones(14, 8, device=device, dtype=torch.bfloat16)
     raw = torch.rand(14, 6, device=device), gain, table, table, torch.zeros_like(gain)
