@@ -23,10 +23,10 @@ __device__ int scan(int (&shared)[kThreads], int mine, Combine&& combine) {
 
 // Block 0 makes the list of queries, block 1 that of keys: long documents first, so that the grid ends on short blocks; a document's
 // blocks together, so that they share its keys in L2.
-__global__ __launch_bounds__(kThreads) void xsa_attention_plan_kernel(const XsaPlanParams p) {
+__global__ __launch_bounds__(kThreads) void xsa_attention_plan_kernel(const __grid_constant__ XsaPlanParams p) {
     __shared__ int s_ends[kThreads], s_sums[kBuckets], s_place[kBuckets];
     const bool last_first = blockIdx.x == 0;
-    const XsaPlan& plan = last_first ? p.queries : p.keys;
+    const XsaPlan plan = last_first ? p.queries : p.keys;
     const int mine = threadIdx.x, each = (p.documents + kThreads - 1) / kThreads;
     const int first = min(mine * each, p.documents), last = min(first + each, p.documents);
     // The documents of this thread, of which any list makes neighbours that lie within the tokens.
@@ -65,7 +65,7 @@ __global__ __launch_bounds__(kThreads) void xsa_attention_plan_kernel(const XsaP
 }
 
 // A thread per token of a block of queries.
-__global__ void xsa_places_kernel(const XsaPlanParams p) {
+__global__ void xsa_places_kernel(const __grid_constant__ XsaPlanParams p) {
     const xsa::Sequence seq = xsa::find_sequence(p.queries, p.tokens, true);
     const int at = seq.block * p.queries.tokens_per_block + threadIdx.x, token = seq.start + at;
     if (seq.length == 0 && token < p.tokens) p.places[token] = {-1, -1};
