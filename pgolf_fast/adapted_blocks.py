@@ -16,16 +16,16 @@ from pgolf_fast.ops.mix_norm import row_rstd
 from pgolf_fast.ops.products import project, project_backward
 
 
-def run(plan, weights, scales, x0, values, adapters, positions):
+def run(plan, weights, scales, x0, value_rows, adapters, positions):
     """The stream after the last visit at positions [B, S] of each row, [B, S, C], or at all of them; see fused_blocks.run.
 
     scales    [C] each, of what attention and the MLP write, which `weights` have in them already; a pair for each of plan.visits
     adapters  one for each of plan.visits; the rows of a batch have one each
     """
-    x0, values = x0.flatten(0, 1), [v.flatten(0, 1) for v in values]
+    x0, value_rows = x0.flatten(0, 1), None if value_rows is None else value_rows.flatten(0, 1)
     weights = Weights(*(None if w is None else w.to(accumulation_dtype(x0.dtype)) for w in weights))
     leaves = [leaf for adapter in adapters for leaf in adapter]
-    return _AdaptedBlocks.apply(plan, weights, scales, x0, values, positions, *leaves).view(plan.tokens[0], -1, x0.shape[1])
+    return _AdaptedBlocks.apply(plan, weights, scales, x0, value_rows, positions, *leaves).view(plan.tokens[0], -1, x0.shape[1])
 
 
 def _by_visit(leaves):
@@ -62,9 +62,9 @@ def _times_rows(x, factors):
 
 class _AdaptedBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, weights, scales, x0, values, positions, *leaves):
+    def forward(ctx, plan, weights, scales, x0, value_rows, positions, *leaves):
         ctx.tape, adapters = [], _scaled(_by_visit(leaves), scales)
-        forward = _Forward(plan, weights, x0, values, ctx.tape, positions, adapters)
+        forward = _Forward(plan, weights, x0, value_rows, ctx.tape, positions, adapters)
         out = forward.run()
         ctx.plan, ctx.weights, ctx.scales, ctx.operands, ctx.positions = plan, weights, scales, forward.operands, positions
         ctx.save_for_backward(*(tensor for adapter in adapters for tensor in adapter))
@@ -98,8 +98,8 @@ def _batched(x, batch):
 
 
 class _Forward(fused_blocks.Forward):
-    def __init__(self, plan, weights, x0, values, tape, positions, adapters):
-        super().__init__(plan, weights, x0, values, tape, positions)
+    def __init__(self, plan, weights, x0, value_rows, tape, positions, adapters):
+        super().__init__(plan, weights, x0, value_rows, tape, positions)
         self.adapters, self.batch = adapters, plan.tokens[0]
 
     def enter(self, i, block, stream, skip):

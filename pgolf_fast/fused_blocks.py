@@ -32,6 +32,7 @@ class Weights(NamedTuple):
     up: torch.Tensor  # [layers, hidden, C]
     down: torch.Tensor  # [layers, C, hidden], rows times mlp_scale, columns times star_scale
     shift: torch.Tensor | None  # [layers, C], added to the MLP's output
+    value: torch.Tensor | None  # [value_blocks, kv_dim, ve_dim]
     q_gain: torch.Tensor  # [layers, heads]
     mix: torch.Tensor  # [visits, 3, C]: what of the stream, of x0 and of the skip enters the block
     lane0: torch.Tensor | None  # [visits, 4, C]: what of lane 0, attention, MLP and skip leaves on lane 0
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
     tokens: torch.Size  # (B, T)
     cos: torch.Tensor  # [T, half]
     sin: torch.Tensor
-    value_blocks: tuple[int, ...]  # the blocks whose values receive an embedding
+    value_blocks: tuple[int, ...]  # the blocks whose values receive an embedding's rows, times weights.value
     documents: list[torch.Tensor]  # xsa_attention.documents_of
 
     def norm_scale(self, block):
@@ -78,40 +79,39 @@ def as_columns(positions, rows):
     return torch.arange(length - positions, length, device=rows.device).expand(len(rows), -1)
 
 
-def run(plan, weights, x0, values, positions=None):
-    """The stream after the last visit, [B, T, C].  x0 [B, T, C]; values: one [B, T, kv_dim] for each of plan.value_blocks
+def run(plan, weights, x0, value_rows, positions=None):
+    """The stream after the last visit, [B, T, C].  x0 [B, T, C]; value_rows [B, T, ve_dim], or None without value_blocks
 
     positions  [B, S]: only these of each row, [B, S, C]; or the last so many, which spares most of the last visit while scoring.
                Not of packed documents
     """
-    x0, values = x0.flatten(0, 1), [v.flatten(0, 1) for v in values]
+    x0, value_rows = x0.flatten(0, 1), None if value_rows is None else value_rows.flatten(0, 1)
     weights = Weights(*(None if w is None else w.to(accumulation_dtype(x0.dtype)) for w in weights))
     if torch.is_grad_enabled():
-        out = _Blocks.apply(plan, x0, *weights, *values)
+        out = _Blocks.apply(plan, x0, value_rows, *weights)
     else:
         last = positions if isinstance(positions, int) and positions < plan.tokens[1] else None
-        out = Forward(plan, weights, x0, values, tape=None, positions=last).run()
+        out = Forward(plan, weights, x0, value_rows, tape=None, positions=last).run()
     out = out.view(plan.tokens[0], -1, x0.shape[1])
     return out if positions is None else rows_at(out, positions)
 
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, x0, *tensors):
-        weights, values = Weights(*tensors[: len(Weights._fields)]), tensors[len(Weights._fields) :]
+    def forward(ctx, plan, x0, value_rows, *weights):
         tape = []
-        forward = Forward(plan, weights, x0, values, tape)
+        forward = Forward(plan, Weights(*weights), x0, value_rows, tape)
         out = forward.run()
         ctx.plan, ctx.tape, ctx.operands = plan, tape, forward.operands
-        ctx.save_for_backward(*weights)
+        ctx.save_for_backward(value_rows, *weights)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        weights = ctx.saved_tensors
-        backward = Backward(ctx.plan, Weights(*weights), ctx.operands, take_tape(ctx))
+        value_rows, *weights = ctx.saved_tensors
+        backward = Backward(ctx.plan, Weights(*weights), ctx.operands, take_tape(ctx), value_rows)
         dx0 = backward.run(dout)
-        return None, dx0, *backward.gradients, *(backward.dvalues.get(block) for block in ctx.plan.value_blocks)
+        return None, dx0, backward.dvalue_rows, *backward.gradients
 
 
 def take_tape(ctx):
@@ -129,6 +129,7 @@ class Operands(NamedTuple):
     o: tuple
     up: tuple
     down: tuple
+    value: tuple
 
 
 class Attended(NamedTuple):
@@ -174,15 +175,15 @@ def heads(packed, config, tokens):
 
 
 class Forward:
-    def __init__(self, plan, weights, x0, values, tape, positions=None):
+    def __init__(self, plan, weights, x0, value_rows, tape, positions=None):
         """
         tape       list that the backward will read; None where there is none
         positions  those of each row that are read after the last visit, which makes the others' keys and values alone; None: all
         """
         self.plan, self.config, self.weights, self.x0, self.tape, self.positions = plan, plan.config, weights, x0, tape, positions
-        self.values = dict(zip(plan.value_blocks, values))
-        matrices = (weights.qkv, weights.o, weights.up, weights.down)
-        self.operands = Operands(*(w.to(x0.dtype).unbind(0) for w in matrices))
+        self.value_rows = value_rows
+        matrices = (weights.qkv, weights.o, weights.up, weights.down, weights.value)
+        self.operands = Operands(*(() if w is None else w.to(x0.dtype).unbind(0) for w in matrices))
 
     def keep(self, entry):
         if self.tape is not None:
@@ -256,8 +257,9 @@ class Forward:
     def attention(self, block, n, q, k, v):
         """Gate, output, lse and own; n: the rows of q."""
         config, plan, gate = self.config, self.plan, None
-        if block in self.values:
-            v += self.values[block].view(v.shape)
+        if block in plan.value_blocks:
+            matrix = self.operands.value[plan.value_blocks.index(block)]
+            v.view(-1, config.kv_dim).addmm_(self.value_rows, matrix.mT)
         if config.attn_gate:
             gate = ops.attn_gate_fwd(n, self.weights.gate[block], config.attn_gate_scale).view(*q.shape[:2], -1)
         xsa, scale = is_xsa(config, block), config.head_dim**-0.5
@@ -280,11 +282,11 @@ class Forward:
 
 
 class Backward:
-    def __init__(self, plan, weights, operands, tape):
+    def __init__(self, plan, weights, operands, tape, value_rows):
         self.plan, self.config, self.weights, self.operands, self.tape = plan, plan.config, weights, operands, tape
+        self.value_rows, self.dvalue_rows = value_rows, None
         self.gradients = Weights(*(None if w is None else torch.zeros_like(w) for w in weights))
         self.dx0 = None
-        self.dvalues = {}
 
     def run(self, dout):
         """The gradient of x0, which is the stream that enters the first visit."""
@@ -353,15 +355,19 @@ class Backward:
         forward = q, k, v, saved.gate, y, saved.lse, saved.own, plan.documents, xsa, scale
         dqkv, dgate = ops.xsa_output_bwd(dx1, self.operands.o[block], *forward, *raw)
         dqkv = dqkv.view_as(saved.qkv)
-        dv = dqkv[:, -config.kv_dim :]
         if block in plan.value_blocks:
-            self.dvalues[block] = self.dvalues[block] + dv if block in self.dvalues else dv
+            self.value_gradients(plan.value_blocks.index(block), dqkv[:, -config.kv_dim :])
         add_weight_gradient(self.gradients.qkv[block], dqkv, saved.n)
         dn = project_backward(dqkv, self.operands.qkv[block])
         if config.attn_gate:
             gate, dgate = saved.gate.flatten(0, 1), dgate.flatten(0, 1)
             ops.attn_gate_bwd(dgate, gate, saved.n, self.weights.gate[block], config.attn_gate_scale, dn, self.gradients.gate[block])
         return dn
+
+    def value_gradients(self, place, dv):
+        matrix = self.operands.value[place]
+        self.gradients.value[place] += dv.mT @ self.value_rows
+        self.dvalue_rows = dv @ matrix if self.dvalue_rows is None else self.dvalue_rows.addmm_(dv, matrix)
 
     def mlp(self, i, block, dy, dx, x, rstd, u):
         """dx, the gradient that x has already, plus that through the norm and the MLP."""

@@ -291,6 +291,7 @@ class Block(NamedTuple):
     w_o: torch.Tensor
     w_up: torch.Tensor
     w_down: torch.Tensor
+    w_value: torch.Tensor | None
     q_gain: torch.Tensor
     attn_scale: torch.Tensor
     mlp_scale: torch.Tensor
@@ -308,11 +309,10 @@ class Context(NamedTuple):
     x0: torch.Tensor  # embedded tokens, mixed in again by each block
     cos: torch.Tensor
     sin: torch.Tensor
-    values: dict[int, torch.Tensor]  # block to value embedding, [B, T, kv_dim]
+    value_rows: torch.Tensor | None  # [B, T, ve_dim], of which the blocks of ve_layers make a summand of their values
     cu_seqlens: torch.Tensor | None
     max_seqlen: int | None
     observe: Callable[[int, str, torch.Tensor], None] | None  # see GPT.stream
-    value: torch.Tensor | None = None  # of `values`, this block's
     adapter: VisitAdapter | None = None  # this visit's
 
 
@@ -390,7 +390,8 @@ class GPT(nn.Module):
             raise ValueError("cu_seqlens: positions and adapters are of rows; give a document as a row")
         x0 = self._embed(tokens, fake_quant)
         cos, sin = self._rotary_for(tokens, max_seqlen)
-        context = Context(x0, cos, sin, self._value_embeddings(tokens, fake_quant), cu_seqlens, max_seqlen, observe)
+        value_rows = embedding(tokens, self.ve_embed, self.stream_dtype) if self.config.value_embed else None
+        context = Context(x0, cos, sin, value_rows, cu_seqlens, max_seqlen, observe)
         fused = fused_blocks.serve(self.config, x0) if self.use_fused_blocks is None else self.use_fused_blocks
         # What the matrices multiply is not to be seen in the fused blocks, and they learn with or without adapters, not both.
         if fused and observe is None and not (adapters and any(p.requires_grad for p in self.parameters())):
@@ -407,8 +408,7 @@ class GPT(nn.Module):
         kept, lane1 = [], None
         for number, visit in enumerate(self.visits[looped]):
             block = blocks[visit.block]
-            adapter = adapters.visits[number] if adapters else None
-            context = context._replace(value=context.values.get(visit.block), adapter=adapter)
+            context = context._replace(adapter=adapters.visits[number] if adapters else None)
             if visit.two_lanes and lane1 is None:
                 lane1 = x
             if visit.skip is not None:
@@ -433,14 +433,9 @@ class GPT(nn.Module):
         share = self.smear_lambda if config.smear == "token" else None
         return embed_norm(tokens, self.tok_emb, bigrams, config.smear, gate, share, BOS if config.smear_mask_bos else None, dtype)
 
-    def _value_embeddings(self, tokens, fake_quant):
-        config = self.config
-        if not config.value_embed:
-            return {}
-        rows = embedding(tokens, self.ve_embed, self.stream_dtype)
-        scales = self.ve_scale * self.ve_layer_scales
-        proj = _matrix(self.ve_proj, fake_quant)
-        return {layer: linear(rows, scale * proj) for layer, scale in zip(config.ve_layers, scales.unbind(0))}
+    def _value_matrices(self, fake_quant):
+        """[ve_layers, kv_dim, ve_dim]"""
+        return (self.ve_scale * self.ve_layer_scales)[..., None] * _matrix(self.ve_proj, fake_quant)
 
     def _rotary_for(self, tokens, max_seqlen):
         """Constant tables, made at the first forward of a shape."""
@@ -464,8 +459,9 @@ class GPT(nn.Module):
             return getattr(self, name).unbind(0) if name in self._parameters else (None,) * layers
 
         qo, kv, up, down = ([_matrix(w, fake_quant) for w in per_block(name)] for name in ("qo", "kv", "mlp_up", "mlp_down"))
-        small = (per_block(name) for name in Block._fields[7:])
-        rows = zip(range(layers), qo[:layers], kv[:layers], kv[layers:], qo[layers:], up, down, *small)
+        values = dict(zip(self.config.ve_layers, self._value_matrices(fake_quant).unbind(0))) if self.config.value_embed else {}
+        small = (per_block(name) for name in Block._fields[8:])
+        rows = zip(range(layers), qo[:layers], kv[:layers], kv[layers:], qo[layers:], up, down, map(values.get, range(layers)), *small)
         return [Block(*row) for row in rows]
 
     def _merge(self, x, skip, weight, gate):
@@ -504,8 +500,8 @@ class GPT(nn.Module):
             q, k, v, correct_output = context.adapter.correct_attention(q, k, v, n)
         q = q.unflatten(-1, (config.num_heads, config.head_dim))  # [B, T, H, D]
         k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))
-        if context.value is not None:
-            v = v + context.value
+        if block.w_value is not None:
+            v = v + linear(context.value_rows, block.w_value)
         v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))
         q = (block.q_gain[:, None] * rotate(rms(q), context.cos, context.sin)).to(q.dtype)
         k = rotate(rms(k), context.cos, context.sin)
@@ -551,17 +547,16 @@ class GPT(nn.Module):
             tokens=context.x0.shape[:2],
             cos=context.cos.squeeze(1),
             sin=context.sin.squeeze(1),
-            value_blocks=tuple(context.values),
+            value_blocks=self.config.ve_layers if self.config.value_embed else (),
             documents=documents_of(context.cu_seqlens, context.x0.shape[1], self.config.num_heads // self.config.num_kv_heads),
         )
         packed, coefficients = self._packed(fake_quant), self._coefficients(visits)
         weights = fused_blocks.Weights(**packed, q_gain=self.q_gain, **coefficients)
-        values = list(context.values.values())
         if not adapters:
-            return fused_blocks.run(plan, weights, context.x0, values, positions)
+            return fused_blocks.run(plan, weights, context.x0, context.value_rows, positions)
         scales = [(self.attn_scale[visit.block], self.mlp_scale[visit.block]) for visit in visits]
         columns = fused_blocks.as_columns(positions, context.x0)
-        return adapted_blocks.run(plan, weights, scales, context.x0, values, adapters.visits, columns)
+        return adapted_blocks.run(plan, weights, scales, context.x0, context.value_rows, adapters.visits, columns)
 
     def _packed(self, fake_quant):
         """The matrices as the fused blocks multiply by them. Scales of a product's channels are folded into its matrix."""
@@ -581,6 +576,7 @@ class GPT(nn.Module):
             "up": up,
             "down": self.mlp_scale[..., None] * down,
             "shift": shift,
+            "value": self._value_matrices(fake_quant) if config.value_embed else None,
         }
 
     def _coefficients(self, visits):
