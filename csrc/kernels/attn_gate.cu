@@ -7,6 +7,7 @@ namespace pgolf {
 namespace {
 
 constexpr int kThreads = 128;
+static_assert(kThreads == kGateHeads * kGateMaxWindow, "the backward clears a sum a thread");
 
 using Weights = float[kGateHeads][kGateMaxWindow];
 
@@ -19,18 +20,17 @@ __device__ __forceinline__ void load_weights(Weights& s_weight, const AttnGatePa
     __syncthreads();
 }
 
-__device__ __forceinline__ void load_channels(float (&x)[kGateMaxWindow], const __nv_bfloat16* row) {
-    unpack8(reinterpret_cast<float(&)[8]>(x[0]), reinterpret_cast<const uint4*>(row)[0]);
-    unpack8(reinterpret_cast<float(&)[8]>(x[8]), reinterpret_cast<const uint4*>(row)[1]);
-}
-
 __global__ void __launch_bounds__(kThreads) attn_gate_fwd_kernel(const AttnGateParams p) {
     __shared__ Weights s_weight;
-    load_weights(s_weight, p);
     const int row = blockIdx.x * kThreads + threadIdx.x;
+    // Asked for before the weights, whose way is as long.
+    const uint4* channels = reinterpret_cast<const uint4*>(p.n + int64_t(min(row, p.m - 1)) * p.channels);
+    const uint4 packed[2] = {channels[0], channels[1]};
+    load_weights(s_weight, p);
     if (row >= p.m) return;
     float x[kGateMaxWindow], gate[kGateHeads];
-    load_channels(x, p.n + int64_t(row) * p.channels);
+    unpack8(reinterpret_cast<float(&)[8]>(x[0]), packed[0]);
+    unpack8(reinterpret_cast<float(&)[8]>(x[8]), packed[1]);
 #pragma unroll
     for (int head = 0; head < kGateHeads; ++head) {
         float logit = 0.f;
@@ -41,41 +41,62 @@ __global__ void __launch_bounds__(kThreads) attn_gate_fwd_kernel(const AttnGateP
     reinterpret_cast<uint4*>(p.gate)[row] = pack8(gate);
 }
 
+// Two lanes `offset` apart add up their 2 kLeft sums; one of them keeps the first half, in its first places, and one the second.
+template <int kLeft>
+__device__ __forceinline__ void share_sums(float (&sums)[kGateHeads * 8], int offset) {
+    const bool upper = threadIdx.x & offset;
+#pragma unroll
+    for (int i = 0; i < kLeft; ++i) {
+        const float first = sums[i], second = sums[kLeft + i];
+        sums[i] = (upper ? second : first) + __shfl_xor_sync(0xffffffffu, upper ? first : second, offset);
+    }
+}
+
 // Two threads a row, eight channels each: the sums of all sixteen would not fit in registers.
-__global__ void __launch_bounds__(kThreads) attn_gate_bwd_kernel(const AttnGateParams p) {
+__global__ void __launch_bounds__(kThreads, 3) attn_gate_bwd_kernel(const AttnGateParams p) {
     __shared__ Weights s_weight, s_sums;
+    const int half = threadIdx.x % 2, stride = gridDim.x * kThreads / 2;
+    struct Row {
+        uint4 n, dn, gate, dgate;
+    };
+    auto fetch = [&](int row) {
+        const int64_t at = int64_t(min(row, p.m - 1)) * p.channels;
+        return Row{reinterpret_cast<const uint4*>(p.n + at)[half], reinterpret_cast<const uint4*>(p.dn + at)[half],
+                   reinterpret_cast<const uint4*>(p.gate)[min(row, p.m - 1)], reinterpret_cast<const uint4*>(p.dgate)[min(row, p.m - 1)]};
+    };
+    int row = (blockIdx.x * kThreads + threadIdx.x) / 2;
+    Row next = fetch(row);
     load_weights(s_weight, p);
-    for (int i = threadIdx.x; i < kGateHeads * kGateMaxWindow; i += kThreads) s_sums[i / kGateMaxWindow][i % kGateMaxWindow] = 0.f;
+    s_sums[threadIdx.x / kGateMaxWindow][threadIdx.x % kGateMaxWindow] = 0.f;
     __syncthreads();
-    const int half = threadIdx.x % 2;
-    float sums[kGateHeads][8] = {};
-    for (int row = (blockIdx.x * kThreads + threadIdx.x) / 2; row < p.m; row += gridDim.x * kThreads / 2) {
+    float sums[kGateHeads * 8] = {};
+    for (; row < p.m; row += stride) {
         float x[8], dx[8], gate[kGateHeads], d[kGateHeads];
-        uint4* dn = reinterpret_cast<uint4*>(p.dn + int64_t(row) * p.channels) + half;
-        unpack8(x, reinterpret_cast<const uint4*>(p.n + int64_t(row) * p.channels)[half]);
-        unpack8(dx, *dn);
-        unpack8(gate, reinterpret_cast<const uint4*>(p.gate)[row]);
-        unpack8(d, reinterpret_cast<const uint4*>(p.dgate)[row]);
+        unpack8(x, next.n);
+        unpack8(dx, next.dn);
+        unpack8(gate, next.gate);
+        unpack8(d, next.dgate);
+        next = fetch(row + stride);
 #pragma unroll
         for (int head = 0; head < kGateHeads; ++head) {
             const float l = p.scale * gate[head] * (1.f - gate[head]) * d[head];
 #pragma unroll
             for (int channel = 0; channel < 8; ++channel) {
                 dx[channel] = fmaf(l, s_weight[head][8 * half + channel], dx[channel]);
-                sums[head][channel] = fmaf(l, x[channel], sums[head][channel]);
+                sums[8 * head + channel] = fmaf(l, x[channel], sums[8 * head + channel]);
             }
         }
-        *dn = pack8(dx);
+        reinterpret_cast<uint4*>(p.dn + int64_t(row) * p.channels)[half] = pack8(dx);
     }
+    share_sums<32>(sums, 16);
+    share_sums<16>(sums, 8);
+    share_sums<8>(sums, 4);
+    share_sums<4>(sums, 2);
 #pragma unroll
-    for (int head = 0; head < kGateHeads; ++head)
-#pragma unroll
-        for (int channel = 0; channel < 8; ++channel) {
-            float sum = sums[head][channel];
-#pragma unroll
-            for (int offset = 16; offset > 1; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-            if (threadIdx.x % 32 < 2) atomicAdd(&s_sums[head][8 * half + channel], sum);
-        }
+    for (int i = 0; i < 4; ++i) {
+        const int at = threadIdx.x % 32 / 2 * 4 + i;
+        atomicAdd(&s_sums[at / 8][8 * half + at % 8], sums[i]);
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < kGateHeads * p.window; i += kThreads) atomicAdd(p.dweight + i, s_sums[i / p.window][i % p.window]);
 }
