@@ -1,6 +1,8 @@
 // A warp per run of rows. A lane's channels are two runs of eight, 8 lane + 256 v.
 #include "kernels/embed_norm.h"
 
+#include <type_traits>
+
 #include "kernels/common/launch.h"
 #include "kernels/common/norm.h"
 #include "kernels/common/reduce.cuh"
@@ -20,11 +22,22 @@ using Row = float[kChannels];
 
 __device__ __forceinline__ int channel_of(int i) { return 256 * (i / 8) + 8 * (threadIdx.x % 32) + i % 8; }
 
-__device__ __forceinline__ void load_row(Row& x, const __nv_bfloat16* matrix, uint32_t row) {
-    matrix += int64_t(row) * kWidth;
+// A row as it lies in memory, on its way.
+struct PackedRow {
+    uint4 vectors[kVectors];
+};
+
+__device__ __forceinline__ PackedRow fetch_row(const __nv_bfloat16* matrix, int64_t row) {
+    PackedRow packed;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
-        unpack8(reinterpret_cast<float(&)[8]>(x[8 * v]), __ldg(reinterpret_cast<const uint4*>(matrix + channel_of(8 * v))));
+        packed.vectors[v] = __ldg(reinterpret_cast<const uint4*>(matrix + row * kWidth + channel_of(8 * v)));
+    return packed;
+}
+
+__device__ __forceinline__ void unpack(Row& x, const PackedRow& packed) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) unpack8(reinterpret_cast<float(&)[8]>(x[8 * v]), packed.vectors[v]);
 }
 
 __device__ __forceinline__ void store_row(__nv_bfloat16* matrix, uint32_t row, const Row& x) {
@@ -46,33 +59,63 @@ __device__ __forceinline__ float rstd_of(const Row& x) { return rsqrtf(dot(x, x)
 
 __device__ __forceinline__ bool is_valid(const EmbedNormParams& p, int64_t token) { return token >= 0 && token < p.num_rows; }
 
-// e of a row; nan for a token out of range.
+// What e of a row is made of, on its way.
 template <bool kFloat>
-__device__ __forceinline__ void embed(Row& e, const EmbedNormParams& p, uint32_t row, int64_t token) {
-    const bool valid = is_valid(p, token);
-    const int64_t start = valid ? token * kWidth : 0;
+struct Parts {
+    std::conditional_t<kFloat, float4[kChannels / 4], PackedRow> table;
+    PackedRow addend;
+    bool valid;
+};
+
+template <bool kFloat>
+__device__ __forceinline__ Parts<kFloat> fetch(const EmbedNormParams& p, uint32_t row, int64_t token) {
+    Parts<kFloat> parts;
+    parts.valid = is_valid(p, token);
+    const int64_t from = parts.valid ? token : 0;
     if constexpr (kFloat) {
-        const float* from = static_cast<const float*>(p.table) + start;
 #pragma unroll
         for (int q = 0; q < kChannels / 4; ++q)
-            *reinterpret_cast<float4*>(e + 4 * q) = __ldg(reinterpret_cast<const float4*>(from + channel_of(4 * q)));
+            parts.table[q] = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(p.table) + from * kWidth + channel_of(4 * q)));
+    } else {
+        parts.table = fetch_row(static_cast<const __nv_bfloat16*>(p.table), from);
+    }
+    if (p.addend) parts.addend = fetch_row(p.addend, row);
+    return parts;
+}
+
+// e of a row; nan for a token out of range.
+template <bool kFloat>
+__device__ __forceinline__ void embed(Row& e, const EmbedNormParams& p, const Parts<kFloat>& parts) {
+    if constexpr (kFloat) {
         // The stream's dtype, as a separate gather would round.
 #pragma unroll
-        for (int i = 0; i < kChannels; ++i) e[i] = __bfloat162float(__float2bfloat16_rn(e[i]));
+        for (int i = 0; i < kChannels; ++i) e[i] = __bfloat162float(__float2bfloat16_rn((&parts.table[i / 4].x)[i % 4]));
     } else {
-        load_row(e, static_cast<const __nv_bfloat16*>(p.table) + start, 0);
+        unpack(e, parts.table);
     }
     if (p.addend) {
         Row added;
-        load_row(added, p.addend, row);
+        unpack(added, parts.addend);
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) e[i] += added[i];
     }
-    if (!valid) {
+    if (!parts.valid) {
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) e[i] = __int_as_float(0x7fffffff);
     }
 }
+
+// The tokens of a run of rows and of the rows around it, one a lane.
+struct Tokens {
+    int64_t mine;
+    uint32_t begin;
+    __device__ Tokens(const EmbedNormParams& p, uint32_t begin) : begin(begin) {
+        const int64_t row = int64_t(begin) - 1 + threadIdx.x % 32;
+        mine = row >= 0 && row < p.m ? p.tokens[row] : 0;
+    }
+    __device__ int64_t of(uint32_t row) const { return __shfl_sync(0xffffffffu, mine, row + 1 - begin); }
+};
+static_assert(kEmbedNormRows + 2 <= 32);
 
 __device__ __forceinline__ bool carries(const EmbedNormParams& p, uint32_t row, int64_t token) {
     return row % p.sequence != 0 && !(p.mask_bos && token == p.bos);
@@ -101,18 +144,20 @@ template <Smear kSmear, bool kFloat>
 __global__ void __launch_bounds__(kThreads) embed_norm_fwd_kernel(const EmbedNormParams p) {
     const uint32_t begin = (blockIdx.x * kWarps + threadIdx.x / 32) * kEmbedNormRows, end = min(begin + kEmbedNormRows, p.m);
     if (begin >= p.m) return;
+    const Tokens tokens(p, begin);
+    Parts<kFloat> next = fetch<kFloat>(p, begin, tokens.of(begin));
     Row gate, previous = {};
     if constexpr (kSmear != Smear::kNone) {
         load_gate<kSmear>(gate, p);
         if (begin % p.sequence != 0) {
             Row e;
-            embed<kFloat>(e, p, begin - 1, p.tokens[begin - 1]);
+            embed<kFloat>(e, p, fetch<kFloat>(p, begin - 1, tokens.of(begin - 1)));
             make_carried<kSmear>(previous, e);
         }
     }
     const float lambda = kSmear == Smear::kToken ? *p.lambda : 0.f;
     for (uint32_t row = begin; row < end; ++row) {
-        const int64_t token = p.tokens[row];
+        const int64_t token = tokens.of(row);
         if (!is_valid(p, token) && threadIdx.x % 32 == 0) {
             volatile int64_t* report = p.report;
             report[1] = token, report[2] = p.num_rows;
@@ -120,7 +165,8 @@ __global__ void __launch_bounds__(kThreads) embed_norm_fwd_kernel(const EmbedNor
             report[0] = int64_t(row) + 1;
         }
         Row e, y;
-        embed<kFloat>(e, p, row, token);
+        embed<kFloat>(e, p, next);
+        if (row + 1 < end) next = fetch<kFloat>(p, row + 1, tokens.of(row + 1));
         const bool mixes = carries(p, row, token);
         if constexpr (kSmear == Smear::kToken) {
             const float g = mixes ? lambda * sigmoid(dot(gate, e)) : 0.f;
@@ -150,7 +196,7 @@ __device__ __forceinline__ void norm_backward(Row& dx, const Row& dy, const Row&
 }
 
 template <Smear kSmear, bool kFloat>
-__global__ void __launch_bounds__(kThreads) embed_norm_bwd_kernel(const EmbedNormParams p) {
+__global__ void __launch_bounds__(kThreads, 3) embed_norm_bwd_kernel(const EmbedNormParams p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Row gate = {}, sums = {};
     if constexpr (kSmear != Smear::kNone) load_gate<kSmear>(gate, p);
@@ -160,17 +206,22 @@ __global__ void __launch_bounds__(kThreads) embed_norm_bwd_kernel(const EmbedNor
     const uint32_t step = gridDim.x * kWarps * kEmbedNormRows;
     for (uint32_t begin = (blockIdx.x * kWarps + warp) * kEmbedNormRows; begin < p.m; begin += step) {
         const uint32_t end = min(begin + kEmbedNormRows, p.m);
+        const Tokens tokens(p, begin);
         Row e, carried = {};  // carried: what row + 1 returns to row
-        // With smear, one row more at the top, for what it returns alone.
+        // With smear, one row more at the top, for what it returns alone, and one at the bottom, which it mixes in.
         const uint32_t top = kSmear != Smear::kNone && end < p.m ? end : end - 1;
-        embed<kFloat>(e, p, top, p.tokens[top]);
+        const uint32_t bottom = kSmear != Smear::kNone && begin > 0 ? begin - 1 : begin;
+        embed<kFloat>(e, p, fetch<kFloat>(p, top, tokens.of(top)));
+        PackedRow next_dy = fetch_row(p.y, top);
+        Parts<kFloat> next{};
+        if (top > bottom) next = fetch<kFloat>(p, top - 1, tokens.of(top - 1));
         for (uint32_t row = top + 1; row-- > begin;) {
-            const int64_t token = p.tokens[row];
-            const bool is_own = row < end, mixes = carries(p, row, token);
-            Row dy, d_e;
-            load_row(dy, p.y, row);
-            Row below = {};  // e of row - 1
-            if (row > begin || (kSmear != Smear::kNone && mixes)) embed<kFloat>(below, p, row - 1, p.tokens[row - 1]);
+            const bool is_own = row < end, mixes = carries(p, row, tokens.of(row));
+            Row dy, d_e, below = {};  // below: e of row - 1
+            unpack(dy, next_dy);
+            if (row > bottom) embed<kFloat>(below, p, next);
+            if (row > begin) next_dy = fetch_row(p.y, row - 1);
+            if (row > bottom + 1) next = fetch<kFloat>(p, row - 2, tokens.of(row - 2));
 
             if constexpr (kSmear == Smear::kToken) {
                 const float s = sigmoid(dot(gate, e)), g = mixes ? lambda * s : 0.f;
