@@ -95,9 +95,17 @@ struct DownBackward : RowScaled {
 __global__ void along_kernel(float* row_sums, const float* rstd, float factor, int tiles, int m) {
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= m) return;
+    const float own_factor = factor * rstd[row];
     float sum = 0.f;
-    for (int tile = 0; tile < tiles; ++tile) sum += row_sums[int64_t(tile) * m + row];
-    row_sums[row] = factor * rstd[row] * sum;
+    constexpr int kAtOnce = 12;  // loads under way together, whatever the number of tiles
+    for (int first = 0; first < tiles; first += kAtOnce) {
+        float parts[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) parts[i] = first + i < tiles ? row_sums[int64_t(first + i) * m + row] : 0.f;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) sum += parts[i];
+    }
+    row_sums[row] = own_factor * sum;
 }
 
 // dx = du Wup
