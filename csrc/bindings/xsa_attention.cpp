@@ -89,9 +89,9 @@ void fwd(Tensor q, Tensor k, Tensor v, optional<Tensor> gate, optional<Tensor> p
 }
 
 void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tensor> gate, Tensor out, Tensor lse, Tensor own,
-         optional<Tensor> plan, optional<Tensor> plan_keys, optional<Tensor> places, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate,
-         Tensor dy, Tensor stats, optional<Tensor> rstd, optional<Tensor> gain, optional<Tensor> cos, optional<Tensor> sin,
-         optional<Tensor> dgain, bool xsa, double scale) {
+         optional<Tensor> plan, optional<Tensor> plan_keys, optional<Tensor> places, Tensor dq, Tensor dk, Tensor dv,
+         optional<Tensor> dgate, Tensor dy, Tensor stats, optional<Tensor> rstd, optional<Tensor> gain, optional<Tensor> cos,
+         optional<Tensor> sin, optional<Tensor> dgain, bool xsa, double scale) {
     XsaAttentionBwdParams p{};
     XsaAttentionParams& f = p.fwd;
     f = params(q, k, v, gate, plan, out, lse, own, xsa, scale);

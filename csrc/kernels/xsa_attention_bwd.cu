@@ -493,7 +493,8 @@ cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t strea
     if (status != cudaSuccess) return status;
 
     if (p.grad_out.data != nullptr) {
-        if (status = clear_unused_stats(p.stats, f.batch * f.q_heads, p.stats_width, f.tokens, stream); status != cudaSuccess) return status;
+        status = clear_unused_stats(p.stats, f.batch * f.q_heads, p.stats_width, f.tokens, stream);
+        if (status != cudaSuccess) return status;
         constexpr int kRows = kPrepareThreads / kRowLanes;
         xsa_attention_prepare_kernel<<<dim3((f.tokens + kRows - 1) / kRows, f.kv_heads, f.batch), kPrepareThreads, 0, stream>>>(p);
     }
