@@ -176,8 +176,8 @@ class _Backward(fused_blocks.Backward):
         rows, found = _batched(dout, batch), self.found[i]
         found["o_up"] = torch.bmm(saved.low_o.mT, rows)
         q, k, v = fused_blocks.heads(qkv, config, plan.tokens)
-        y, xsa, scale = y.view(q.shape), fused_blocks.is_xsa(config, block), config.head_dim**-0.5
-        forward = q, k, v, gate, y, lse, own, plan.documents, xsa, scale
+        y, xsa = y.view(q.shape), fused_blocks.is_xsa(config, block)
+        forward = q, k, v, gate, y, lse, own, plan.documents, xsa, fused_blocks.ATTENTION_SCALE
         raw = rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.unwanted_gain
         dout = self.spread(i, dout)
         dqkv, dgate = ops.xsa_output_bwd(dout, self.operands.o[block], *forward, *raw)

@@ -22,6 +22,14 @@ from pgolf_fast.ops.qkv import kernel_fits as qkv_kernel_fits
 
 ops = torch.ops.pgolf_fast
 
+# Of the scores: they are then powers of 2, which the attention's kernels take as they are. The queries' gain has the rest of the scale.
+ATTENTION_SCALE = math.log(2)
+
+
+def score_gain(config):
+    """What the queries' gain is multiplied by for scores of ATTENTION_SCALE to be those of head_dim ** -0.5."""
+    return config.head_dim**-0.5 / ATTENTION_SCALE
+
 
 class Weights(NamedTuple):
     """Computed with in the accumulation dtype; every field is an input of the node and receives a gradient. Absent parts are None."""
@@ -33,7 +41,7 @@ class Weights(NamedTuple):
     down: torch.Tensor  # [layers, C, hidden], rows times mlp_scale, columns times star_scale
     shift: torch.Tensor | None  # [layers, C], added to the MLP's output
     value: torch.Tensor | None  # [value_blocks, kv_dim, ve_dim]
-    q_gain: torch.Tensor  # [layers, heads]
+    q_gain: torch.Tensor  # [layers, heads], times score_gain
     mix: torch.Tensor  # [visits, 3, C]: what of the stream, of x0 and of the skip enters the block
     lane0: torch.Tensor | None  # [visits, 4, C]: what of lane 0, attention, MLP and skip leaves on lane 0
     lane1: torch.Tensor | None  # [visits, 3, C]: what of lane 1, attention and MLP leaves on lane 1
@@ -262,8 +270,8 @@ class Forward:
             v.view(-1, config.kv_dim).addmm_(self.value_rows, matrix.mT)
         if config.attn_gate:
             gate = ops.attn_gate_fwd(n, self.weights.gate[block], config.attn_gate_scale).view(*q.shape[:2], -1)
-        xsa, scale = is_xsa(config, block), config.head_dim**-0.5
-        y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.documents, xsa, scale)
+        xsa = is_xsa(config, block)
+        y, lse, own = ops.xsa_attention_fwd(q, k, v, gate, plan.documents, xsa, ATTENTION_SCALE)
         return gate, y.flatten(0, 1).flatten(1), lse, own
 
     def output(self, i, block, attended, residual):
@@ -350,9 +358,9 @@ class Backward:
         config, plan = self.config, self.plan
         add_weight_gradient(self.gradients.o[block], dx1, saved.y)
         q, k, v = heads(saved.qkv, config, plan.tokens)
-        y, xsa, scale = saved.y.view(q.shape), is_xsa(config, block), config.head_dim**-0.5
+        y, xsa = saved.y.view(q.shape), is_xsa(config, block)
         raw = saved.rstd, self.weights.q_gain[block], plan.cos, plan.sin, self.gradients.q_gain[block]
-        forward = q, k, v, saved.gate, y, saved.lse, saved.own, plan.documents, xsa, scale
+        forward = q, k, v, saved.gate, y, saved.lse, saved.own, plan.documents, xsa, ATTENTION_SCALE
         dqkv, dgate = ops.xsa_output_bwd(dx1, self.operands.o[block], *forward, *raw)
         dqkv = dqkv.view_as(saved.qkv)
         if block in plan.value_blocks:

@@ -551,7 +551,8 @@ class GPT(nn.Module):
             documents=documents_of(context.cu_seqlens, context.x0.shape[1], self.config.num_heads // self.config.num_kv_heads),
         )
         packed, coefficients = self._packed(fake_quant), self._coefficients(visits)
-        weights = fused_blocks.Weights(**packed, q_gain=self.q_gain, **coefficients)
+        q_gain = self.q_gain * fused_blocks.score_gain(self.config)
+        weights = fused_blocks.Weights(**packed, q_gain=q_gain, **coefficients)
         if not adapters:
             return fused_blocks.run(plan, weights, context.x0, context.value_rows, positions)
         scales = [(self.attn_scale[visit.block], self.mlp_scale[visit.block]) for visit in visits]

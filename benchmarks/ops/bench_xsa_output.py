@@ -8,13 +8,14 @@ import torch
 
 from benchmarks.shapes import HEAD_DIM, HEADS, KV_HEADS, SEQUENCE, WIDTH, cu_seqlens, document_lengths, tokens
 from benchmarks.timing import Case
+from pgolf_fast.fused_blocks import ATTENTION_SCALE
 from pgolf_fast.ops.qkv import ROTATED
 from pgolf_fast.ops.xsa_attention import documents_of
 from pgolf_fast.ops.xsa_output import _op_by_op
 
 
 def cases(device):
-    m, scale = tokens(device), HEAD_DIM**-0.5
+    m, scale = tokens(device), ATTENTION_SCALE
     rows, documents = m // SEQUENCE, document_lengths(m)
     weight = (torch.randn(WIDTH, HEADS * HEAD_DIM, device=device) / WIDTH**0.5).bfloat16()
     d_projected = torch.randn(m, WIDTH, device=device).bfloat16()

@@ -8,6 +8,8 @@
 // with m_t 0 where a sequence begins (t a multiple of `sequence`) and, with mask_bos, where token_t is `bos`; else 1. In float32,
 // rounded once. A warp walks over kEmbedNormRows neighbouring rows and carries the neighbour's part in registers; the backward
 // walks downwards, because row t needs what row t + 1 returns. It makes everything again from tokens, table and addend.
+//
+// SPILLS embed_norm_bwd_kernel 32: the instance of a float32 table and a gate a token, once a run of rows
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>

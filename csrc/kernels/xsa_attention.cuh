@@ -10,6 +10,8 @@ namespace pgolf::xsa {
 constexpr int kTile = kXsaTile;                          // rows and columns
 constexpr int kTileBytes = kTile * kXsaHeadDim * 2;      // bf16, 128-byte rows, 128-byte swizzle
 constexpr float kLog2e = 1.4426950408889634f;
+// Powers of 2 up to which a row's log-sum-exp lets its exponentials and their sums be taken as they are: no maximum, no shift.
+constexpr float kUnshifted = 80.0f, kUnshiftedSum = 0x1p80f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 // ---- host ------------------------------------------------------------------------------------------
@@ -77,6 +79,18 @@ __device__ inline float load_gate(const GateRows& gate, int batch, int token, in
     return gate.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16*>(gate.data)[at]) : static_cast<const float*>(gate.data)[at];
 }
 
+// What the backward does with a row's log-sum-exp. Its probabilities are 2^score times `factor`, which dy and delta take instead, so
+// that no exponent needs a subtraction; a row out of that range has a factor of 1, and its exponents lose `shift`.
+struct RowScale {
+    float shift, factor;
+    __device__ explicit RowScale(float lse) {
+        const float powers = lse * kLog2e;
+        const bool is_unshifted = fabsf(powers) <= kUnshifted;
+        shift = is_unshifted ? 0.0f : powers;
+        factor = is_unshifted ? ptx::exp2_approx(-powers) : 1.0f;
+    }
+};
+
 // ---- products of tiles -----------------------------------------------------------------------------
 
 using wgmma::swizzled;
@@ -105,8 +119,9 @@ __device__ inline void product_ab(float (&d)[32], const uint32_t (&a)[16], uint6
                                     k > 0 || accumulate);
 }
 
-// Accumulator to bf16 operand: neighbouring column groups pair up (wgmma.cuh).
-__device__ inline void pack(uint32_t (&a)[16], const float (&d)[32]) {
+// Accumulator's first 64 columns to bf16 operand: neighbouring column groups pair up (wgmma.cuh).
+template <int kCount>
+__device__ __forceinline__ void pack(uint32_t (&a)[16], const float (&d)[kCount]) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) a[i] = ptx::pack_bf16(d[2 * i], d[2 * i + 1]);
 }
@@ -122,8 +137,8 @@ __device__ __forceinline__ void mask_diagonal(float (&s)[32], int row, int lane)
 
 // Writes this warp's 16 rows of a fragment as bf16 into its rows of a tile, then hands each lane whole 16-byte chunks:
 // store(row, chunk, value, i) with row = 16 warp + 4 i + lane / 8, chunk = lane % 8.
-template <class Store>
-__device__ inline void store_rows(uint8_t* tile, const float (&d)[32], int warp, int lane, Store&& store) {
+template <int kCount, class Store>
+__device__ inline void store_rows(uint8_t* tile, const float (&d)[kCount], int warp, int lane, Store&& store) {
     uint32_t packed[16];
     pack(packed, d);
     const uint32_t base = ptx::smem_u32(tile);
@@ -165,47 +180,46 @@ inline dim3 query_grid(const XsaAttentionParams& p) {
     return dim3((p.tokens + per_block - 1) / per_block - p.prefix / per_block, p.q_heads / heads_per_block, p.batch);
 }
 
-// The key and value tiles of a query block.
-struct KeyRange {
-    int batch, kv_head, start, count;
-};
-
-// Key and value tiles of a query block, in order, through kStages stages. NOTE: without a warp of its own for the loads, thread 0
-// refills a stage at the start of step j; the stage is that of tile j - 2, which both warpgroups should have left by then.
+// Key and value tiles of a query block, in order, through kStages stages. NOTE: without a warp of its own for the loads, warp 0
+// refills a stage at the start of tile j; the stage is that of tile j - 2, which both warpgroups should have left by then.
+// Walk over tiles as kStages * round + u, u unrolled: then stages are constants, and their addresses cost no instructions. A warp
+// issues one in 3 to 4 clocks here, so each instruction of the loop is 0.6 us of a forward of 98,304 tokens.
 struct KeyStream {
-    uint64_t *full, *empty;  // [kStages], in shared memory
-    uint8_t* stages;         // [kStages] of a key and a value tile
+    uint32_t bars;   // shared addresses: kStages barriers of full stages, kStages of empty ones,
+    uint32_t tiles;  // and the stages, each a key and a value tile
     const CUtensorMap *map_k, *map_v;
-    const KeyRange* range;   // in shared memory
+    int batch, kv_head, start, count;
 
+    static constexpr uint32_t kBarBytes = 2 * kStages * sizeof(uint64_t);
+
+    __device__ uint32_t full(unsigned j) const { return bars + 8 * (j % kStages); }
+    __device__ uint32_t empty(unsigned j) const { return bars + 8 * (kStages + j % kStages); }
     // One thread.
     __device__ void init() const {
         for (int i = 0; i < kStages; ++i) {
-            ptx::mbarrier_init(&full[i], 1);
-            ptx::mbarrier_init(&empty[i], kConsumers * 4);
+            ptx::mbarrier_init(full(i), 1);
+            ptx::mbarrier_init(empty(i), kConsumers * 4);
         }
     }
-    __device__ void load(int j) const {
-        uint64_t* bar = &full[j % kStages];
-        uint8_t* keys = stages + j % kStages * 2 * kTileBytes;
-        ptx::mbarrier_arrive_expect(bar, 2 * kTileBytes);
-        ptx::tma_load_4d(keys, map_k, bar, 0, range->kv_head, range->start + j * kTile, range->batch);
-        ptx::tma_load_4d(keys + kTileBytes, map_v, bar, 0, range->kv_head, range->start + j * kTile, range->batch);
+    __device__ void load(unsigned j) const {
+        const uint32_t keys = tiles + j % kStages * 2 * kTileBytes;
+        ptx::mbarrier_arrive_expect(full(j), 2 * kTileBytes);
+        ptx::tma_load_4d(keys, map_k, full(j), 0, kv_head, start + int(j) * kTile, batch);
+        ptx::tma_load_4d(keys + kTileBytes, map_v, full(j), 0, kv_head, start + int(j) * kTile, batch);
     }
     __device__ void load_first() const {
-        for (int j = 0; j < min(kStages, range->count); ++j) load(j);
+        for (int j = 0; j < min(kStages, count); ++j) load(j);
+    }
+    // Warp 0, for j >= 2.
+    __device__ void refill(unsigned j) const {
+        if (int(j) - 2 + kStages >= count) return;
+        ptx::mbarrier_wait(empty(j - 2), (j - 2) / kStages & 1);
+        if (ptx::elect_one()) load(j - 2 + kStages);
     }
     // Every thread.
-    __device__ void refill(int j) const {
-        if (threadIdx.x == 0 && j >= 2 && j - 2 + kStages < range->count) {
-            ptx::mbarrier_wait(&empty[(j - 2) % kStages], (j - 2) / kStages & 1);
-            load(j - 2 + kStages);
-        }
-    }
-    __device__ void wait(int j) const { ptx::mbarrier_wait(&full[j % kStages], j / kStages & 1); }
-    __device__ void release(int j) const {
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&empty[j % kStages]);
-    }
+    __device__ void wait(unsigned j) const { ptx::mbarrier_wait(full(j), j / kStages & 1); }
+    // One lane of each warp.
+    __device__ void release(unsigned j) const { ptx::mbarrier_arrive(empty(j)); }
 };
 
 // Dynamic shared memory starts at 16 bytes; tiles need 1024.

@@ -10,6 +10,11 @@
 // once for dq (a block owns queries). Seven products instead of five buy gradients that need no fp32 accumulator in
 // memory, no atomics and no conversion pass, and that are the same bits on every run.
 //
+// Exponentials are taken of the scores as they are, without a maximum: where a row's log-sum-exp is within 2^-80 .. 2^80 nothing can
+// overflow, and the backward multiplies dy and delta by the row's 2^-lse, so that its probabilities need no subtraction either.
+// Other rows cost the forward two more walks over their keys, for the maxima and with them, and the backward a subtraction a score.
+// Scores whose scale is ln 2 are powers of 2 already; any other scale costs a multiplication a score.
+//
 // NOTE: every element of q, k, v and dout must be finite, also in tokens after the last document: a tile reaches past its
 // document's end, and what it meets there is multiplied by 0.
 #pragma once
@@ -91,8 +96,9 @@ struct XsaAttentionBwdParams {
     HeadRows dq, dk, dv;
     XsaRaw raw;
     GateRows dgate;
-    HeadRows dy;               // scratch, [B, T, Hq, 64]
-    float* stats;              // scratch, [B Hq, 2, stats_width]: lse in base 2, delta; a token's place: stats_place
+    HeadRows dy;               // scratch, [B, T, Hq, 64]: times the row's factor
+    float* stats;              // scratch, [B Hq, 2, stats_width]: what the row's exponents lose, mostly 0, and delta times its factor
+                               // (RowScale); a token's place: stats_place
     int64_t stats_width;       // multiple of 4, at least T + 4 documents
 };
 cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t stream);

@@ -88,12 +88,14 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
         if (g + 1 < group) next = fetch(head + 1);
         const Eight grad_out = if_live(now.grad_out), out = if_live(now.out);
         const float gate = live ? now.gate : 1.0f, own = live ? now.own : 0.0f, lse = now.lse;
+        const RowScale scale(lse);
         const float share = dot(grad_out, v) * inverse_square;  // e / gate, and e z = share out
         float dy[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             dy[i] = gate * (grad_out.x[i] - share * v.x[i]);
             dv[i] -= share * out.x[i] + own * dy[i];
+            dy[i] *= scale.factor;
         }
         const uint4 rounded = pack8(dy);
         if (exists) *row_chunk(p.dy, batch, token, head, chunk) = rounded;
@@ -103,7 +105,7 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
         const Eight stored(rounded);
         const float delta = dot(stored, out) * (gate != 0.0f ? 1.0f / gate : 0.0f) + own * dot(stored, v);
         if (live && chunk == 0) {
-            p.stats[2 * stat * p.stats_width + place.stats] = lse * kLog2e;
+            p.stats[2 * stat * p.stats_width + place.stats] = scale.shift;
             p.stats[(2 * stat + 1) * p.stats_width + place.stats] = delta;
         }
         if (p.dgate.data != nullptr) {
@@ -232,46 +234,62 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
         float dk[32], dv[32];
 #pragma unroll
         for (int i = 0; i < 32; ++i) dk[i] = dv[i] = 0.0f;
+        const bool leads = lane == 0;
         uint8_t* own_k = s_keys + warpgroup * kTileBytes;
         uint8_t* own_v = s_keys + (kKeyGroups + warpgroup) * kTileBytes;
-        const uint64_t keys = wgmma::descriptor(own_k), values = wgmma::descriptor(own_v);
-        const uint64_t queries = wgmma::descriptor(s_queries), queries_mn = wgmma::descriptor_mn_major(s_queries, 0);
+        const uint64_t keys = wgmma::kept(wgmma::descriptor(own_k)), values = wgmma::kept(wgmma::descriptor(own_v));
+        const uint64_t queries = wgmma::kept(wgmma::descriptor(s_queries));
+        const uint64_t queries_mn = wgmma::kept(wgmma::descriptor_mn_major(s_queries, 0));
 
         ptx::mbarrier_wait(&s_keys_full, 0);
-        int step = 0, tile = first;
-        auto next_step = [&] {
-            ++step;
-            tile = tile + 1 < tiles ? tile + 1 : first;
-        };
-        auto release = [&](int passed) {
-            if (lane == 0) ptx::mbarrier_arrive(&s_empty[passed % kQueryStages]);
-        };
-        int finished = -1;  // step whose last products may still be running
-        for (; step < steps; next_step()) {
-            ptx::mbarrier_wait(&s_full[step % kQueryStages], step / kQueryStages & 1);
+        const uint32_t full = ptx::kept(ptx::smem_u32(s_full)), empty = ptx::kept(ptx::smem_u32(s_empty));
+        unsigned stage = 0, parity = 0;
+        int tile = first, before = -1;  // before: stage of the step whose last products may still be running
+        for (int step = 0; step < steps; ++step, tile = tile + 1 < tiles ? tile + 1 : first) {
+            const unsigned now = stage;
+            ptx::mbarrier_wait(full + 8 * now, parity);
+            stage = (stage + 1) % kQueryStages;
+            parity ^= stage == 0;
             if (tile < mine) {  // queries that see none of this warpgroup's keys
-                release(step);
+                if (leads) ptx::mbarrier_arrive(empty + 8 * now);
                 continue;
             }
             // Rows are keys, columns are queries.
-            const int stage = step % kQueryStages;
-            const uint64_t q = wgmma::advance(queries_mn, stage * 2 * kTileBytes);
+            const uint64_t q = wgmma::advance(queries, now * 2 * kTileBytes), q_mn = wgmma::advance(queries_mn, now * 2 * kTileBytes);
             float s[32], dp[32];
             uint32_t operand[16];
-            // Ahead of the products, which would keep shared memory busy.
-            const float2* stats = reinterpret_cast<const float2*>(s_stats + stage * kStatBytes) + lane % 4;  // of two columns
-            float2 lse[8];
+            // Ahead of the products, as many as there are registers for: a read takes 170 clocks while they run.
+            const float2* stats = reinterpret_cast<const float2*>(s_stats + now * kStatBytes);
+            const float2* columns = stats + lane % 4;  // of two columns
+            const float2 shifts = stats[lane];
+            constexpr int kEarly = 4;
+            float2 delta[8];
 #pragma unroll
-            for (int j = 0; j < 8; ++j) lse[j] = stats[4 * j];
+            for (int j = 0; j < kEarly; ++j) delta[j] = columns[kTile / 2 + 4 * j];
             wgmma::wait<0>();
-            if (finished >= 0) release(finished);
+            if (leads && before >= 0) ptx::mbarrier_arrive(empty + 8 * before);
+            before = now;
             begin_products();
-            product_abt(s, keys, wgmma::advance(queries, stage * 2 * kTileBytes));
+            product_abt(s, keys, q);
             wgmma::commit();
-            product_abt(dp, values, wgmma::advance(queries, (stage * 2 + 1) * kTileBytes));
+            product_abt(dp, values, wgmma::advance(q, kTileBytes));
             wgmma::commit();
+            const bool is_shifted = __any_sync(0xffffffffu, shifts.x != 0.0f || shifts.y != 0.0f);
             wgmma::wait<1>();
             wgmma::pin(s);
+            if (is_shifted) {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    const float2 two = columns[4 * j];
+                    s[4 * j] = fmaf(s[4 * j], scale_log2, -two.x);
+                    s[4 * j + 1] = fmaf(s[4 * j + 1], scale_log2, -two.y);
+                    s[4 * j + 2] = fmaf(s[4 * j + 2], scale_log2, -two.x);
+                    s[4 * j + 3] = fmaf(s[4 * j + 3], scale_log2, -two.y);
+                }
+            } else if (scale_log2 != 1.0f) {
+#pragma unroll
+                for (int e = 0; e < 32; ++e) s[e] *= scale_log2;
+            }
             if (tile == mine || tile == tiles - 1) {
                 const int end = seq.length - tile * kTile, diagonal = tile == mine ? 0 : -kTile;
 #pragma unroll
@@ -281,29 +299,15 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
                 }
             }
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                const float2 two = lse[j];
-                s[4 * j] = fmaf(s[4 * j], scale_log2, -two.x);
-                s[4 * j + 1] = fmaf(s[4 * j + 1], scale_log2, -two.y);
-                s[4 * j + 2] = fmaf(s[4 * j + 2], scale_log2, -two.x);
-                s[4 * j + 3] = fmaf(s[4 * j + 3], scale_log2, -two.y);
-            }
-            // As many as there are registers for, ahead of the exponentials: a read takes 170 clocks while products run.
-            constexpr int kEarly = 4;
-            float2 delta[8];
-#pragma unroll
-            for (int j = 0; j < kEarly; ++j) delta[j] = stats[kTile / 2 + 4 * j];
-            wgmma::pin(s);
-#pragma unroll
             for (int e = 0; e < 32; ++e) s[e] = ptx::exp2_approx(s[e]);
             pack(operand, s);
             begin_products();
-            product_ab(dv, operand, wgmma::advance(q, kTileBytes), true);
+            product_ab(dv, operand, wgmma::advance(q_mn, kTileBytes), true);
             wgmma::commit();
             wgmma::wait<1>();
             wgmma::pin(dp);
 #pragma unroll
-            for (int j = kEarly; j < 8; ++j) delta[j] = stats[kTile / 2 + 4 * j];
+            for (int j = kEarly; j < 8; ++j) delta[j] = columns[kTile / 2 + 4 * j];
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 const float2 two = delta[j];
@@ -315,9 +319,8 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
             uint32_t ds[16];
             pack(ds, s);
             begin_products();
-            product_ab(dk, ds, q, true);
+            product_ab(dk, ds, q_mn, true);
             wgmma::commit();
-            finished = step;
         }
         wgmma::wait<0>();
         wgmma::pin(dk);
@@ -360,8 +363,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
                                                                             const __grid_constant__ CUtensorMap map_v,
                                                                             const __grid_constant__ XsaAttentionBwdParams p) {
     extern __shared__ uint8_t dynamic_shared[];
-    __shared__ uint64_t s_full[kStages], s_empty[kStages], s_rows_full;
-    __shared__ KeyRange s_range;
+    __shared__ uint64_t s_bars[2 * kStages], s_rows_full;
     uint8_t* s_rows = align_tiles(dynamic_shared);             // [kConsumers] of a q and a dy tile
     uint8_t* s_keys = s_rows + 2 * kConsumers * kTileBytes;    // [kStages] of a k and a v tile
 
@@ -373,9 +375,9 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     const int key_tiles = min(find_query_tile(f.q_heads, f.kv_heads, seq.block, kConsumers - 1).tile + 1, seq.tiles());
     const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     const QueryTile mine = find_query_tile(f.q_heads, f.kv_heads, seq.block, warpgroup);
-    const KeyStream stream{s_full, s_empty, s_keys, &map_k, &map_v, &s_range};
+    const KeyStream stream{ptx::kept(ptx::smem_u32(s_bars)), ptx::smem_u32(s_keys), &map_k, &map_v, uniform(seq.batch),
+                           uniform(mine.kv_head), uniform(seq.start), uniform(key_tiles)};
     if (threadIdx.x == 0) {
-        s_range = {seq.batch, mine.kv_head, seq.start, key_tiles};
         ptx::mbarrier_init(&s_rows_full, 1);
         stream.init();
         ptx::fence_mbarrier_init();
@@ -393,15 +395,16 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     }
 
     const int warp = threadIdx.x / 32 % 4, row = 16 * warp + lane / 4;
+    const bool leads = lane == 0, refills = uniform(threadIdx.x / 32) == 0;
     const float scale_log2 = f.scale * kLog2e;
-    const int last = uniform(min(mine.tile, key_tiles - 1));
-    float lse[2] = {}, delta[2] = {};  // of this thread's rows; zeros for rows past the end, whose results go nowhere
+    const unsigned last = uniform(min(mine.tile, key_tiles - 1));
+    float shift[2] = {}, delta[2] = {};  // of this thread's rows; zeros for rows past the end, whose results go nowhere
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int token = mine.tile * kTile + row + 8 * r;
         const int64_t at = 2 * (int64_t(seq.batch) * f.q_heads + mine.head) * p.stats_width + stats_place(seq.start, seq.document) + token;
         if (token >= seq.length) continue;
-        lse[r] = p.stats[at];
+        shift[r] = p.stats[at];
         delta[r] = p.stats[at + p.stats_width];
     }
     float dq[32];
@@ -411,23 +414,28 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
 
     ptx::mbarrier_wait(&s_rows_full, 0);
     float s[32], dp[32];
-    auto start_scores = [&](int j) {
+    const bool is_scaled = scale_log2 != 1.0f || __any_sync(0xffffffffu, shift[0] != 0.0f || shift[1] != 0.0f);
+    auto start_scores = [&](unsigned j) {
         stream.wait(j);
         begin_products();
         product_abt(s, q, wgmma::advance(keys, j % kStages * 2 * kTileBytes));
         wgmma::commit();
     };
     // Scores of tile j, already started, to its part of dq, which is left running.
-    auto finish_tile = [&](int j, bool diagonal) {
+    auto finish_tile = [&](unsigned j, bool is_first, bool diagonal) {
         const int offset = j % kStages * 2 * kTileBytes;
         wgmma::wait<1>();  // the last tile's part of dq
-        if (j > 0) stream.release(j - 1);
+        if (leads && !is_first) stream.release(j - 1);
         begin_products();
         product_abt(dp, dy, wgmma::advance(keys, offset + kTileBytes));
         wgmma::commit();
         wgmma::wait<0>();
         wgmma::pin(s);
         wgmma::pin(dp);
+        if (is_scaled) {
+#pragma unroll
+            for (int e = 0; e < 32; ++e) s[e] = fmaf(s[e], scale_log2, -shift[e / 2 % 2]);
+        }
         if (diagonal) mask_diagonal(s, row, lane);
         // Half of the keys at a time: their differences fill the gaps between exponentials.
 #pragma unroll
@@ -436,25 +444,29 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int e = 16 * half + 2 * i;
-                const float p0 = ptx::exp2_approx(fmaf(s[e], scale_log2, -lse[i % 2]));
-                const float p1 = ptx::exp2_approx(fmaf(s[e + 1], scale_log2, -lse[i % 2]));
+                const float p0 = ptx::exp2_approx(s[e]), p1 = ptx::exp2_approx(s[e + 1]);
                 ds[i] = ptx::pack_bf16(p0 * (dp[e] - delta[i % 2]), p1 * (dp[e + 1] - delta[i % 2]));
             }
             begin_products();
 #pragma unroll
             for (int k = 0; k < 2; ++k)
                 wgmma::mma<wgmma::kMajorMN>(dq, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3],
-                                            wgmma::advance(keys_mn, offset + 2048 * (2 * half + k)), half + k > 0 || j > 0);
+                                            wgmma::advance(keys_mn, offset + 2048 * (2 * half + k)), half + k > 0 || !is_first);
         }
         wgmma::commit();
     };
     start_scores(0);
-    for (int j = 0; j < last; ++j) {
-        stream.refill(j);
-        finish_tile(j, false);
-        start_scores(j + 1);
+    for (unsigned round = 0; kStages * round < last; ++round) {
+#pragma unroll
+        for (unsigned u = 0; u < kStages; ++u) {
+            const unsigned j = kStages * round + u;
+            if (refills && (u >= 2 || round > 0)) stream.refill(j);
+            finish_tile(j, u == 0 && round == 0, false);
+            start_scores(j + 1);
+            if (j + 1 == last) break;
+        }
     }
-    finish_tile(last, true);
+    finish_tile(last, last == 0, true);
     wgmma::wait<0>();
     wgmma::pin(dq);
 

@@ -3,15 +3,18 @@
 namespace pgolf {
 namespace xsa {
 
-// Base 2, of the unnormalised probabilities. The largest score of a row's first tile stands in for the row's maximum: its
-// probability becomes 2^-kHeadroom, so no sum is too small, and later scores may exceed it by kHeadroom + kSumLimit.
-constexpr float kHeadroom = 60.0f;
-constexpr float kSumLimit = 0x1p80f;
+// The sums of the output's product: 64 columns of values, then 8 of ones, whose sums are those of a row's probabilities as the product
+// rounds them. Divided by these, a row's weights add up to 1, and a token that sees only itself gets exactly its value: there is no
+// maximum whose probability would be a power of 2. The backward needs the sum of what was not rounded: no row's P may be off as a whole.
+constexpr int kSums = 36, kRowSum = 32;  // registers; row sum of this thread's row r: kRowSum + 2 r
+constexpr int kOnesBytes = 16 * 128;     // 16 rows as long as those of a tile
+constexpr int kWalks = 3;                // over a block's keys, with barriers of their own; nearly always the first is the only one
 
-struct Softmax {
-    float shift[2] = {-INFINITY, -INFINITY};  // of this thread's rows (lane / 4, + 8): what scores lose, in powers of 2
-    float sum[2] = {0.0f, 0.0f};              // this thread's columns only
-};
+// The values' descriptor, moved on by `bytes`, and with it the place of the ones, which stays where it is.
+__device__ __forceinline__ uint64_t values_at(uint64_t values, uint32_t bytes) {
+    const uint32_t low = uint32_t(values) + (bytes >> 4) - (bytes >> 4 << 16);
+    return (values & 0xffffffff00000000) | low;
+}
 
 // Largest score of each of this thread's rows.
 __device__ __forceinline__ void row_maxima(float (&top)[2], const float (&s)[32]) {
@@ -25,28 +28,13 @@ __device__ __forceinline__ void row_maxima(float (&top)[2], const float (&s)[32]
     top[1] = quad_max(fmaxf(fmaxf(partial[2], partial[3]), fmaxf(partial[6], partial[7])));
 }
 
-// Scores to unnormalised probabilities, in place.
-__device__ __forceinline__ void exponentials(float (&s)[32], Softmax& state, float scale_log2) {
+// Scores in powers of 2 to unnormalised probabilities, in place, and the sums of this thread's columns.
+__device__ __forceinline__ void exponentials(float (&s)[32], float (&sum)[2]) {
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
-        const int r = i / 2 % 2;
-        s[i] = ptx::exp2_approx(fmaf(s[i], scale_log2, -state.shift[r]));
-        s[i + 1] = ptx::exp2_approx(fmaf(s[i + 1], scale_log2, -state.shift[r]));
-        state.sum[r] += s[i] + s[i + 1];
-    }
-}
-
-// The shift grows to the maximum of what has been seen, and what was summed with a smaller one is scaled down.
-__device__ __forceinline__ void raise_shift(Softmax& state, float (&o)[32], const float (&s)[32], float scale_log2) {
-    float top[2];
-    row_maxima(top, s);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float shift = fmaxf(top[r] * scale_log2, state.shift[r]), factor = ptx::exp2_approx(state.shift[r] - shift);
-        state.shift[r] = shift;
-        state.sum[r] *= factor;
-#pragma unroll
-        for (int i = 0; i < 16; ++i) o[4 * (i / 2) + 2 * r + i % 2] *= factor;
+        s[i] = ptx::exp2_approx(s[i]);
+        s[i + 1] = ptx::exp2_approx(s[i + 1]);
+        sum[i / 2 % 2] += s[i] + s[i + 1];
     }
 }
 
@@ -55,11 +43,11 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
                                                                              const __grid_constant__ CUtensorMap map_v,
                                                                              const __grid_constant__ XsaAttentionParams p) {
     extern __shared__ uint8_t dynamic_shared[];
-    __shared__ uint64_t s_full[2 * kStages], s_empty[2 * kStages], s_rows_full;  // a second set for a second walk
+    __shared__ uint64_t s_bars[kWalks][2 * kStages], s_rows_full;
     __shared__ Sequence s_seq;
-    __shared__ KeyRange s_range;
     uint8_t* s_q = align_tiles(dynamic_shared);             // [kConsumers] tiles
     uint8_t* s_keys = s_q + kConsumers * kTileBytes;        // [kStages] of a key and a value tile
+    uint8_t* s_ones = s_keys + 2 * kStages * kTileBytes;
 
     const Sequence seq = find_sequence(p.queries, p.tokens, true, p.prefix);
     const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
@@ -78,14 +66,17 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     const int key_tiles = min(find_query_tile(p.q_heads, p.kv_heads, seq.block, kConsumers - 1).tile + 1, seq.tiles());
 
     const QueryTile tile = find_query_tile(p.q_heads, p.kv_heads, seq.block, warpgroup);
-    KeyStream stream{s_full, s_empty, s_keys, &map_k, &map_v, &s_range};
+    KeyStream stream{ptx::kept(ptx::smem_u32(s_bars)), ptx::smem_u32(s_keys), &map_k, &map_v, uniform(seq.batch), uniform(tile.kv_head),
+                     uniform(seq.start), uniform(key_tiles)};
     if (threadIdx.x == 0) {
         s_seq = seq;
-        s_range = {seq.batch, tile.kv_head, seq.start, key_tiles};
         ptx::mbarrier_init(&s_rows_full, 1);
         stream.init();
         ptx::fence_mbarrier_init();
     }
+    constexpr uint32_t kTwoOnes = 0x3f803f80;
+    if (threadIdx.x < kOnesBytes / 16) reinterpret_cast<uint4*>(s_ones)[threadIdx.x] = make_uint4(kTwoOnes, kTwoOnes, kTwoOnes, kTwoOnes);
+    ptx::fence_async_shared();
     __syncthreads();
     if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect(&s_rows_full, kConsumers * kTileBytes);
@@ -98,89 +89,106 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     }
 
     const int warp = threadIdx.x / 32 % 4, row = 16 * warp + lane / 4;
+    const bool leads = lane == 0, refills = uniform(threadIdx.x / 32) == 0;
     const float scale_log2 = p.scale * kLog2e;
     // NOTE: a tile wholly past the sequence's end runs along, so that every stage is released, and stores nothing.
-    const int last = uniform(min(tile.tile, key_tiles - 1));
+    const unsigned last = uniform(min(tile.tile, key_tiles - 1));
 
-    float o[32];
-    Softmax state;
-    const uint64_t q = wgmma::descriptor(s_q + warpgroup * kTileBytes);
-    const uint64_t keys = wgmma::descriptor(s_keys), values = wgmma::descriptor_mn_major(s_keys + kTileBytes, 0);
-    auto start_scores = [&](float (&s)[32], int j) {
+    float o[kSums], s[32], sum[2] = {};
+    float shift[2] = {};  // what scores lose, in powers of 2, of this thread's rows (lane / 4, + 8)
+    const uint64_t q = wgmma::descriptor(s_q + warpgroup * kTileBytes), keys = wgmma::descriptor(s_keys);
+    const uint64_t values = wgmma::descriptor_mn_major(s_keys + kTileBytes, s_ones - s_keys - kTileBytes);
+    ptx::mbarrier_wait(&s_rows_full, 0);
+    auto start_scores = [&](unsigned j) {
         stream.wait(j);
         begin_products();
         product_abt(s, q, wgmma::advance(keys, j % kStages * 2 * kTileBytes));
         wgmma::commit();
     };
-    auto start_output = [&](const float (&p)[32], int j) {
-        uint32_t probabilities[16];
-        pack(probabilities, p);
-        begin_products();
-        product_ab(o, probabilities, wgmma::advance(values, j % kStages * 2 * kTileBytes), j > 0);
+    auto start_output = [&](const uint32_t (&probabilities)[16], unsigned j, bool accumulate) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            wgmma::mma<wgmma::kMajorMN>(o, probabilities[4 * k], probabilities[4 * k + 1], probabilities[4 * k + 2],
+                                        probabilities[4 * k + 3], values_at(values, j % kStages * 2 * kTileBytes + 2048 * k),
+                                        k > 0 || accumulate);
         wgmma::commit();
     };
-
-    ptx::mbarrier_wait(&s_rows_full, 0);
-    float s[32];
-    start_scores(s, 0);
-    wgmma::wait<0>();
-    wgmma::pin(s);
-    if (last == 0) mask_diagonal(s, row, lane);
-    row_maxima(state.shift, s);
+    bool is_shifted = false;
+    // Scores to powers of 2. A scale of ln 2 leaves nothing to do, and the step's scores have it (fused_blocks.py).
+    auto to_powers = [&] {
+        if (!is_shifted && scale_log2 == 1.0f) return;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) state.shift[r] = fmaf(state.shift[r], scale_log2, kHeadroom);
-    for (int j = 0; j < last; ++j) {
-        stream.refill(j);
-        exponentials(s, state, scale_log2);
-        uint32_t probabilities[16];
-        wgmma::wait<0>();
-        wgmma::pin(o);
-        if (j > 0) stream.release(j - 1);
-        pack(probabilities, s);
-        stream.wait(j + 1);
-        begin_products();
-        product_abt(s, q, wgmma::advance(keys, (j + 1) % kStages * 2 * kTileBytes));
-        wgmma::commit();
-        product_ab(o, probabilities, wgmma::advance(values, j % kStages * 2 * kTileBytes), j > 0);
-        wgmma::commit();
-        wgmma::wait<1>();
-        wgmma::pin(s);
-    }
-    mask_diagonal(s, row, lane);
-    exponentials(s, state, scale_log2);
-    wgmma::wait<0>();
-    wgmma::pin(o);
-    start_output(s, last);
-    wgmma::wait<0>();
-    wgmma::pin(o);
-    // Scores that outgrew the first tile's: once more from the start, with a running maximum.
-    if (__syncthreads_or(!(fmaxf(state.sum[0], state.sum[1]) < kSumLimit))) {
-        stream.full += kStages;
-        stream.empty += kStages;
+        for (int i = 0; i < 32; ++i) s[i] = fmaf(s[i], scale_log2, -shift[i / 2 % 2]);
+    };
+
+    auto begin_another_walk = [&] {
+        stream.bars += KeyStream::kBarBytes;
         if (threadIdx.x == 0) {
             stream.init();
             ptx::fence_mbarrier_init();
         }
         __syncthreads();
         if (threadIdx.x == 0) stream.load_first();
-        state = Softmax{};
+        __syncwarp();
+    };
+
+    while (true) {
+        start_scores(0);
+        wgmma::wait<0>();
+        wgmma::pin(s);
+        for (unsigned round = 0; kStages * round < last; ++round) {
 #pragma unroll
-        for (int i = 0; i < 32; ++i) o[i] = 0.0f;
+            for (unsigned u = 0; u < kStages; ++u) {
+                const unsigned j = kStages * round + u;
+                const bool is_first = u == 0 && round == 0;
+                if (refills && (u >= 2 || round > 0)) stream.refill(j);
+                to_powers();
+                exponentials(s, sum);
+                uint32_t probabilities[16];
+                wgmma::wait<0>();
+                wgmma::pin(o);
+                if (leads && !is_first) stream.release(j - 1);
+                pack(probabilities, s);
+                start_scores(j + 1);
+                start_output(probabilities, j, !is_first);
+                wgmma::wait<1>();
+                wgmma::pin(s);
+                if (j + 1 == last) break;
+            }
+        }
+        mask_diagonal(s, row, lane);
+        to_powers();
+        exponentials(s, sum);
+        uint32_t probabilities[16];
+        wgmma::wait<0>();
+        wgmma::pin(o);
+        pack(probabilities, s);
+        begin_products();
+        start_output(probabilities, last, last > 0);
+        wgmma::wait<0>();
+        wgmma::pin(o);
+        sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
+        auto is_in_range = [](float x) { return x > 1.0f / kUnshiftedSum && x < kUnshiftedSum; };
+        if (is_shifted || !__syncthreads_or(!(is_in_range(sum[0]) && is_in_range(sum[1])))) break;
+        // Sums that are too large or too small: a walk for the rows' maxima, and one more with these for shifts.
+        is_shifted = true;
+        shift[0] = shift[1] = -INFINITY;
+        sum[0] = sum[1] = 0.0f;
+        begin_another_walk();
 #pragma unroll 1
-        for (int j = 0; j <= last; ++j) {
-            float s[32];
-            stream.refill(j);
-            start_scores(s, j);
+        for (unsigned j = 0; j <= last; ++j) {
+            if (refills && j >= 2) stream.refill(j);
+            start_scores(j);
             wgmma::wait<0>();
             wgmma::pin(s);
             if (j == last) mask_diagonal(s, row, lane);
-            raise_shift(state, o, s, scale_log2);
-            exponentials(s, state, scale_log2);
-            start_output(s, j);
-            wgmma::wait<0>();
-            wgmma::pin(o);
-            stream.release(j);
+            float top[2];
+            row_maxima(top, s);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) shift[r] = fmaxf(shift[r], top[r] * scale_log2);
+            if (leads) stream.release(j);
         }
+        begin_another_walk();
     }
 
     const QueryTile mine = find_query_tile(p.q_heads, p.kv_heads, s_seq.block, warpgroup);
@@ -188,7 +196,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     const uint8_t* own_values = s_keys + (last % kStages * 2 + 1) * kTileBytes;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float sum = quad_sum(state.sum[r]), normalise = __fdividef(1.0f, sum);
+        const float normalise = __fdividef(1.0f, o[kRowSum + 2 * r]);
         const int at = row + 8 * r, token = mine.tile * kTile + at;
         const bool inside = token >= p.prefix && token < s_seq.length;
         float own = 0.0f, v[16] = {};  // v in the columns of o
@@ -215,7 +223,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
         if (inside && lane % 4 == 0) {
             const int64_t head_row = int64_t(s_seq.batch) * p.q_heads + mine.head;
             const int64_t at_row = head_row * (p.tokens - p.prefix) + s_seq.start + token - p.prefix;
-            p.lse[at_row] = state.shift[r] * kLn2 + __logf(sum);
+            p.lse[at_row] = shift[r] * kLn2 + __logf(sum[r]);
             p.own[at_row] = own;
         }
     }
@@ -236,7 +244,7 @@ cudaError_t xsa_attention_fwd(const XsaAttentionParams& p, cudaStream_t stream) 
     cudaError_t status = tile_map(&map_q, p.q, p.q_heads, p.tokens - p.prefix, p.batch);
     if (status == cudaSuccess) status = tile_map(&map_k, p.k, p.kv_heads, p.tokens, p.batch);
     if (status == cudaSuccess) status = tile_map(&map_v, p.v, p.kv_heads, p.tokens, p.batch);
-    constexpr int kShared = 1024 + (kConsumers + 2 * kStages) * kTileBytes;
+    constexpr int kShared = 1024 + (kConsumers + 2 * kStages) * kTileBytes + kOnesBytes;
     if (status == cudaSuccess) status = allow_shared(reinterpret_cast<const void*>(xsa_attention_fwd_kernel), kShared);
     if (status != cudaSuccess) return status;
     xsa_attention_fwd_kernel<<<query_grid(p), kQueryThreads, kShared, stream>>>(map_q, map_k, map_v, p);

@@ -35,7 +35,7 @@ struct OutputBackward : gemm::PlainOp {
         int batch[2];
         uint32_t gates[2];  // of both heads
         float own[2][2], lse[2][2];  // [h][r]
-        float gate[2][2];
+        float gate[2][2];  // times the row's scale, as own is divided by it, from begin_rows on
         float share[2][2], out_dot[2][2], v_dot[2][2];  // g . v / |v|^2; dy . out and dy . v so far
         uint32_t v[kChunks][4];  // pairs, as ldmatrix leaves them: rows r % 2, columns + 8 (r / 2)
     };
@@ -49,8 +49,7 @@ struct OutputBackward : gemm::PlainOp {
             f.place[r] = p.places != nullptr ? __ldg(&p.places[row].stats) : token;
             f.batch[r] = batch;
             const int stat = batch * p.q_heads + head;  // first head's row of own and lse
-            f.gates[r] = p.gate != nullptr ? __ldg(reinterpret_cast<const unsigned*>(p.gate + int64_t(row) * p.q_heads + head))
-                                           : 0x3f803f80u;  // ones
+            f.gates[r] = load_gates(p, row, head);
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 f.own[h][r] = __ldg(p.own + int64_t(stat + h) * p.tokens + token);
@@ -103,6 +102,12 @@ struct OutputBackward : gemm::PlainOp {
         return p.stats + 2 * int64_t(f.batch[r] * p.q_heads + head) * p.stats_width + f.place[r];
     }
 
+    // Of both heads; ones where there is no gate.
+    static __device__ __forceinline__ uint32_t load_gates(const Arguments& p, int row, int head) {
+        return p.gate != nullptr ? __ldg(reinterpret_cast<const unsigned*>(p.gate + int64_t(row) * p.q_heads + head)) : 0x3f803f80u;
+    }
+    static __device__ __forceinline__ float gate_of(uint32_t gates, int h) { return h == 0 ? low_bf16(gates) : high_bf16(gates); }
+
     static __device__ __forceinline__ void begin_rows(const Arguments& p, Fetched& f, int row, int n0, int m) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -110,9 +115,13 @@ struct OutputBackward : gemm::PlainOp {
             const bool live = f.place[r] >= 0;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                f.gate[h][r] = live ? (h == 0 ? low_bf16(f.gates[r]) : high_bf16(f.gates[r])) : 0.f;
+                f.gate[h][r] = live ? gate_of(f.gates[r], h) : 0.f;
                 if (!live) f.own[h][r] = f.share[h][r] = 0.f;
-                if (live && threadIdx.x % 4 == h) *stats_of(p, f, n0 / kHead + h, r) = f.lse[h][r] * xsa::kLog2e;
+                // dy is stored times the factor, and own dy is not: the factor comes with the gate and leaves with own.
+                const xsa::RowScale scale(f.lse[h][r]);
+                f.gate[h][r] *= scale.factor;
+                f.own[h][r] = __fdividef(f.own[h][r], scale.factor);
+                if (live && threadIdx.x % 4 == h) *stats_of(p, f, n0 / kHead + h, r) = scale.shift;
             }
         }
     }
@@ -138,7 +147,10 @@ struct OutputBackward : gemm::PlainOp {
         for (int r = 0; r < 2; ++r) {
             float dgate[2];
 #pragma unroll
-            for (int h = 0; h < 2; ++h) dgate[h] = f.gate[h][r] != 0.f ? __fdividef(g_out[h][r], f.gate[h][r]) : 0.f;
+            for (int h = 0; h < 2; ++h) {
+                const float gate = f.place[r] >= 0 ? gate_of(f.gates[r], h) : 0.f;
+                dgate[h] = gate != 0.f ? __fdividef(g_out[h][r], gate) : 0.f;
+            }
             if (threadIdx.x % 4 == 0 && row + 8 * r < m)
                 *reinterpret_cast<uint32_t*>(p.dgate + int64_t(row + 8 * r) * p.q_heads + n0 / kHead) = ptx::pack_bf16(dgate[0], dgate[1]);
         }
@@ -178,11 +190,12 @@ struct OutputBackward : gemm::PlainOp {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             if (f.place[r] >= 0) {
+                const uint32_t gates = load_gates(p, row + 8 * r, n0 / kHead);  // once more, not kept: registers are short
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     if (quad != h) continue;
-                    const float over_gate = f.gate[h][r] != 0.f ? __fdividef(1.f, f.gate[h][r]) : 0.f;
-                    stats_of(p, f, n0 / kHead + h, r)[p.stats_width] = f.out_dot[h][r] * over_gate + f.own[h][r] * f.v_dot[h][r];
+                    const float gate = gate_of(gates, h), dot_y = f.out_dot[h][r] + f.gate[h][r] * f.own[h][r] * f.v_dot[h][r];
+                    stats_of(p, f, n0 / kHead + h, r)[p.stats_width] = gate != 0.f ? __fdividef(dot_y, gate) : 0.f;
                 }
             } else if (row + 8 * r < m) {
                 const int64_t at = int64_t(row + 8 * r) * p.gradient_stride;

@@ -4,7 +4,10 @@
 //     share = (g . v) / |v|^2           dy = gate (g - share v)           dv = -(share out + own dy), summed over v's query heads
 //     delta = dy . out / gate + own dy . v                                dgate = (g . out) / gate, and 0 where gate is 0
 //
-// (xsa_attention.h has the algebra; without XSA share is 0.) So g is never written, nor read again beside out and v.
+// (xsa_attention.h has the algebra; without XSA share is 0.) So g is never written, nor read again beside out and v. dy and delta
+// are written times their row's factor, as XsaAttentionBwdParams wants them.
+//
+// SPILLS OutputBackward 8: one word of a tile's epilogue
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>

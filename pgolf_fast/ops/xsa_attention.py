@@ -322,7 +322,7 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
                 of T: forward only, and without cu_seqlens
     xsa         remove the component along the token's own value
     gate        [B, T, Hq] factor on each head's output, or None
-    scale       of the scores, > 0; None is D ** -0.5
+    scale       of the scores, > 0; None is D ** -0.5. The kernels are fastest with ln 2, for queries that hold the rest of the scale
     cu_seqlens  int32 [documents + 1], ascending from 0 to at most T, for packed documents (then B = 1). Its values are not checked:
                 an entry counts as the largest up to it, from 0 and up to T
     max_seqlen  upper bound of the document lengths; T if not given. Only the composite path reads it.

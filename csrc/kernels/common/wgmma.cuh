@@ -41,6 +41,11 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes)
     return (descriptor & 0xffffffff00000000) | (uint32_t(descriptor) + (bytes >> 4));
 }
 
+// A descriptor that the compiler shall keep in registers instead of making it anew at each use.
+__device__ __forceinline__ uint64_t kept(uint64_t descriptor) {
+    return (descriptor & 0xffffffff00000000) | ptx::kept(uint32_t(descriptor));
+}
+
 // Before the first wgmma that reads registers written by ordinary instructions.
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -60,13 +65,15 @@ constexpr int kMajorK = 0, kMajorMN = 1;
 
 // An instruction's text and its operands. Macros, because asm takes neither arrays nor packs: it names each register of the accumulator,
 // and numbers what follows them.
-#define PGOLF_FLOATS_8(d, i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define PGOLF_FLOATS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PGOLF_FLOATS_8(d, i) PGOLF_FLOATS_4(d, i), PGOLF_FLOATS_4(d, i + 4)
 #define PGOLF_FLOATS_32(d, i) PGOLF_FLOATS_8(d, i), PGOLF_FLOATS_8(d, i + 8), PGOLF_FLOATS_8(d, i + 16), PGOLF_FLOATS_8(d, i + 24)
 
 #define PGOLF_NAMES_32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
     "%26, %27, %28, %29, %30, %31"
+
+#define PGOLF_NAMES_36 PGOLF_NAMES_32 ", %32, %33, %34, %35"
 
 #define PGOLF_NAMES_64 PGOLF_NAMES_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, " \
@@ -97,6 +104,13 @@ template <int kMajorB = kMajorK>
 __device__ __forceinline__ void mma(float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, bool accumulate) {
     asm volatile(PGOLF_WGMMA("m64n64", "bf16.bf16", PGOLF_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", "%38")
                  : PGOLF_FLOATS_32(d, 0)
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(int(accumulate)), "n"(kMajorB));
+}
+
+template <int kMajorB = kMajorK>
+__device__ __forceinline__ void mma(float (&d)[36], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, bool accumulate) {
+    asm volatile(PGOLF_WGMMA("m64n72", "bf16.bf16", PGOLF_NAMES_36, "{%36, %37, %38, %39}, %40", "%41", "%42")
+                 : PGOLF_FLOATS_32(d, 0), PGOLF_FLOATS_4(d, 32)
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(int(accumulate)), "n"(kMajorB));
 }
 
@@ -145,10 +159,12 @@ __device__ __forceinline__ void mma(float (&d)[128], uint32_t a0, uint32_t a1, u
 
 #undef PGOLF_WGMMA
 #undef PGOLF_NAMES_32
+#undef PGOLF_NAMES_36
 #undef PGOLF_NAMES_64
 #undef PGOLF_NAMES_96
 #undef PGOLF_NAMES_128
 #undef PGOLF_FLOATS_32
 #undef PGOLF_FLOATS_8
+#undef PGOLF_FLOATS_4
 
 }  // namespace pgolf::wgmma
