@@ -32,6 +32,8 @@ class ReferencePath:
     steps: int = 300
     settings: tuple[str, ...] = ("schedule.warmdown_iters=105",)
     """Of the recipe, in other words: model.num_layers=4 and the like."""
+    peer: bool = True
+    """By plain torch too, which compiles for a minute; without it the fast path's losses alone."""
     save: bool = False
     """Keep the losses in benchmarks/results."""
 
@@ -56,7 +58,7 @@ def run(config: ReferencePath, device) -> list[dict]:
     stream = (ShardStream if packed else ContinuousStream)(config.data, TOKENS, vocab_size=settings.model.vocab_size)
     runs = []
     with Loader(stream, 0, device, packed, settings.train.seq_len, settings.train.cu_seqlens_entries) as loader:
-        for name, (build, surroundings) in contestants(peer=True).items():
+        for name, (build, surroundings) in contestants(config.peer).items():
             with surroundings():
                 step = build(settings, device)
                 for looped in sorted({schedule.plan(settings.schedule, 0, 0.0).looped, True}):
@@ -81,9 +83,9 @@ def difference(losses, others) -> str:
 
 def compare(runs, seeds):
     losses = {(run["step"], run["seed"]): run["train_loss"] for run in runs}
-    for seed in seeds:
+    for seed in seeds if ("torch.compile", seeds[0]) in losses else ():
         print(f"seed {seed}, ours less torch.compile: {difference(losses['torch.compile', seed], losses['ours', seed])}")
-    for name in ("ours", "torch.compile"):
+    for name in dict.fromkeys(run["step"] for run in runs):
         for a, b in zip(seeds, seeds[1:]):
             print(f"{name}, seed {b} less seed {a}: {difference(losses[name, a], losses[name, b])}")
 
@@ -94,7 +96,8 @@ def keep(config, runs, device):
     slug = told["device"].lower().replace("nvidia ", "").replace(" ", "-")
     head = json.dumps({"environment": told, "recipe": config.recipe}, indent=1).removesuffix("\n}")
     lines = ",\n".join("  " + json.dumps(run) for run in runs)  # a run on a line
-    (RESULTS / f"curve_{config.recipe}_plain_torch.{slug}.json").write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n')
+    name = "plain_torch" if config.peer else "fast_path"
+    (RESULTS / f"curve_{config.recipe}_{name}.{slug}.json").write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":
