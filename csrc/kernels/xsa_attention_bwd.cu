@@ -173,7 +173,27 @@ constexpr int kKeyGroups = kXsaKeysPerBlock / kTile;  // warpgroups that multipl
 constexpr int kKeyThreads = kKeyGroups * 128 + 128;
 constexpr int kQueryStages = 8;  // query and dy tiles in flight
 constexpr int kStatBytes = kTile * 8;
-constexpr int kKeyShared = 1024 + (2 * kKeyGroups + 2 * kQueryStages) * kTileBytes + kQueryStages * kStatBytes;
+// dp - delta as one product: sixteen columns more of the contracted dimension, delta in three bf16, exact to 24 bits, on dy's side, and
+// -1 three times on v's. A step of the product takes the place of a subtraction per element. (In dq, where there is less to take away
+// for the same step, it is 1 to 3 % slower.)
+constexpr int kDeltaBytes = kTile * 32;  // of a tile
+constexpr int kMinusBytes = 256;         // eight rows, which stand for all
+
+__device__ __forceinline__ uint2 in_three_bf16(float x) {
+    const float high = __bfloat162float(__float2bfloat16_rn(x)), middle = __bfloat162float(__float2bfloat16_rn(x - high));
+    return make_uint2(ptx::pack_bf16(high, middle), ptx::pack_bf16(x - high - middle, 0.0f));
+}
+// Where a row's columns of delta lie in its tile.
+__device__ __forceinline__ uint32_t delta_place(int row) { return row / 8 * 256 + row % 8 * 16; }
+// By 16 threads.
+__device__ __forceinline__ void fill_minus(uint8_t* minus, int thread) {
+    constexpr uint32_t kMinusOne = 0xbf80;
+    const uint32_t one = thread < 8 ? kMinusOne : 0;  // in the rows' first chunks
+    reinterpret_cast<uint4*>(minus)[thread] = make_uint4(one << 16 | one, one, 0, 0);
+}
+
+constexpr int kKeyShared =
+    1024 + (2 * kKeyGroups + 2 * kQueryStages) * kTileBytes + kQueryStages * (kStatBytes + kDeltaBytes) + kMinusBytes;
 
 __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(const __grid_constant__ CUtensorMap map_q,
                                                                             const __grid_constant__ CUtensorMap map_dy,
@@ -182,10 +202,12 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
                                                                             const __grid_constant__ CUtensorMap map_stats,
                                                                             const __grid_constant__ XsaAttentionBwdParams p) {
     extern __shared__ uint8_t dynamic_shared[];
-    __shared__ uint64_t s_full[kQueryStages], s_empty[kQueryStages], s_keys_full;
+    __shared__ uint64_t s_full[kQueryStages], s_deltas_full[kQueryStages], s_empty[kQueryStages], s_keys_full;
     uint8_t* s_keys = align_tiles(dynamic_shared);                         // [kKeyGroups] tiles of k, then of v
     uint8_t* s_queries = s_keys + 2 * kKeyGroups * kTileBytes;             // [kQueryStages] of a q and a dy tile
-    uint8_t* s_stats = s_queries + 2 * kQueryStages * kTileBytes;          // [kQueryStages] of 64 lse, 64 delta
+    uint8_t* s_stats = s_queries + 2 * kQueryStages * kTileBytes;          // [kQueryStages] of 64 shifts, 64 delta
+    uint8_t* s_deltas = s_stats + kQueryStages * kStatBytes;               // [kQueryStages]
+    uint8_t* s_minus = s_deltas + kQueryStages * kDeltaBytes;
 
     const XsaAttentionParams& f = p.fwd;
     ptx::grid_dependency_launch();  // the dq kernel reads nothing of this one
@@ -198,10 +220,15 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
         ptx::mbarrier_init(&s_keys_full, 1);
         for (int i = 0; i < kQueryStages; ++i) {
             ptx::mbarrier_init(&s_full[i], 1);
+            ptx::mbarrier_init(&s_deltas_full[i], kTile);
             ptx::mbarrier_init(&s_empty[i], kKeyGroups * 4);
         }
         ptx::fence_mbarrier_init();
     }
+    for (int i = threadIdx.x; i < kQueryStages * kDeltaBytes / 16; i += kKeyThreads)
+        reinterpret_cast<uint4*>(s_deltas)[i] = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < kMinusBytes / 16) fill_minus(s_minus, threadIdx.x);
+    ptx::fence_async_shared();
     __syncthreads();
     const int warpgroup = uniform(threadIdx.x / 128);
 
@@ -225,6 +252,16 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
                 ptx::tma_load_2d(s_stats + stage * kStatBytes, &map_stats, &s_full[stage],
                                  stats_place(seq.start, seq.document) + token - seq.start, 2 * (seq.batch * f.q_heads + head));
             }
+        } else if (threadIdx.x % 128 >= kTile) {  // two more warps of the loading warpgroup: delta's columns of a query each
+            const int column = threadIdx.x % kTile;
+            for (int i = 0; i < steps; ++i) {
+                const int stage = i % kQueryStages;
+                ptx::mbarrier_wait(&s_full[stage], i / kQueryStages & 1);
+                const float delta = reinterpret_cast<const float*>(s_stats + stage * kStatBytes)[kTile + column];
+                *reinterpret_cast<uint2*>(s_deltas + stage * kDeltaBytes + delta_place(column)) = in_three_bf16(delta);
+                ptx::fence_async_shared();
+                ptx::mbarrier_arrive(&s_deltas_full[stage]);
+            }
         }
     } else {
         ptx::registers_increase<160>();
@@ -240,13 +277,15 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
         const uint64_t keys = wgmma::kept(wgmma::descriptor(own_k)), values = wgmma::kept(wgmma::descriptor(own_v));
         const uint64_t queries = wgmma::kept(wgmma::descriptor(s_queries));
         const uint64_t queries_mn = wgmma::kept(wgmma::descriptor_mn_major(s_queries, 0));
+        const uint64_t deltas = wgmma::kept(wgmma::descriptor_of_16(s_deltas, 256)), minus = wgmma::descriptor_of_16(s_minus, 0);
 
         ptx::mbarrier_wait(&s_keys_full, 0);
         const uint32_t full = ptx::kept(ptx::smem_u32(s_full)), empty = ptx::kept(ptx::smem_u32(s_empty));
+        const uint32_t deltas_full = ptx::kept(ptx::smem_u32(s_deltas_full));
         unsigned stage = 0, parity = 0;
         int tile = first, before = -1;  // before: stage of the step whose last products may still be running
         for (int step = 0; step < steps; ++step, tile = tile + 1 < tiles ? tile + 1 : first) {
-            const unsigned now = stage;
+            const unsigned now = stage, now_parity = parity;
             ptx::mbarrier_wait(full + 8 * now, parity);
             stage = (stage + 1) % kQueryStages;
             parity ^= stage == 0;
@@ -258,21 +297,19 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
             const uint64_t q = wgmma::advance(queries, now * 2 * kTileBytes), q_mn = wgmma::advance(queries_mn, now * 2 * kTileBytes);
             float s[32], dp[32];
             uint32_t operand[16];
-            // Ahead of the products, as many as there are registers for: a read takes 170 clocks while they run.
+            // Ahead of the products: a read takes 170 clocks while they run.
             const float2* stats = reinterpret_cast<const float2*>(s_stats + now * kStatBytes);
-            const float2* columns = stats + lane % 4;  // of two columns
             const float2 shifts = stats[lane];
-            constexpr int kEarly = 4;
-            float2 delta[8];
-#pragma unroll
-            for (int j = 0; j < kEarly; ++j) delta[j] = columns[kTile / 2 + 4 * j];
             wgmma::wait<0>();
             if (leads && before >= 0) ptx::mbarrier_arrive(empty + 8 * before);
             before = now;
             begin_products();
             product_abt(s, keys, q);
             wgmma::commit();
+            ptx::mbarrier_wait(deltas_full + 8 * now, now_parity);
+            begin_products();
             product_abt(dp, values, wgmma::advance(q, kTileBytes));
+            wgmma::mma(dp, minus, wgmma::advance(deltas, now * kDeltaBytes), true);
             wgmma::commit();
             const bool is_shifted = __any_sync(0xffffffffu, shifts.x != 0.0f || shifts.y != 0.0f);
             wgmma::wait<1>();
@@ -280,7 +317,7 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
             if (is_shifted) {
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
-                    const float2 two = columns[4 * j];
+                    const float2 two = stats[lane % 4 + 4 * j];  // of two columns
                     s[4 * j] = fmaf(s[4 * j], scale_log2, -two.x);
                     s[4 * j + 1] = fmaf(s[4 * j + 1], scale_log2, -two.y);
                     s[4 * j + 2] = fmaf(s[4 * j + 2], scale_log2, -two.x);
@@ -307,15 +344,7 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
             wgmma::wait<1>();
             wgmma::pin(dp);
 #pragma unroll
-            for (int j = kEarly; j < 8; ++j) delta[j] = columns[kTile / 2 + 4 * j];
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                const float2 two = delta[j];
-                s[4 * j] *= dp[4 * j] - two.x;
-                s[4 * j + 1] *= dp[4 * j + 1] - two.y;
-                s[4 * j + 2] *= dp[4 * j + 2] - two.x;
-                s[4 * j + 3] *= dp[4 * j + 3] - two.y;
-            }
+            for (int e = 0; e < 32; ++e) s[e] *= dp[e];
             uint32_t ds[16];
             pack(ds, s);
             begin_products();

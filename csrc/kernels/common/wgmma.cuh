@@ -36,6 +36,12 @@ __device__ __forceinline__ uint64_t descriptor_mn_major(const void* tile, uint32
     return kSwizzle128 | kGroupStride | (uint64_t(column_block_bytes >> 4) << 16) | ((ptx::smem_u32(tile) & 0x3FFFF) >> 4);
 }
 
+// K-major, 16 columns (one step of k), no swizzle: groups of 8 rows `group_bytes` apart, each 128 bytes of the rows' first 16-byte
+// chunks, then 128 of their second. With 0 bytes every group is the first.
+__device__ __forceinline__ uint64_t descriptor_of_16(const void* tile, uint32_t group_bytes) {
+    return (uint64_t(group_bytes >> 4) << 32) | (uint64_t(128 >> 4) << 16) | ((ptx::smem_u32(tile) & 0x3FFFF) >> 4);
+}
+
 // Adds `bytes` to a descriptor's address. The address never carries out of the low word, so the high one stays a constant.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) {
     return (descriptor & 0xffffffff00000000) | (uint32_t(descriptor) + (bytes >> 4));
