@@ -396,6 +396,10 @@ class Trainer:
                 raise UserError(
                     f"resume: {path} was trained with other {part} settings; resume with the recipe in {self.folder / 'recipe.json'}"
                 )
+        if state["step"] > self.recipe.schedule.iterations:
+            raise UserError(
+                f"resume: {path} is past schedule.iterations {self.recipe.schedule.iterations}; resume with at least {state['step']}"
+            )
         self.loader.load_state(state["loader"])
         return path, tensors, state
 

@@ -263,6 +263,8 @@ def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
         make(data, tmp_path / "c", "optim.matrix_lr=0.5", resume=True)
     with pytest.raises(UserError, match="loader state: of another stream"):
         make(data, tmp_path / "c", "train.batch_tokens=512", resume=True)
+    with pytest.raises(UserError, match="step_00000008.safetensors is past schedule.iterations 7; resume with at least 8"):
+        make(data, tmp_path / "c", "schedule.iterations=7", resume=True)
     assert {path: path.read_bytes() for path in (tmp_path / "c").glob("*.*")} == before
     assert not any((tmp_path / refused).exists() for refused in "ab")
     (tmp_path / "file").write_text("")
