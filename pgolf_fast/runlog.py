@@ -13,6 +13,7 @@ Only rank 0 writes.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -30,9 +31,11 @@ def commit() -> str:
     """Commit of the source checkout, or the version of the installed package; PGOLF_COMMIT says it where sources travel without history."""
     if told := os.environ.get("PGOLF_COMMIT"):
         return told
-    root = Path(pgolf_fast.__file__).parent.parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True)
-    return git.stdout.strip() or f"pgolf_fast {pgolf_fast.__version__}"
+    root, described = Path(pgolf_fast.__file__).parent.parent, ""
+    if (root / ".git").exists() and shutil.which("git"):  # an installed package may lie in somebody else's checkout
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True)
+        described = git.stdout.strip()
+    return described or f"pgolf_fast {pgolf_fast.__version__}"
 
 
 def device_name(device: torch.device) -> str:
