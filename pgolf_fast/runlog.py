@@ -65,8 +65,7 @@ class RunLog:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._events = open(folder / "events.jsonl", "a")  # noqa: SIM115  (open as long as the run)
-            self._text = open(folder / "log.txt", "a")  # noqa: SIM115
+            self._events, self._text = (_open_to_append(folder / name) for name in ("events.jsonl", "log.txt"))
         except OSError as error:
             raise UserError(f"run folder: cannot write {folder} ({error}); choose another with --runs") from None
 
@@ -93,8 +92,16 @@ class RunLog:
             self._text.close()
 
 
+def _open_to_append(path: Path):
+    """What follows a line that a kill cut off begins a line of its own."""
+    file = open(path, "a")  # noqa: SIM115  (open as long as the run)
+    if file.tell() and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
+
+
 def events(folder: Path) -> list[dict]:
-    """Events of a run. A last line cut off by a kill is left out."""
+    """Events of a run. A line cut off by a kill is left out."""
     found = []
     for line in (folder / "events.jsonl").read_text().splitlines():
         try:

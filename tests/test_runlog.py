@@ -1,4 +1,4 @@
-"""What a run's folder says of the code that made it."""
+"""What a run's folder says of the code that made it, and its log after a kill."""
 
 import subprocess
 
@@ -22,3 +22,16 @@ def test_the_commit_is_the_checkouts_own(tmp_path, monkeypatch):
     monkeypatch.setattr(pgolf_fast, "__file__", str(tmp_path / "pgolf_fast" / "__init__.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert runlog.commit() == INSTALLED
+
+
+def test_a_line_cut_off_costs_only_itself(tmp_path):
+    """The resumed run's first event says which steps do not count."""
+    (tmp_path / "events.jsonl").write_text('{"event": "step", "step": 3}\n{"event": "step", "st')
+    (tmp_path / "log.txt").write_text("step:3/8 train_lo")
+    for _ in range(2):
+        log = runlog.RunLog(tmp_path, writes=True, echo=lambda text: None)
+        log.event("resume", step=2)
+        log.line("step:3/8")
+        log.close()
+    assert [event["event"] for event in runlog.events(tmp_path)] == ["step", "resume", "resume"]
+    assert (tmp_path / "log.txt").read_text() == "step:3/8 train_lo\nstep:3/8\nstep:3/8\n"
