@@ -420,16 +420,17 @@ class Trainer:
     def keep_evidence(self, step, loss):
         """A loss that is not finite ends the run; weights, state and the stream's position stay for whoever looks."""
         evidence = self.folder / "evidence"
-        with contextlib.suppress(UserError):
+        weights = f"the weights as they were after step {self.step} are in {evidence}"
+        try:
             if dist.rank() == 0:
                 tensors = {name: p for name, p in self.model.named_parameters()}
                 checkpoint.write(evidence / "weights.safetensors", tensors, {"step": self.step, "loader": self.loader.state()})
+        except UserError as error:
+            weights = f"the weights could not be kept ({error})"
         self.log.event("not_finite", step=step + 1, train_loss=str(loss))
         kept = checkpoint.latest(self.folder / "checkpoints")
-        raise UserError(
-            f"the loss of step {step + 1} is {loss}; the weights as they were after step {self.step} are in {evidence}, "
-            + (f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it (train.checkpoint_every)")
-        )
+        before = f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it (train.checkpoint_every)"
+        raise UserError(f"the loss of step {step + 1} is {loss}; {weights}, {before}")
 
 
 class _Losses:

@@ -242,6 +242,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_evidence(data, tmp_p
     assert runlog.events(tmp_path / "run")[-1]["event"] == "not_finite"
 
 
+def test_evidence_that_cannot_be_written_is_not_promised(data, tmp_path):
+    trainer = make(data, tmp_path / "run")
+    (tmp_path / "run" / "evidence").write_text("in the way")
+    with pytest.raises(UserError, match="the loss of step 3 is nan; the weights could not be kept .*cannot write.*no checkpoint"):
+        trainer.keep_evidence(2, math.nan)
+
+
 def test_a_last_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkeypatch):
     def full(*args):
         raise UserError("checkpoint: cannot write")
