@@ -18,7 +18,7 @@ from pgolf_fast.__main__ import main
 from pgolf_fast.artifact import pack
 from pgolf_fast.data import load_validation
 from pgolf_fast.errors import UserError
-from pgolf_fast.evaluation.evaluate import evaluate, make_evaluator
+from pgolf_fast.evaluation.evaluate import Outcome, SavedState, evaluate, make_evaluator
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.model import GPT
 from pgolf_fast.quantize import PUBLISHED, quantize
@@ -189,6 +189,14 @@ def test_stopped_in_the_middle(pgolf, artifact, data, tmp_path, number):
     assert code == 0, err
     one, other = (json.loads(text)["rows"][0] for text in (out, whole))
     assert (one["ledger"], one["bits_per_byte"]) == (other["ledger"], other["bits_per_byte"])
+
+
+def test_the_strict_clock_counts_earlier_sittings_too(pgolf, artifact, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("pgolf_fast.commands.eval.process_age_s", lambda: 10.0)
+    monkeypatch.setattr(SavedState, "restore", lambda *_: Outcome(None, scoring_s=1000.0, practice_s=2000.0))
+    _, out, _ = pgolf(artifact, "--data", data, "--out", tmp_path, "--evaluator", "plain", "--json")
+    (row,) = json.loads(out)["rows"]
+    assert 1000 < row["scoring_s"] < 2000 < row["practice_s"] and row["practice_s"] + 10 < row["strict_s"] < 2100
 
 
 def test_another_evaluation_in_its_place_is_refused(pgolf, artifact, data, tmp_path, monkeypatch):
