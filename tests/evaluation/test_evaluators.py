@@ -271,6 +271,13 @@ def test_warm_up_leaves_no_trace(kind):
     assert evaluate(evaluator, Referee(gpt, stream.validation(320))).result == expected
 
 
+def test_losses_that_are_not_finite_are_no_score():
+    gpt = stream.model()
+    evaluator = ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, dataclasses.replace(TTT, lr=1e30))
+    with pytest.raises(UserError, match="the losses add up to nan: what learned from the text diverged"):
+        evaluate(evaluator, Referee(gpt, stream.validation(N)))
+
+
 # -- a GPU
 
 
