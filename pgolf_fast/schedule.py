@@ -41,6 +41,7 @@ class ScheduleConfig:
         limit, reserve = self.max_wallclock_seconds, self.reserve_seconds
         require(limit == 0 or limit > reserve, "max_wallclock_seconds", f"{limit} leaves no time beside reserve_seconds {reserve}")
         require(0 <= self.warmdown_frac <= 1, "warmdown_frac", f"expected 0 to 1, got {self.warmdown_frac}")
+        require(0 <= self.min_lr <= 1, "min_lr", f"expected 0 to 1, got {self.min_lr}")
         both = self.warmdown_iters and self.warmdown_frac
         require(not both, "warmdown_frac", "set this or schedule.warmdown_iters and make the other 0")
 

@@ -66,6 +66,8 @@ class TrainConfig:
         for field in ("batch_tokens", "micro_batches", "seq_len", "val_batch_tokens", "log_every", "cu_seqlens_entries"):
             if getattr(self, field) < 1:
                 raise UserError(f"train.{field}: expected at least 1, got {getattr(self, field)}")
+        if self.seed >= 2**64:
+            raise UserError(f"train.seed: expected at most 64 bits, got {self.seed}")
         rows = self.micro_batches * self.seq_len
         if self.batch_tokens % rows:
             raise UserError(f"train.batch_tokens: {self.batch_tokens} is no multiple of micro_batches x seq_len, {rows}")

@@ -204,6 +204,8 @@ def test_values_from_text():
         ("train.seed=1.5", "train.seed: expected a whole number from 0, got '1.5'"),
         ("train.seed=-1", "train.seed: expected a whole number from 0, got '-1'"),
         ("optim.matrix_lr=-0.1", "optim.matrix_lr: expected a finite number from 0, got '-0.1'"),
+        ("train.seed=18446744073709551616", "train.seed: expected at most 64 bits, got 18446744073709551616"),
+        ("schedule.min_lr=10", "schedule.min_lr: expected 0 to 1, got 10.0"),
         ("train.seed=", "train.seed: expected a whole number from 0, got ''"),
         ("optim.matrix_lr=nan", "optim.matrix_lr: expected a finite number from 0, got 'nan'"),
         ("model.attn_gate=yes", "model.attn_gate: expected true or false, got 'yes'"),

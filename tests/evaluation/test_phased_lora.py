@@ -375,7 +375,7 @@ def test_lanes_that_the_ranks_cannot_share(monkeypatch):
         PhasedLora(model_of(), CONFIG)
 
 
-@pytest.mark.parametrize("field,value", [("lanes", 0), ("chunk_tokens", 15), ("global_chunk_tokens", 13), ("beta2", 1.0)])
+@pytest.mark.parametrize("field,value", [("lanes", 0), ("chunk_tokens", 15), ("global_chunk_tokens", 13), ("beta2", 1.0), ("epsilon", 0.0)])
 def test_bad_settings_are_named(field, value):
     with pytest.raises(UserError, match=f"^lora.{field}: "):
         dataclasses.replace(CONFIG, **{field: value})
