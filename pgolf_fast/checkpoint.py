@@ -1,8 +1,7 @@
 """Checkpoints: one safetensors file each, written whole or not at all.
 
-A file holds the tensors by name and one JSON document (step, loader position, random states, clock) in the
-header. It is written beside its final name, flushed to the disk, and renamed; a kill at any moment leaves the last
-good one. No pickle.
+A file holds the tensors by name and one JSON document (step, loader position, clock) in the header. It is written beside its final name,
+flushed to the disk, and renamed; a kill at any moment leaves the last good one. No pickle.
 """
 
 import json

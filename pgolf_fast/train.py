@@ -115,7 +115,6 @@ class Trainer:
             self.recipe.schedule.max_wallclock_seconds - self.recipe.schedule.reserve_seconds, self.config.stop_reserve_seconds
         )
         with self.clock.phase("set-up"):
-            torch.manual_seed(self.config.seed)
             stream_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             self.model = GPT(self.recipe.model, self.config.seed, self.device, stream_dtype)
             self.parts = self.config.micro_batches // world
@@ -368,9 +367,6 @@ class Trainer:
         """All ranks take part; rank 0 writes."""
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         tensors |= {f"optim.{name}": t for name, t in self.optimizer.state_dict().items()}
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
         state = {
             "step": self.step,
             "plan": self.plan._asdict() if self.plan else None,
@@ -410,9 +406,6 @@ class Trainer:
             for name, p in self.model.named_parameters():
                 p.copy_(tensors[f"model.{name}"])
         self.optimizer.load_state_dict({name.removeprefix("optim."): t for name, t in tensors.items() if name.startswith("optim.")})
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
         self.clock.restore(state["clock"])
         self.losses.last = state["train_loss"]
         self.step, self.plan = state["step"], schedule.StepPlan(**state["plan"]) if state["plan"] else None

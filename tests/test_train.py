@@ -244,6 +244,13 @@ def test_a_resumed_run_has_the_time_that_is_left(data, tmp_path):
     assert resumed.run().steps == 2 and resumed.clock.ledger_s["train"] >= 99
 
 
+def test_a_run_draws_no_random_numbers(data, tmp_path):
+    """But the initial weights, from a generator of their own: so checkpoints hold no generator's state."""
+    before = torch.get_rng_state()
+    make(data, tmp_path / "run").run()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_killed_twenty_times_it_ends_as_if_never(data, tmp_path):
     settings = ("train.checkpoint_every=1", "schedule.iterations=40", "train.deterministic=true")
     make(data, tmp_path / "straight", *settings).run()
