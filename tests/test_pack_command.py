@@ -13,9 +13,10 @@ from benchmarks.states import synthetic_state
 from pgolf_fast import export
 from pgolf_fast.__main__ import main
 from pgolf_fast.artifact import pack, same, unpack
+from pgolf_fast.errors import UserError
 from pgolf_fast.ledger import CAP_BYTES
 from pgolf_fast.quantize import PUBLISHED, dequantize, quantize
-from pgolf_fast.shards import shard_name
+from pgolf_fast.shards import shard_name, write_shard
 from tests.finished_run import write_run
 
 
@@ -123,6 +124,9 @@ def test_gptq_calibrates_on_training_text_alone(finished, tmp_path):
     without_validation = export.quantize_run(source, "cpu", data=tmp_path / "train").tensors
     assert same(without_validation, export.quantize_run(source, "cpu").tensors)
     assert not same(without_validation, export.quantize_run(source, "cpu", plain_rounding=True).tensors)
+    write_shard(tmp_path / shard_name("train", 0), np.full(9000, 96, np.uint16))
+    with pytest.raises(UserError, match="token 96 is outside the vocabulary of 96"):
+        export.quantize_run(source, "cpu", data=tmp_path)
 
 
 def test_the_strict_count_decides_when_asked(pgolf, tmp_path):
