@@ -14,7 +14,7 @@ from pgolf_fast.quantize import Codes
 from pgolf_fast.recipe import Recipe
 
 RUN_TOKENS = 8  # validation tokens in a row that no weights hold by chance
-SAMPLED_EVERY = 64  # positions of the validation text whose run is looked for; a planted stretch of this length holds one
+SAMPLED_EVERY = 64  # positions of the validation text whose run is looked for; a planted stretch of 71 tokens surely holds one
 
 
 def audit_contents(path: Path, data: Path | None) -> tuple[tuple[str, Recipe] | None, list[Finding]]:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pgolf_fast import dist
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.referee import OrderError, Referee, Scored
 from pgolf_fast.evaluation.windows import Windows, sliding
@@ -143,6 +144,21 @@ def test_only_scored_text_is_revealed(referee):
     if document > 30:
         referee.score(Windows([document], [document], [document + 2]))
         assert referee.reveal(document, document + 2).tokens.tolist() == stream.validation(N).tokens[document : document + 3].tolist()
+
+
+def test_ranks_share_what_they_know_and_no_position(gpt, monkeypatch):
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    referee = Referee(gpt, stream.validation(N))
+    referee.score(Windows([0], [0], [50]))
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, np.array([[50, 60]])])
+    with pytest.raises(OrderError, match="position 50 has not been scored .or by another rank, since the last `meet`"):
+        referee.reveal(40, 60)
+    referee.meet()
+    assert len(referee.reveal(40, 60).tokens) == 21
+    with pytest.raises(OrderError, match="position 55 is scored already"):
+        referee.score(Windows([50], [55], [56]))
+    with pytest.raises(OrderError, match="position 50 or one soon after it was scored by two ranks"):
+        referee.meet()
 
 
 def test_weights_change_in_adapt_and_nowhere_else(gpt, referee):
