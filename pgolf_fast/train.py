@@ -244,11 +244,13 @@ class Trainer:
                         self.drain(window, progress)
                         with self.clock.phase("forecast"):
                             self.report_forecast()
+                            dist.meet(self.device)  # waiting for rank 0 is no training either
                         begun = time.perf_counter()
                     if every.checkpoint_every and self.step % every.checkpoint_every == 0:
                         self.drain(window, progress)
                         with self.clock.phase("checkpoint"):
                             self.save()
+                            dist.meet(self.device)
                         begun = time.perf_counter()
                 allowed = self.agree()
             self.drain(window, progress)

@@ -317,6 +317,14 @@ def test_ranks_follow_the_slowest_clock(data, tmp_path, monkeypatch):
     assert trainer.agree() == 2
 
 
+def test_what_only_rank_0_does_is_no_training_time_of_the_others(data, tmp_path, monkeypatch):
+    """They wait for it in the same phase; else the next collective would, on the training clock, which is the slowest rank's."""
+    trainer, phases = make(data, tmp_path / "run", "train.checkpoint_every=4", "train.forecast_every=8"), []
+    monkeypatch.setattr(dist, "meet", lambda device: phases.append(trainer.clock._open[0]))
+    trainer.run()
+    assert phases == ["checkpoint", "forecast", "checkpoint"]
+
+
 def test_steps_still_on_the_device_are_training_time(data, tmp_path):
     """On a clock that only waiting for a loss and validation move: whatever the loop is about to do, the wait is training's."""
     trainer = make(data, tmp_path / "run", "train.val_every=3", "train.checkpoint_every=2", "train.warmup_steps=0")
