@@ -127,6 +127,14 @@ def test_score_first_sgd(name):
     assert result.versions == 4  # four chunks, of which the last teaches nothing
 
 
+def test_tensors_that_no_forward_reads():
+    gpt, validation = stream.model(num_layers=1, ve_layers=()), stream.validation(N)
+    before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
+    _, result = losses_of(ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, TTT), gpt, validation)
+    same = {name for name, p in gpt.named_parameters() if torch.equal(p, before[name])}
+    assert result.versions == 4 and same == {"ve_embed", "ve_proj", "ve_scale", "ve_layer_scales", "skip_weights", "skip_gates"}
+
+
 @pytest.mark.parametrize(
     "change",
     [
