@@ -106,14 +106,15 @@ class Trainer:
             raise UserError(
                 f"train.micro_batches: {self.config.micro_batches} parts cannot be shared by {world} ranks; use a multiple of {world}"
             )
+        limit_s, reserve_s = schedule.limit_s(self.recipe.schedule), self.config.stop_reserve_seconds
+        if 0 < limit_s <= reserve_s:
+            raise UserError(f"train.stop_reserve_seconds: {reserve_s} leaves no time of {limit_s} s; reserve less or raise the limit")
         if not self.config.data:
             raise UserError("train.data: no data folder; `pgolf data demo FOLDER` makes a small one, then say train.data=FOLDER")
         if self.config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; read at the first product
             torch.use_deterministic_algorithms(True)
-        self.clock = TrainingClock(
-            self.recipe.schedule.max_wallclock_seconds - self.recipe.schedule.reserve_seconds, self.config.stop_reserve_seconds
-        )
+        self.clock = TrainingClock(limit_s, reserve_s)
         with self.clock.phase("set-up"):
             stream_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             self.model = GPT(self.recipe.model, self.config.seed, self.device, stream_dtype)

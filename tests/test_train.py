@@ -378,6 +378,8 @@ def test_a_last_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, m
 def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
     with pytest.raises(UserError, match="train.data: no data folder"):
         make("", tmp_path / "a")
+    with pytest.raises(UserError, match="train.stop_reserve_seconds: 4.0 leaves no time of 3.0 s"):
+        make(data, tmp_path / "a", "schedule.max_wallclock_seconds=5", "schedule.reserve_seconds=2", "train.stop_reserve_seconds=4")
     with pytest.raises(UserError, match="resume: no checkpoint"):
         make(data, tmp_path / "b", resume=True)
     make(data, tmp_path / "c").run()
