@@ -155,8 +155,8 @@ def test_validation_runs_the_loop_once_training_does(data, tmp_path):
 
 
 def test_ranks_share_validation_out(data, tmp_path, monkeypatch):
-    """37 rows over 3 ranks, in batches of 2: every row once."""
-    trainer = make(data, tmp_path / "run")
+    """37 rows over 3 ranks, in batches of 5: every row once."""
+    trainer = make(data, tmp_path / "run", "train.val_batch_tokens=480")
     whole, parts = trainer.validate(), []
     monkeypatch.setattr(dist, "world_size", lambda: 3)
     monkeypatch.setattr(dist, "sum_", lambda tensor: dist.DONE)

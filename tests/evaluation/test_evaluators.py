@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pgolf_fast import checkpoint
+from pgolf_fast import checkpoint, dist
 from pgolf_fast.errors import UserError
+from pgolf_fast.evaluation import evaluate as evaluate_module
 from pgolf_fast.evaluation.evaluate import EvalConfig, SavedState, evaluate
 from pgolf_fast.evaluation.referee import OrderError, Referee
 from pgolf_fast.evaluation.score_first_sgd import ScoreFirstSgd, TttConfig
@@ -235,6 +236,27 @@ def test_stopped_and_gone_on_is_the_same(tmp_path, kind, chunks):
     outcome = evaluate(evaluator, referee, SavedState(tmp_path, {"artifact": 1}, 1e9))
     assert outcome.result == whole  # to the bit, the digest too
     assert outcome.scoring_s <= outcome.practice_s
+
+
+def test_ranks_go_on_from_the_newest_state_that_all_have(tmp_path, monkeypatch):
+    """Another one was killed before it had saved the last one, and all save under the same numbers again."""
+    countdown = iter((1, 0))
+    _, evaluator, referee = make("sgd")
+    evaluate(evaluator, referee, SavedState(tmp_path, {}, 0.0), must_stop=lambda: next(countdown) == 0)
+    monkeypatch.setattr(dist, "gather_objects", lambda newest: [newest, newest - 1])
+    _, evaluator, referee = make("sgd")
+    saved = SavedState(tmp_path, {}, 0.0)
+    saved.restore(evaluator, referee)
+    assert (evaluator.done, saved.number) == (1, 1) and referee.ledger.is_scored.sum() == 4 * WINDOW
+
+
+def test_saving_is_no_scoring(tmp_path, monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr(evaluate_module.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(SavedState, "save", lambda *_: seconds.__setitem__(0, seconds[0] + 10))
+    _, evaluator, referee = make("sliding")
+    outcome = evaluate(evaluator, referee, SavedState(tmp_path, {}, every_s=-1.0))
+    assert (outcome.scoring_s, outcome.practice_s) == (0, 40)  # four chunks
 
 
 def test_a_state_of_another_evaluation_is_refused(tmp_path):

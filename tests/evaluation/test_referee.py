@@ -130,6 +130,14 @@ def test_only_the_named_option_scores_again(gpt, referee):
     assert found.published.nats - found.score.nats == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_was_scored_again_is_part_of_the_state(gpt):
+    whole, half = (Referee(gpt, stream.validation(N), allow_published_tail=True) for _ in range(2))
+    whole.score(Windows([0], [0], [N]))
+    whole.score_again(Windows([N - 20], [N - 10], [N]))
+    half.load_state(*whole.state())
+    assert half.result() == whole.result() and half.result().again.tokens == 10
+
+
 def test_only_scored_text_is_revealed(referee):
     document = int(referee.document_starts[2])
     with pytest.raises(OrderError, match="position 0 has not been scored"):
