@@ -250,6 +250,16 @@ def test_ranks_go_on_from_the_newest_state_that_all_have(tmp_path, monkeypatch):
     assert (evaluator.done, saved.number) == (1, 1) and referee.ledger.is_scored.sum() == 4 * WINDOW
 
 
+def test_ranks_save_and_stop_together(tmp_path, monkeypatch):
+    """Here another one is the one whose time to save comes, and then the one that is asked to stop; it is asked about that first."""
+    others = iter((False, True, False, False, True, False))
+    monkeypatch.setattr(dist, "any_rank", lambda claim, device: claim or next(others))
+    _, evaluator, referee = make("sgd")
+    saved = SavedState(tmp_path, {}, 1e9)
+    assert evaluate(evaluator, referee, saved) is None
+    assert (evaluator.done, saved.number) == (3, 2)
+
+
 def test_saving_is_no_scoring(tmp_path, monkeypatch):
     seconds = [0.0]
     monkeypatch.setattr(evaluate_module.time, "perf_counter", lambda: seconds[0])
