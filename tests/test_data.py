@@ -129,8 +129,9 @@ def test_resuming_gives_the_uninterrupted_stream(tmp_path, stream, stop):
     state = json.loads(json.dumps(first.state()))
     second = Loader(stream(tmp_path, 50, 2), is_packed=True)
     next(second)
+    thread = second.thread
     second.load_state(state)
-    assert second.position == stop
+    assert second.position == stop and not thread.is_alive()
     for expected, batch in zip(straight[stop:], second):
         assert torch.equal(batch.inputs, expected)
 
