@@ -71,6 +71,11 @@ def test_the_published_self_distillation_is_caught_by_name():
     assert {"future-flip", "score-before-update"} <= caught <= {*fixtures.READS_TARGETS, "score-before-update"}
 
 
+def test_the_published_tail_is_no_second_pass():
+    settings = subjects.recipe.overridden(subjects.default_settings(), ("eval.published_tail=true", "eval.evaluator=sliding"))
+    assert not broken(verdicts(subjects.of_recipe("small", settings), "single_pass", "byte_denominator"))
+
+
 def test_a_published_recipe_passes_with_its_own_parts():
     """The stack with loops, two lanes, a gate and a smear that reads the previous token."""
     found = verdicts(
