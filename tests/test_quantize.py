@@ -303,6 +303,8 @@ def test_schemes_of_each_table():
     assert c["blocks.0.attn.attn_gate_w"] == MaxRows() and c["tok_emb.weight"] == Gptq(63, 12.0)
     assert all(c[f"blocks.0.{m}.weight"] == Gptq(31, 12.0) for m in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj"))
     assert c["smear_lambda"] == c["blocks.0.mlp_scale"] == Keep("float16")
+    names = ("blocks.0.attn.c_q.weight", "tok_emb.weight", "skip_weights")
+    assert [[of_table[name].bits for name in names] for of_table in (s, g, c)] == [[6, 8, 16], [6, 8, 32], [6, 7, 16]]
 
 
 def test_error_table_is_true():
