@@ -102,6 +102,20 @@ SP1024_RUNS = {
     "SWA_ENABLED": (True, False, False),
     "SWA_EVERY": (50, 50, 50),
     "LATE_QAT_THRESHOLD": (0.1, 0.15, 0.15),
+    "EVAL_SEQ_LEN": (2048, 2048, 2048),
+    "EVAL_STRIDE": (64, 64, 64),
+    "TTT_CHUNK_TOKENS": (32768, 32768, 32768),  # #379 has no TTT of its own
+    "TTT_BATCH_SEQS": (32, 32, 32),
+    "TTT_EPOCHS": (3, 10, 3),
+    "TTT_LR": (0.002, 0.002, 0.002),
+    "TTT_MOMENTUM": (0.9, 0.9, 0.9),
+    "TTT_GRAD_CLIP": (1.0, 1.0, 1.0),
+    "TTT_FREEZE_BLOCKS": (0, 2, 0),
+    "SDTTT_ENABLED": (False, False, False),
+    "SDTTT_EPOCHS": (2, 2, 2),
+    "SDTTT_LR": (0.001, 0.001, 0.001),
+    "SDTTT_TEMPERATURE": (2.0, 2.0, 2.0),
+    "SDTTT_FREEZE_BLOCKS": (4, 4, 4),
 }
 CASEOPS_RUN = {
     "MATRIX_BITS": 6,
