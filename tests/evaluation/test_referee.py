@@ -67,7 +67,9 @@ def test_losses_are_those_of_each_window_alone(seed):
             np.testing.assert_allclose(scored.losses[row][kept].numpy(), expected, atol=3e-5)
             assert scored.targets[row][kept].tolist() == validation.tokens[first + 1 : end + 1].tolist()
             assert (scored.columns[row][kept] + start).tolist() == list(range(first, end))
-    result = referee.result()
+    result, running = referee.result(), referee.running()
+    assert (running.tokens, running.bytes) == (result.score.tokens, result.score.bytes)
+    assert running.nats == pytest.approx(result.score.nats, rel=1e-12)
     assert result.score.tokens == N and result.score.bytes == validation.target_bytes.sum()
     assert result.score.nats == pytest.approx(referee.ledger.losses.sum(dtype=np.float64), rel=1e-12)
 
