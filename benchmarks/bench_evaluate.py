@@ -142,7 +142,7 @@ def main() -> None:
         kept = {"environment": bench.environment(device) | {"command": command}, "recipe": config.recipe, "tokens": rows[0]["tokens"]}
         kept["run"] = config.run or (config.artifact.name if config.artifact else "random weights")
         kind = "scores" if config.artifact and config.data else "evaluate"
-        (bench.RESULTS / f"{kind}_{config.recipe}.h200.json").write_text(json.dumps(kept | {"scores": rows}, indent=1) + "\n")
+        bench.result_path(f"{kind}_{config.recipe}", device).write_text(json.dumps(kept | {"scores": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

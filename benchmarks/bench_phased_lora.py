@@ -72,10 +72,10 @@ def show(name, times, rows) -> list[dict]:
     return found
 
 
-def save(name, content):
+def save(name, content, device):
     command = " ".join(["python -m benchmarks.bench_phased_lora", *sys.argv[1:]])
-    environment = bench.environment(torch.device("cuda", 0)) | {"command": command}
-    (bench.RESULTS / f"{name}.h200.json").write_text(json.dumps({"environment": environment} | content, indent=1) + "\n")
+    environment = bench.environment(device) | {"command": command}
+    bench.result_path(name, device).write_text(json.dumps({"environment": environment} | content, indent=1) + "\n")
 
 
 def documents_up_to(length, validation, at_most) -> Validation:
@@ -144,7 +144,8 @@ def main():
     config = PhasedLoraConfig(batch_documents=options.documents, row_multiple=options.row_multiple, lanes=options.lanes)
     if options.artifact:
         found = score_text(options.artifact, options.data, config, options.length, options.first, options.prefix_documents, options.device)
-        return save("scores_caseops-1934", found | {"run": options.run or Path(options.artifact).name}) if options.save else None
+        found["run"] = options.run or Path(options.artifact).name
+        return save("scores_caseops-1934", found, torch.device(options.device)) if options.save else None
     model, steps = random_model(recipe.resolve("caseops-1934", environ={}).recipe, "cuda"), []
     if options.eager:
         evaluator = PhasedLora(model, config)
@@ -164,7 +165,7 @@ def main():
     if options.save:
         memory = {"peak_memory_gib": allocated, "reserved_memory_gib": reserved}
         found = {"steps": steps, "warm_up_s": warm_up_s, "recorded_shapes": len(evaluator.model.recordings)}
-        save("phased_lora", found | memory | PUBLISHED)
+        save("phased_lora", found | memory | PUBLISHED, torch.device("cuda", 0))
     if options.kernels:
         evaluator.phase = evaluator.round = 0
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.run import RESULTS, environment
+from benchmarks.run import environment, result_path
 from pgolf_fast import artifact, export
 from pgolf_fast.bpb import BitsPerByte, Score
 from pgolf_fast.commands.devices import choose_device
@@ -174,11 +174,10 @@ def main():
 
 
 def save(row: dict, folder: Path, device: torch.device) -> None:
-    slug = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
     command = " ".join(["python -m benchmarks.bench_quantize", *sys.argv[1:]])
     trained = json.loads((folder / "machine.json").read_text())["command"]
     record = {"environment": environment(device) | {"command": command}, "train_command": " ".join(["pgolf", *trained[1:]]), **row}
-    (RESULTS / f"quantize_{row['recipe']}.{slug}.json").write_text(json.dumps(record, indent=1) + "\n")
+    result_path(f"quantize_{row['recipe']}", device).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

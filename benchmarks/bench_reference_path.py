@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from benchmarks.bench_train_step import contestants, first_steps, synthetic_batches
-from benchmarks.run import RESULTS, environment
+from benchmarks.run import environment, result_path
 from benchmarks.shapes import TOKENS
 from pgolf_fast import recipe, schedule
 from pgolf_fast.data import ContinuousStream, Loader, ShardStream
@@ -93,11 +93,15 @@ def compare(runs, seeds):
 def keep(config, runs, device):
     told = environment(device)
     told["command"] = "python -m benchmarks.bench_reference_path " + " ".join(sys.argv[1:]).replace(str(config.data), "DATA")
-    slug = told["device"].lower().replace("nvidia ", "").replace(" ", "-")
     head = json.dumps({"environment": told, "recipe": config.recipe}, indent=1).removesuffix("\n}")
     lines = ",\n".join("  " + json.dumps(run) for run in runs)  # a run on a line
     name = "plain_torch" if config.peer else "fast_path"
-    (RESULTS / f"curve_{config.recipe}_{name}.{slug}.json").write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n')
+    result_path(f"curve_{config.recipe}_{name}", device).write_text(f'{head},
+ "runs": [
+{lines}
+ ]
+}}
+')
 
 
 if __name__ == "__main__":

@@ -265,9 +265,7 @@ def run(config: TrainStep, console: Console) -> list[dict]:
     if dist.rank() == 0:
         show(rows, config.profile, console)
         if config.save:
-            bench.RESULTS.mkdir(exist_ok=True)
-            slug = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
-            path = bench.RESULTS / f"train_step_{dist.world_size()}x.{slug}.json"
+            path = bench.result_path(f"train_step_{dist.world_size()}x", device)
             path.write_text(json.dumps({"environment": bench.environment(device), "steps": rows}, indent=1) + "\n")
     dist.stop()
     return rows

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+DEVICE = "h200"  # whose runs the tables of steps, losses and scores are of
 
 
 # Microseconds that we set out for, of an op's case.
@@ -69,7 +70,7 @@ def kernel_table(runs: list[dict]) -> str:
 def parity_table(folder: Path = RESULTS) -> str:
     """Training losses of our recipes beside the published scripts', at fixed steps; each by seed."""
     recipes = {}
-    for path in sorted(folder.glob("parity_*.json")):
+    for path in sorted(folder.glob(f"parity_*.{DEVICE}.json")):
         run = json.loads(path.read_text())
         recipes.setdefault(run["recipe"], []).append(run)
     lines = [
@@ -102,7 +103,7 @@ def step_table(folder: Path = RESULTS) -> str:
     headings = ["recipe", "block visits", "GPUs", "ours, ms", "target, ms", "published script, ms", "ratio", "torch.compile, ms", "ratio"]
     headings += ["M tokens/s", "MFU", "peak GiB", "commit"]
     rows = []
-    for path in sorted(folder.glob("train_step_*.json")):
+    for path in sorted(folder.glob(f"train_step_*.{DEVICE}.json")):
         run = json.loads(path.read_text())
         compiled = {(row["recipe"], row["visits"]): row["ms"] for row in run["steps"] if row["contestant"] == "torch.compile"}
         for row in run["steps"]:
@@ -127,7 +128,7 @@ def quantization_table(folder: Path = RESULTS) -> str:
         "| `--fit 16000000`: rise | artifact and wrapped code, bytes |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for path in sorted(folder.glob("quantize_*.json")):
+    for path in sorted(folder.glob(f"quantize_*.{DEVICE}.json")):
         run = json.loads(path.read_text())
         trained, quantized = run["bpb"]["trained"], run["bpb"]["quantized"]
         published = "not logged" if run["published_gap_bpb"] is None else f"{run['published_gap_bpb']:.4f}"
@@ -147,7 +148,7 @@ def score_table(folder: Path = RESULTS) -> str:
         "| tokens/s | published, a GPU | ratio |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for path in sorted(folder.glob("scores_*.json")):
+    for path in sorted(folder.glob(f"scores_*.{DEVICE}.json")):
         run = json.loads(path.read_text())
         for row in run["scores"]:
             rate, read = row.get("tokens_per_s", run["tokens"] / row["scoring_s"]), row.get("tokens_read_per_s")

@@ -75,9 +75,14 @@ def run_op(op: str, device: torch.device, ceilings: Ceilings, budget_s: float, w
     return rows
 
 
-def save(name: str, device: torch.device, ceilings: Ceilings, rows: list[dict], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+def result_path(name: str, device: torch.device, folder: Path = RESULTS) -> Path:
+    """Where a result goes; one of another kind of device never in its place."""
     slug = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace("nvidia ", "").replace(" ", "-")
-    path = folder / f"{name}.{slug}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.{slug}.json"
+
+
+def save(name: str, device: torch.device, ceilings: Ceilings, rows: list[dict], folder: Path) -> Path:
+    path = result_path(name, device, folder)
     path.write_text(json.dumps({"environment": environment(device), "ceilings": asdict(ceilings), "rows": rows}, indent=1) + "\n")
     return path

@@ -7,7 +7,6 @@ are only indications.
 
 import torch
 
-FAMILIES = ("sp1024-s", "sp1024-g", "caseops")
 LAYERS, WIDTH, KV_WIDTH, HEADS = 11, 512, 256, 8
 
 

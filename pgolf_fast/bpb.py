@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from pgolf_fast import dist
+
 
 @dataclasses.dataclass(frozen=True)
 class PieceBytes:
@@ -71,10 +73,9 @@ class BitsPerByte:
         self.counts[1] += target_bytes.sum(dtype=torch.int64)
 
     def all_reduce(self) -> None:
-        """Adds up the ranks' sums; nothing to do outside torch.distributed."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.nats)
-            torch.distributed.all_reduce(self.counts)
+        """Adds up the ranks' sums."""
+        for tensor in (self.nats, self.counts):
+            dist.sum_(tensor).wait()
 
     def score(self) -> Score:
         tokens, num_bytes = self.counts.tolist()

@@ -1,8 +1,7 @@
 """Checkpoints: one safetensors file each, written whole or not at all.
 
-A file holds the tensors by name and one JSON document (step, loader position, random states, clock) in the
-header. It is written beside its final name, flushed to the disk, and renamed; a kill at any moment leaves the last
-good one. No pickle.
+A file holds the tensors by name and one JSON document (step, loader position, clock) in the header. It is written beside its final name,
+flushed to the disk, and renamed; a kill at any moment leaves the last good one. No pickle.
 """
 
 import json
@@ -26,8 +25,12 @@ def path_of(folder: Path, step: int) -> Path:
 
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a folder."""
-    found = [p for p in folder.glob("step_*.safetensors") if NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return max(found, key=lambda p: int(NAME.fullmatch(p.name)[1]), default=None)
+    return max(_all(folder), default=None)
+
+
+def _all(folder: Path) -> list[Path]:
+    """The folder's checkpoints and nothing that somebody laid beside them."""
+    return [p for p in folder.glob("step_*.safetensors") if NAME.fullmatch(p.name)]
 
 
 def write(target: Path, tensors: dict[str, torch.Tensor], state: dict) -> Path:
@@ -60,7 +63,7 @@ def write(target: Path, tensors: dict[str, torch.Tensor], state: dict) -> Path:
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict) -> Path:
     """Write the checkpoint of a step and drop all but the last KEEP."""
     target = write(path_of(folder, step), tensors, state)
-    for old in sorted(folder.glob("step_*.safetensors"))[:-KEEP]:
+    for old in sorted(_all(folder))[:-KEEP]:
         old.unlink()
     return target
 

@@ -101,3 +101,8 @@ def any_rank(claim: bool, device) -> bool:
     found = torch.tensor(int(claim), device=device)
     max_(found)
     return bool(found)
+
+
+def meet(device):
+    """Waits until every rank is here."""
+    any_rank(False, device)

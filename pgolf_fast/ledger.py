@@ -3,7 +3,7 @@
 Code is counted three ways, because the challenge's own rulings differ:
 
     literal  the main script as it is
-    wrapped  every counted file inside one self-extracting script, as the records ship theirs
+    wrapped  every counted file, without comments, inside one self-extracting script, as the records ship theirs
     strict   every counted file as it is
 
 The rules count the code of one script, train_gpt.py, and the records ship theirs wrapped: so `wrapped` gates, unless strict is asked for.
@@ -13,6 +13,7 @@ import ast
 import base64
 import json
 import lzma
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from pgolf_fast.quantize import QuantConfig, quantize
 CAP_BYTES = 16_000_000
 MAIN_SCRIPT = "train_gpt.py"
 SUBMISSION_VERBS = ("train", "quantize", "pack", "eval")  # what a submission's script does
-CODE_SUFFIXES = {".py", ".pyi", ".toml", ".cu", ".cuh", ".cpp", ".cc", ".c", ".h", ".hpp", ".sh"}
+C_SUFFIXES = (".cu", ".cuh", ".cpp", ".cc", ".c", ".h", ".hpp")
+CODE_SUFFIXES = {".py", ".pyi", ".toml", *C_SUFFIXES, ".sh"}
+STRING_OR_C_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
 def forecast_bytes(state, config: QuantConfig) -> int:
@@ -124,7 +127,8 @@ def count_code(files: dict[str, str]) -> CodeBytes:
 
 
 def wrap(files: dict[str, str], main: str) -> bytes:
-    """One script that unpacks `files` into a temporary folder and runs `main` from there."""
+    """One script that unpacks `files`, without their comments, into a temporary folder and runs `main` from there."""
+    files = {name: without_comments(name, text) for name, text in files.items()}
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
     packed = base64.b85encode(
         lzma.compress(json.dumps(files, ensure_ascii=False).encode(), lzma.FORMAT_XZ, lzma.CHECK_NONE, filters=filters)
@@ -136,3 +140,24 @@ def wrap(files: dict[str, str], main: str) -> bytes:
         b"  p=pathlib.Path(d,n);p.parent.mkdir(parents=True,exist_ok=True);p.write_text(t,encoding='utf-8')\n"
         b" sys.path.insert(0,d);runpy.run_path(d+'/" + main.encode() + b"',run_name='__main__')\n"
     )
+
+
+def without_comments(name: str, text: str) -> str:
+    """The same program, a quarter smaller when compressed: Python without docstrings too, C without indentation."""
+    if name.endswith(C_SUFFIXES):
+        bare = STRING_OR_C_COMMENT.sub(lambda found: found[1] or " ", text)
+        return "\n".join(line.strip() for line in bare.splitlines() if line.strip())
+    if not name.endswith(".py"):
+        return text
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # of another Python
+        return text
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [line for line in node.body if not _is_text(line)] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str)

@@ -248,8 +248,8 @@ class Lqer:
         a_scale = (a.abs().max() / 1.5).half()
         groups = b.reshape(-1, group)
         b_scales = (groups.abs().amax(dim=1) / 7.5).half()
-        qa = _round(a, _nonzero(a_scale), -2, 1)[0] * (a_scale > 0)
-        qb = _round(groups, _nonzero(b_scales)[:, None], -8, 7)[0] * (b_scales > 0)[:, None]
+        qa, _ = _round(a, _nonzero(a_scale), -2, 1)
+        qb, _ = _round(groups, _nonzero(b_scales)[:, None], -8, 7)
         return LowRank(qa.to(torch.int8), a_scale, qb.to(torch.int8).reshape(b.shape), b_scales)
 
 

@@ -44,7 +44,8 @@ def read_record(folder: Path) -> RunRecord:
     steps, validations, end = {}, {}, None
     for event in runlog.events(folder):
         kind = event.get("event")
-        if kind == "resume":  # what the killed run did after its last checkpoint is done again
+        if kind == "resume":  # what the killed run did after its last checkpoint is done again; one that had ended goes on
+            end = None
             steps = {s: e for s, e in steps.items() if s <= event["step"]}
             validations = {s: e for s, e in validations.items() if s <= event["step"]}
         elif kind == "step":

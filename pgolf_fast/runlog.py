@@ -13,6 +13,7 @@ Only rank 0 writes.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -30,9 +31,11 @@ def commit() -> str:
     """Commit of the source checkout, or the version of the installed package; PGOLF_COMMIT says it where sources travel without history."""
     if told := os.environ.get("PGOLF_COMMIT"):
         return told
-    root = Path(pgolf_fast.__file__).parent.parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True)
-    return git.stdout.strip() or f"pgolf_fast {pgolf_fast.__version__}"
+    root, described = Path(pgolf_fast.__file__).parent.parent, ""
+    if (root / ".git").exists() and shutil.which("git"):  # an installed package may lie in somebody else's checkout
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True)
+        described = git.stdout.strip()
+    return described or f"pgolf_fast {pgolf_fast.__version__}"
 
 
 def device_name(device: torch.device) -> str:
@@ -62,8 +65,7 @@ class RunLog:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._events = open(folder / "events.jsonl", "a")  # noqa: SIM115  (open as long as the run)
-            self._text = open(folder / "log.txt", "a")  # noqa: SIM115
+            self._events, self._text = (_open_to_append(folder / name) for name in ("events.jsonl", "log.txt"))
         except OSError as error:
             raise UserError(f"run folder: cannot write {folder} ({error}); choose another with --runs") from None
 
@@ -90,8 +92,16 @@ class RunLog:
             self._text.close()
 
 
+def _open_to_append(path: Path):
+    """What follows a line that a kill cut off begins a line of its own."""
+    file = open(path, "a")  # noqa: SIM115  (open as long as the run)
+    if file.tell() and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
+
+
 def events(folder: Path) -> list[dict]:
-    """Events of a run. A last line cut off by a kill is left out."""
+    """Events of a run. A line cut off by a kill is left out."""
     found = []
     for line in (folder / "events.jsonl").read_text().splitlines():
         try:

@@ -41,6 +41,7 @@ class ScheduleConfig:
         limit, reserve = self.max_wallclock_seconds, self.reserve_seconds
         require(limit == 0 or limit > reserve, "max_wallclock_seconds", f"{limit} leaves no time beside reserve_seconds {reserve}")
         require(0 <= self.warmdown_frac <= 1, "warmdown_frac", f"expected 0 to 1, got {self.warmdown_frac}")
+        require(0 <= self.min_lr <= 1, "min_lr", f"expected 0 to 1, got {self.min_lr}")
         both = self.warmdown_iters and self.warmdown_frac
         require(not both, "warmdown_frac", "set this or schedule.warmdown_iters and make the other 0")
 
@@ -53,20 +54,21 @@ class StepPlan(NamedTuple):
     snapshot: bool  # take one after this step
 
 
-def _limit_s(config) -> float:
+def limit_s(config) -> float:
+    """Seconds that steps may take; 0 or less: no limit."""
     return config.max_wallclock_seconds - config.reserve_seconds
 
 
 def progress(config, step, elapsed_s) -> float:
     """Share of the run that is over before this step, by the clock if there is a limit, else by steps."""
-    return elapsed_s / _limit_s(config) if config.max_wallclock_seconds else step / config.iterations
+    return elapsed_s / limit_s(config) if config.max_wallclock_seconds else step / config.iterations
 
 
 def lr_factor(config, step, elapsed_s) -> float:
     if config.warmdown_frac:
         left, window = 1 - progress(config, step, elapsed_s), config.warmdown_frac
     elif config.max_wallclock_seconds:
-        left, window = _limit_s(config) - elapsed_s, config.warmdown_iters * elapsed_s / max(step, 1)
+        left, window = limit_s(config) - elapsed_s, config.warmdown_iters * elapsed_s / max(step, 1)
     else:
         left, window = config.iterations - step, config.warmdown_iters
     return 1.0 if window == 0 or left >= window else max(left / window, config.min_lr)

@@ -66,6 +66,8 @@ class TrainConfig:
         for field in ("batch_tokens", "micro_batches", "seq_len", "val_batch_tokens", "log_every", "cu_seqlens_entries"):
             if getattr(self, field) < 1:
                 raise UserError(f"train.{field}: expected at least 1, got {getattr(self, field)}")
+        if self.seed >= 2**64:
+            raise UserError(f"train.seed: expected at most 64 bits, got {self.seed}")
         rows = self.micro_batches * self.seq_len
         if self.batch_tokens % rows:
             raise UserError(f"train.batch_tokens: {self.batch_tokens} is no multiple of micro_batches x seq_len, {rows}")
@@ -104,16 +106,16 @@ class Trainer:
             raise UserError(
                 f"train.micro_batches: {self.config.micro_batches} parts cannot be shared by {world} ranks; use a multiple of {world}"
             )
+        limit_s, reserve_s = schedule.limit_s(self.recipe.schedule), self.config.stop_reserve_seconds
+        if 0 < limit_s <= reserve_s:
+            raise UserError(f"train.stop_reserve_seconds: {reserve_s} leaves no time of {limit_s} s; reserve less or raise the limit")
         if not self.config.data:
             raise UserError("train.data: no data folder; `pgolf data demo FOLDER` makes a small one, then say train.data=FOLDER")
         if self.config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; read at the first product
             torch.use_deterministic_algorithms(True)
-        self.clock = TrainingClock(
-            self.recipe.schedule.max_wallclock_seconds - self.recipe.schedule.reserve_seconds, self.config.stop_reserve_seconds
-        )
+        self.clock = TrainingClock(limit_s, reserve_s)
         with self.clock.phase("set-up"):
-            torch.manual_seed(self.config.seed)
             stream_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             self.model = GPT(self.recipe.model, self.config.seed, self.device, stream_dtype)
             self.parts = self.config.micro_batches // world
@@ -243,11 +245,13 @@ class Trainer:
                         self.drain(window, progress)
                         with self.clock.phase("forecast"):
                             self.report_forecast()
+                            dist.meet(self.device)  # waiting for rank 0 is no training either
                         begun = time.perf_counter()
                     if every.checkpoint_every and self.step % every.checkpoint_every == 0:
                         self.drain(window, progress)
                         with self.clock.phase("checkpoint"):
                             self.save()
+                            dist.meet(self.device)
                         begun = time.perf_counter()
                 allowed = self.agree()
             self.drain(window, progress)
@@ -366,9 +370,6 @@ class Trainer:
         """All ranks take part; rank 0 writes."""
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         tensors |= {f"optim.{name}": t for name, t in self.optimizer.state_dict().items()}
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
         state = {
             "step": self.step,
             "plan": self.plan._asdict() if self.plan else None,
@@ -396,6 +397,10 @@ class Trainer:
                 raise UserError(
                     f"resume: {path} was trained with other {part} settings; resume with the recipe in {self.folder / 'recipe.json'}"
                 )
+        if state["step"] > self.recipe.schedule.iterations:
+            raise UserError(
+                f"resume: {path} is past schedule.iterations {self.recipe.schedule.iterations}; resume with at least {state['step']}"
+            )
         self.loader.load_state(state["loader"])
         return path, tensors, state
 
@@ -404,9 +409,6 @@ class Trainer:
             for name, p in self.model.named_parameters():
                 p.copy_(tensors[f"model.{name}"])
         self.optimizer.load_state_dict({name.removeprefix("optim."): t for name, t in tensors.items() if name.startswith("optim.")})
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
         self.clock.restore(state["clock"])
         self.losses.last = state["train_loss"]
         self.step, self.plan = state["step"], schedule.StepPlan(**state["plan"]) if state["plan"] else None
@@ -416,16 +418,17 @@ class Trainer:
     def keep_evidence(self, step, loss):
         """A loss that is not finite ends the run; weights, state and the stream's position stay for whoever looks."""
         evidence = self.folder / "evidence"
-        with contextlib.suppress(UserError):
+        weights = f"the weights as they were after step {self.step} are in {evidence}"
+        try:
             if dist.rank() == 0:
                 tensors = {name: p for name, p in self.model.named_parameters()}
                 checkpoint.write(evidence / "weights.safetensors", tensors, {"step": self.step, "loader": self.loader.state()})
+        except UserError as error:
+            weights = f"the weights could not be kept ({error})"
         self.log.event("not_finite", step=step + 1, train_loss=str(loss))
         kept = checkpoint.latest(self.folder / "checkpoints")
-        raise UserError(
-            f"the loss of step {step + 1} is {loss}; the weights as they were after step {self.step} are in {evidence}, "
-            + (f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it (train.checkpoint_every)")
-        )
+        before = f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it (train.checkpoint_every)"
+        raise UserError(f"the loss of step {step + 1} is {loss}; {weights}, {before}")
 
 
 class _Losses:

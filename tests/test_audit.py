@@ -22,6 +22,7 @@ from pgolf_fast.evaluation import sliding as sliding_module
 from pgolf_fast.evaluation.sliding import SlidingWindow
 from pgolf_fast.evaluation.windows import Windows
 from pgolf_fast.model import BOS
+from tests.fuzz_artifact import index_of, reseal, with_index
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,11 @@ def test_the_published_self_distillation_is_caught_by_name():
     settings = subjects.recipe.overridden(subjects.default_settings(), ("sdttt.enabled=true", "sdttt.lr=0.05", "eval.evaluator=plain"))
     caught = broken(verdicts(subjects.of_recipe("small", settings)))
     assert {"future-flip", "score-before-update"} <= caught <= {*fixtures.READS_TARGETS, "score-before-update"}
+
+
+def test_the_published_tail_is_no_second_pass():
+    settings = subjects.recipe.overridden(subjects.default_settings(), ("eval.published_tail=true", "eval.evaluator=sliding"))
+    assert not broken(verdicts(subjects.of_recipe("small", settings), "single_pass", "byte_denominator"))
 
 
 def test_a_published_recipe_passes_with_its_own_parts():
@@ -381,6 +387,18 @@ def test_what_no_recipe_declares_is_found(packed, tmp_path):
     path.write_bytes(artifact.pack(tensors))
     described, found = contents_of(path)
     assert found["declared tensors"].verdict == FAIL and described is None
+
+
+def test_bytes_that_no_tensor_needs_are_found(packed, tmp_path):
+    """Here blanks in the index, with every checksum right."""
+    folder, tensors, metadata = packed
+    data = (folder / "artifact.pglf").read_bytes()
+    _, matrices, rest = artifact._content(tensors, metadata)
+    index = json.dumps(index_of(data), indent=1).encode()
+    digest = artifact._content_digest(index, [m.codes for m in matrices], rest)
+    (tmp_path / "a.pglf").write_bytes(reseal(with_index(data, index)[: -2 * artifact.DIGEST_BYTES] + digest + bytes(artifact.DIGEST_BYTES)))
+    found = contents_of(tmp_path / "a.pglf")[1]["declared tensors"]
+    assert found.verdict == FAIL and "packed again it gives other bytes" in found.evidence
 
 
 def test_a_file_over_the_cap(packed, monkeypatch):

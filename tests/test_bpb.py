@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 
 from pgolf_fast.bpb import BitsPerByte, PieceBytes, Score
 
@@ -63,14 +64,18 @@ def test_wrong_input_is_named():
         BitsPerByte().add(torch.zeros(3), torch.zeros(3))
 
 
+def add_up(rank, store):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    metric = BitsPerByte()
+    metric.add(torch.full((2 + rank,), 1.0 + rank), torch.full((2 + rank,), 4))
+    metric.all_reduce()
+    assert metric.score() == Score(2.0 + 6.0, 5, 20)
+    torch.distributed.destroy_process_group()
+
+
 def test_ranks_add_up(tmp_path):
     metric = BitsPerByte()
     metric.add(torch.ones(2), torch.ones(2, dtype=torch.int64))
-    metric.all_reduce()  # without a process group: nothing
+    metric.all_reduce()  # without other ranks: nothing
     assert metric.score() == Score(2.0, 2, 2)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        metric.all_reduce()
-    finally:
-        torch.distributed.destroy_process_group()
-    assert metric.score() == Score(2.0, 2, 2)
+    torch.multiprocessing.spawn(add_up, (tmp_path / "store",), 2)

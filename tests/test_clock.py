@@ -1,9 +1,15 @@
 """The training clock, on a fake source of time."""
 
+import os
+import subprocess
+import sys
+import time
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf_fast.clock import TrainingClock
+from pgolf_fast.clock import TrainingClock, process_age_s
 
 
 class FakeTime:
@@ -91,3 +97,15 @@ def test_a_resumed_clock_goes_on():
 
 def test_without_a_cap_nothing_stops():
     assert TrainingClock(0).steps_left(1e9, 1.0, 7) == 7
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/uptime"), reason="needs a system that says when a process began")
+def test_a_process_is_as_old_as_the_torchrun_above_it():
+    time.sleep(max(0.0, 0.5 - process_age_s()))
+    code = "from pgolf_fast.clock import process_age_s; import os; print(process_age_s())"
+    ages = []
+    for told in ({}, {"TORCHELASTIC_RUN_ID": "here the process of the tests"}):
+        begin = time.perf_counter()
+        ages.append(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | told).stdout))
+        taken = time.perf_counter() - begin
+    assert 0 <= ages[0] < taken + 5 and ages[1] == pytest.approx(process_age_s(), abs=taken + 0.5)

@@ -208,6 +208,15 @@ def test_brotli_exact_size_only():
         brotli_decompress(stream + b"more", 1000)
 
 
+def test_a_range_stream_that_goes_on_is_refused():
+    """From two words on: of one the decoder cannot tell, and `pgolf audit` packs again."""
+    m = gaussian(40, 30)
+    (stream, rest) = Range().encode([Matrix("a", m)], b"")
+    for words in (2, 3, 7):
+        with pytest.raises(ValueError, match="goes on after its last value"):
+            Range().decode([stream + bytes(range(4 * words)), rest], [Shape("a", *m.shape)], 0)
+
+
 def test_wrong_number_of_streams():
     for name in CODECS:
         for streams in ([], [b"", b"", b""]):

@@ -129,8 +129,9 @@ def test_resuming_gives_the_uninterrupted_stream(tmp_path, stream, stop):
     state = json.loads(json.dumps(first.state()))
     second = Loader(stream(tmp_path, 50, 2), is_packed=True)
     next(second)
+    thread = second.thread
     second.load_state(state)
-    assert second.position == stop
+    assert second.position == stop and not thread.is_alive()
     for expected, batch in zip(straight[stop:], second):
         assert torch.equal(batch.inputs, expected)
 
@@ -305,6 +306,11 @@ def test_validation_that_cannot_be_scored_is_refused(built, tmp_path):
         load_validation(tmp_path, row=2, tokenizer=built / "caseops.model")
     shards.write_shard(tmp_path / "fineweb_val_000000.bin", np.array([BOS, 300, 30_000]))
     with pytest.raises(UserError, match="token 30000 is outside"):
+        load_validation(tmp_path, row=2, tokenizer=built / "plain.model")
+    no_text = int(np.flatnonzero(corpus.tokenizer(False).is_byte)[255])  # no UTF-8 begins with 0xff, so decoding puts three bytes there
+    shards.write_shard(tmp_path / "fineweb_val_000000.bin", np.array([BOS, no_text, 300]))
+    (tmp_path / "fineweb_val_bytes_000000.bin").unlink()
+    with pytest.raises(UserError, match="validation document 0: the byte rule counts .* and its decoded text has"):
         load_validation(tmp_path, row=2, tokenizer=built / "plain.model")
     with pytest.raises(UserError, match="its tokenizer has .* pieces, the model 96"):
         load_validation(built / "plain", row=128, vocab_size=96)

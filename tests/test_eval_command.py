@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf_fast import export, recipe
+from pgolf_fast import checkpoint, export, recipe
 from pgolf_fast.__main__ import main
 from pgolf_fast.artifact import pack
 from pgolf_fast.data import load_validation
 from pgolf_fast.errors import UserError
-from pgolf_fast.evaluation.evaluate import evaluate, make_evaluator
+from pgolf_fast.evaluation.evaluate import Outcome, SavedState, evaluate, make_evaluator
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.model import GPT
 from pgolf_fast.quantize import PUBLISHED, quantize
+from pgolf_fast.runlog import RunLog
 from pgolf_fast.shards import shard_name, write_shard
 from pgolf_fast.step import Step
 from tests import corpus
@@ -87,6 +88,27 @@ def test_all_evaluators(pgolf, artifact, data, tmp_path):
         assert written["bits_per_byte"] == row["bits_per_byte"] and written["of"]["settings"]["eval.stride"] == 16
     assert rows["sliding"]["bits_per_byte"] != rows["plain"]["bits_per_byte"] != rows["score-first-sgd"]["bits_per_byte"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(f"artifact-{name}.json" for name in rows)
+
+
+def test_all_of_a_run_begins_with_its_weights_before_quantization(pgolf, artifact, data, tmp_path):
+    resolved = recipe.resolve("legal-ttt-691", (*SMALL, "eval.evaluator=sliding"), {})
+    trained = GPT(resolved.recipe.model, seed=5, stream_dtype=torch.float32)
+    log = RunLog(tmp_path / "run", writes=True)
+    log.document("recipe.json", resolved.record())
+    log.event("end", weights="of the last step", ledger_s={"train": 1.0})
+    log.close()
+    checkpoint.write(tmp_path / "run" / "model.safetensors", trained.published_tensors(), {})
+    (tmp_path / "run" / "artifact.pglf").write_bytes(artifact.read_bytes())
+    code, out, err = pgolf(tmp_path / "run", "eval.evaluator=sliding", "--data", data, "--evaluator", "all", "--json")
+    rows = json.loads(out)["rows"]
+    assert [(row["weights"], row["evaluator"]) for row in rows] == [
+        ("before quantization", "plain"),
+        ("artifact", "plain"),
+        ("artifact", "sliding"),
+    ], err
+    referee = Referee(trained, load_validation(data, 64))
+    expected = evaluate(make_evaluator("plain", trained, resolved.recipe), referee).result.score
+    assert rows[0]["bits_per_byte"] == expected.bits_per_byte != rows[1]["bits_per_byte"]
 
 
 def test_the_recipes_own_evaluator_and_overrides(pgolf, artifact, data, tmp_path):
@@ -191,8 +213,19 @@ def test_stopped_in_the_middle(pgolf, artifact, data, tmp_path, number):
     assert (one["ledger"], one["bits_per_byte"]) == (other["ledger"], other["bits_per_byte"])
 
 
+def test_the_strict_clock_counts_earlier_sittings_too(pgolf, artifact, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("pgolf_fast.commands.eval.process_age_s", lambda: 10.0)
+    monkeypatch.setattr(SavedState, "restore", lambda *_: Outcome(None, scoring_s=1000.0, practice_s=2000.0))
+    _, out, _ = pgolf(artifact, "--data", data, "--out", tmp_path, "--evaluator", "plain", "--json")
+    (row,) = json.loads(out)["rows"]
+    assert 1000 < row["scoring_s"] < 2000 < row["practice_s"] and row["practice_s"] + 10 < row["strict_s"] < 2100
+
+
 def test_another_evaluation_in_its_place_is_refused(pgolf, artifact, data, tmp_path, monkeypatch):
     monkeypatch.setattr("pgolf_fast.evaluation.evaluate.SavedState.remove", lambda self: None)
     pgolf(artifact, "eval.save_seconds=0", "--data", data, "--out", tmp_path)
     code, _, err = pgolf(artifact, "eval.save_seconds=0", "eval.stride=32", "--data", data, "--out", tmp_path)
     assert code == 2 and "holds an unfinished evaluation with other settings (eval.stride=16, now 32); " in err and "--fresh" in err
+    monkeypatch.undo()
+    code, *_ = pgolf(artifact, "eval.stride=32", "--data", data, "--out", tmp_path, "--fresh")
+    assert code == 0 and not list(tmp_path.rglob("step_*"))

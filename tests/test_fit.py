@@ -119,12 +119,6 @@ def test_rise_of_loss():
     assert mean.mean().item() == pytest.approx(divergence, rel=0.1) and steady.std() < mean.std() / 10
 
 
-@once
-def test_too_little_room_is_told(search):
-    with pytest.raises(UserError, match="fit: nothing found under 3,000 bytes beside the code; the smallest choice is forecast at"):
-        search.fit(3000)
-
-
 def test_cheapest_first():
     """Against every combination: nothing is smaller and better than a point of the frontier, and steps buy less and less."""
     rng = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
 """The blocks as one hand-written node, against the plain torch blocks of model.py."""
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -183,24 +183,32 @@ def trained_like(config, device, dtype, seed=4):
     return model.to(device)
 
 
+DRAWS = 8  # of tokens: in one draw the error of a gradient of a single number is large or nearly nothing by chance
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name, looped", [("legal-ttt-691", False), ("gepa-598", False), ("caseops-1934", False), ("caseops-1934", True)])
 def test_agreement_on_the_device(name, looped):
-    """Every gradient is at most twice as far from float32 as the plain blocks' in bfloat16."""
+    """Every gradient is at most twice as far from float32 as the plain blocks' in bfloat16, in the root mean square over the draws."""
     config = dataclasses.replace(published(name), bf16_tensors=())
-    tokens, targets = tokens_of(config, 1, 333)
     cu_seqlens = torch.tensor([0, 40, 41, 200, 333, 333], dtype=torch.int32)
-    exact = trained_like(config, "cpu", torch.float32)
-    (truth_loss,), truth = loss_and_gradients(exact, [(tokens, targets)], looped=looped, cu_seqlens=cu_seqlens, max_seqlen=160)
-    how = {"looped": looped, "cu_seqlens": cu_seqlens.cuda(), "max_seqlen": 160}
-    model = trained_like(config, "cuda", torch.bfloat16)
-    peer, ours = both_ways(model, [(tokens.cuda(), targets.cuda())], **how)
-    assert abs(ours[0][0] - truth_loss) <= 2 * abs(peer[0][0] - truth_loss) + 2e-3
-    for key, gradient in truth.items():
-        if gradient is None or gradient.norm() == 0:
-            continue
-        error, allowed = relative_error(ours[1][key], gradient), 2 * relative_error(peer[1][key], gradient) + 1e-2
-        assert error <= allowed, f"{key}: relative error {error:.3e}, allowed {allowed:.3e}"
+    how = {"looped": looped, "max_seqlen": 160}
+    exact, model = trained_like(config, "cpu", torch.float32), trained_like(config, "cuda", torch.bfloat16)
+    squares = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))  # of the truth, of the plain blocks' error, of ours
+    for seed in range(DRAWS):
+        tokens, targets = tokens_of(config, 1, 333, seed)
+        (truth_loss,), truth = loss_and_gradients(exact, [(tokens, targets)], cu_seqlens=cu_seqlens, **how)
+        batch = [(tokens.cuda(), targets.cuda())]
+        (peer_loss, peer), (loss, ours) = both_ways(model, batch, cu_seqlens=cu_seqlens.cuda(), **how)
+        squares["loss"] += torch.tensor([1.0, peer_loss[0] - truth_loss, loss[0] - truth_loss], dtype=torch.float64).square()
+        for key, gradient in truth.items():
+            if gradient is not None and gradient.any():
+                parts = gradient, *(found[key].float().cpu() - gradient for found in (peer, ours))
+                squares[key] += torch.stack([part.double().square().sum() for part in parts])
+    for key, sums in squares.items():
+        size, of_peer, error = sums.sqrt().tolist()
+        allowed = 2 * of_peer + (2e-3 if key == "loss" else 5e-3) * size
+        assert error <= allowed, f"{key}: error {error / size:.3e}, allowed {allowed / size:.3e}"
 
 
 AWKWARD_BATCHES = {

@@ -1,6 +1,7 @@
 """The ledger of bytes and the forecast of the packed size."""
 
 import functools
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from benchmarks.states import synthetic_state
 from pgolf_fast.artifact import pack
 from pgolf_fast.errors import UserError
-from pgolf_fast.ledger import CAP_BYTES, CodeBytes, code_files, count_code, forecast_bytes, ledger, own_sources, wrap
+from pgolf_fast.ledger import CAP_BYTES, CodeBytes, code_files, count_code, forecast_bytes, ledger, own_sources, without_comments, wrap
 from pgolf_fast.quantize import PUBLISHED, Gptq, quantize
 from pgolf_fast.shards import shard_name, write_shard
 from tests import corpus
@@ -68,6 +69,37 @@ def test_the_wrapped_script_runs(submission, tmp_path_factory):
     script.write_bytes(wrap(files, "train_gpt.py"))
     done = subprocess.run([sys.executable, script, "--seed", "1"], capture_output=True, text=True, env={"PYTHONIOENCODING": "utf-8"})
     assert done.stdout == "naïve ['--seed', '1']\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, text, left",
+    [
+        (
+            "a.py",
+            '"""What."""\nx = 1  # one\nclass A:\n    """A."""\n\n    y: int = 2\n    """Why."""\n',
+            "x = 1\n\nclass A:\n    y: int = 2",
+        ),
+        ("a.py", 'def f():\n    """F."""\n', "def f():\n    pass"),
+        ("a.py", "print 'of another Python'  # as it is\n", "print 'of another Python'  # as it is\n"),
+        ("a.cu", '  f("//", "\\"/*");  // "g"\n\n/* h\n */ int/**/i;\n', 'f("//", "\\"/*");\nint i;'),
+        ("a.toml", "x = 1  # one\n", "x = 1  # one\n"),
+    ],
+)
+def test_comments_and_nothing_else_are_left_out(name, text, left):
+    assert without_comments(name, text) == left
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler to judge by")
+def test_native_sources_without_comments_are_what_the_compiler_sees():
+    for name, text in own_sources().items():
+        if name.startswith("csrc/"):
+            seen = [
+                subprocess.run(
+                    ["g++", "-fpreprocessed", "-dD", "-E", "-P", "-x", "c++", "-"], input=t, capture_output=True, text=True, check=True
+                )
+                for t in (text, without_comments(name, text))
+            ]
+            assert seen[0].stdout.strip() and seen[0].stdout.split() == seen[1].stdout.split(), name
 
 
 def test_own_sources_are_all_that_a_submission_runs(tmp_path):

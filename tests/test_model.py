@@ -44,8 +44,8 @@ def random_model(config, dtype=torch.float32) -> GPT:
     return model
 
 
-def tokens_of(config, batch, length):
-    rng = torch.Generator().manual_seed(11)
+def tokens_of(config, batch, length, seed=11):
+    rng = torch.Generator().manual_seed(seed)
     stream = torch.randint(0, config.vocab_size, (batch, length + 1), generator=rng)
     return stream[:, :-1].contiguous(), stream[:, 1:].contiguous()
 

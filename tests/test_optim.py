@@ -222,8 +222,8 @@ def test_muon_is_what_the_specification_says(name, by_hand):
             own = [g[bank_name].view(shape)[i] for g in grads]
             expected, momentum = by_hand(before, own, STEPS, group.lr, group.weight_decay)
             torch.testing.assert_close(bank.momentum[i], momentum, rtol=1e-6, atol=0)
-            # bfloat16 noise of one product order or another; the exact iteration is that far from either.
-            assert relative_error(now - before, expected - before) < 0.05, f"{bank_name} {i}"
+            # bfloat16 noise of one product order or another, up to 0.055 in other draws; the exact iteration is that far from either.
+            assert relative_error(now - before, expected - before) < 0.08, f"{bank_name} {i}"
 
 
 def test_muon_moves_by_matrices_that_are_nearly_orthogonal():
@@ -274,7 +274,7 @@ def test_global_clip_acts_on_the_average_of_all_micro_batches(limit):
         optimizer.collect()
     optimizer.set(STEPS[0])
     optimizer.step()
-    assert "bigram_scale" not in trained and limit < norm or limit == 0.3
+    assert "bigram_scale" not in trained and limit < norm
     for name, grad in seen_gradients(optimizer).items():
         rtol = 0.02 if name == "tok_emb" else 1e-4  # a bfloat16 table
         torch.testing.assert_close(grad.float(), expected[name], rtol=rtol, atol=1e-7, msg=lambda m: f"{name}: {m}")

@@ -3,19 +3,22 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import pgolf_fast
 from benchmarks.states import synthetic_state
 from pgolf_fast import export
 from pgolf_fast.__main__ import main
 from pgolf_fast.artifact import pack, same, unpack
+from pgolf_fast.errors import UserError
 from pgolf_fast.ledger import CAP_BYTES
 from pgolf_fast.quantize import PUBLISHED, dequantize, quantize
-from pgolf_fast.shards import shard_name
+from pgolf_fast.shards import shard_name, write_shard
 from tests.finished_run import write_run
 
 
@@ -123,6 +126,9 @@ def test_gptq_calibrates_on_training_text_alone(finished, tmp_path):
     without_validation = export.quantize_run(source, "cpu", data=tmp_path / "train").tensors
     assert same(without_validation, export.quantize_run(source, "cpu").tensors)
     assert not same(without_validation, export.quantize_run(source, "cpu", plain_rounding=True).tensors)
+    write_shard(tmp_path / shard_name("train", 0), np.full(9000, 96, np.uint16))
+    with pytest.raises(UserError, match="token 96 is outside the vocabulary of 96"):
+        export.quantize_run(source, "cpu", data=tmp_path)
 
 
 def test_the_strict_count_decides_when_asked(pgolf, tmp_path):
@@ -131,6 +137,16 @@ def test_the_strict_count_decides_when_asked(pgolf, tmp_path):
     for options, code, count in (((), 0, "wrapped"), (("--strict",), 1, "strict")):
         done = pgolf("pack", tmp_path / "small", "--code", tmp_path / "train_gpt.py", *options)
         assert done.returncode == code and f"the cap with code counted {count}" in done.stdout
+
+
+def test_an_installed_package_says_that_its_kernels_are_not_counted(pgolf, tmp_path, monkeypatch):
+    (tmp_path / "small").write_bytes(pack({"x": torch.zeros(8)}))
+    assert "not counted" not in pgolf("pack", tmp_path / "small").stdout
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "pgolf_fast").symlink_to(Path(pgolf_fast.__file__).parent)
+    monkeypatch.setattr(pgolf_fast, "__file__", str(tmp_path / "installed" / "pgolf_fast" / "__init__.py"))
+    done = pgolf("pack", tmp_path / "small")
+    assert done.returncode == 0 and "the kernels' sources are not counted: an installed package has none" in " ".join(done.stdout.split())
 
 
 def test_an_unfinished_run_is_refused(pgolf, finished, tmp_path):

@@ -303,6 +303,8 @@ def test_schemes_of_each_table():
     assert c["blocks.0.attn.attn_gate_w"] == MaxRows() and c["tok_emb.weight"] == Gptq(63, 12.0)
     assert all(c[f"blocks.0.{m}.weight"] == Gptq(31, 12.0) for m in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj"))
     assert c["smear_lambda"] == c["blocks.0.mlp_scale"] == Keep("float16")
+    names = ("blocks.0.attn.c_q.weight", "tok_emb.weight", "skip_weights")
+    assert [[of_table[name].bits for name in names] for of_table in (s, g, c)] == [[6, 8, 16], [6, 8, 32], [6, 7, 16]]
 
 
 def test_error_table_is_true():
@@ -315,6 +317,8 @@ def test_error_table_is_true():
     outlier = torch.ones(1, 100)
     outlier[0, 7] = 40.0
     assert only(Gptq(31, 1.0), outlier, plain_rounding=True)[1].clipped_frac == 0.01
+    upper_half = PercentileRows(percentile=0.5), dataclasses.replace(clip_search_of("gptq-lite-379"), percentiles=(0.5,))
+    assert [only(scheme, torch.arange(1.0, 11.0)[None])[1].clipped_frac for scheme in upper_half] == [0.5, 0.5]
     kept, error = only(Keep("float16"), torch.tensor([0.1, 1.0]))
     assert error.rmse == pytest.approx(abs(0.1 - float(np.float16(0.1))) / 2**0.5, rel=1e-3) and error.entropy_bits == 16
 

@@ -51,6 +51,12 @@ def test_a_resumed_run_has_each_step_once_and_as_it_counted(tmp_path):
     assert run.end is None and run.sizes == {}
 
 
+def test_a_run_that_goes_on_from_its_end_has_not_finished(tmp_path):
+    events = [*finished(4), {"event": "resume", "step": 4}, step(5)]
+    assert read_record(write_run(tmp_path / "on", events)).end is None
+    assert read_record(write_run(tmp_path / "to_its_end", [*events, *finished(5)[-2:]])).end["steps"] == 5
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
     folder = write_run(tmp_path / "run", [step(1), step(2)])
     with open(folder / "events.jsonl", "a") as file:

@@ -128,9 +128,62 @@ def test_documents_packed_side_by_side(data, tmp_path):
     assert losses(tmp_path / "run")[8] < losses(tmp_path / "run")[1]
 
 
-@pytest.mark.parametrize(
-    "loop", [(), ("model.num_layers=5", "model.loop_start=1", "model.loop_end=2", "model.num_loops=1", "schedule.loop_from_frac=0.5")]
-)
+LOOP = ("model.num_layers=5", "model.loop_start=1", "model.loop_end=2", "model.num_loops=1", "schedule.loop_from_frac=0.5")
+
+
+def moved(trainer):
+    """Its model with random weights: blocks start as the identity, which would hide how they are run."""
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return trainer.model
+
+
+def test_validation_runs_the_loop_once_training_does(data, tmp_path):
+    trainer = make(data, tmp_path / "run", *LOOP)
+    model, n = moved(trainer), len(trainer.validation)
+    inputs, targets, _ = trainer.validation.slice(0, n)
+    on, off = (schedule.StepPlan(1.0, 0.9, looped, False, False) for looped in (True, False))
+    found = []
+    for plan, looped in ((None, False), (off, False), (on, True)):
+        trainer.plan = plan
+        found.append(trainer.validate().nats_per_token)
+        with torch.no_grad():
+            rows = model(inputs.view(-1, 32), targets.view(-1, 32), reduction="none", looped=looped)
+        assert found[-1] == pytest.approx(rows.double().mean().item(), rel=1e-6)
+    assert abs(found[2] - found[0]) > 1e-4
+
+
+def test_ranks_share_validation_out(data, tmp_path, monkeypatch):
+    """37 rows over 3 ranks, in batches of 5: every row once."""
+    trainer = make(data, tmp_path / "run", "train.val_batch_tokens=480")
+    whole, parts = trainer.validate(), []
+    monkeypatch.setattr(dist, "world_size", lambda: 3)
+    monkeypatch.setattr(dist, "sum_", lambda tensor: dist.DONE)
+    for rank in range(3):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        parts.append(trainer.validate())
+    assert whole.tokens == 37 * 32 and {part.tokens for part in parts} == {12 * 32, 13 * 32}
+    assert (sum(part.tokens for part in parts), sum(part.bytes for part in parts)) == (whole.tokens, whole.bytes)
+    assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-6)
+
+
+def test_validation_keeps_documents_apart(data, tmp_path):
+    """Every one alone, cut at seq_len and where a batch of val_batch_tokens ends."""
+    apart = ("train.layout=documents", "model.smear=none", "model.bigram_buckets=0")  # these two reach over a document's start
+    trainer = make(data, tmp_path / "run", *apart)
+    model, n, losses = moved(trainer), len(trainer.validation), []
+    inputs, targets, _ = trainer.validation.slice(0, n)
+    begin = 0
+    for end in range(1, n + 1):
+        if end == n or inputs[end] == 1 or end - begin == 32 or end % 256 == 0:
+            with torch.no_grad():
+                losses.append(model(inputs[None, begin:end], targets[None, begin:end], reduction="none", looped=False).flatten())
+            begin = end
+    assert trainer.validate().nats_per_token == pytest.approx(torch.cat(losses).double().mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("loop", [(), LOOP])
 def test_warm_up_meets_every_mode_of_the_run(data, tmp_path, loop):
     """What a mode needs once (graphs to capture, libraries to start) is not to be paid for on the training clock."""
     trainer = make(data, tmp_path / "run", "schedule.late_qat=true", "schedule.qat_below_lr=0.6", *loop)
@@ -160,10 +213,17 @@ def test_warm_up_leaves_everything_as_it_was(data, tmp_path):
     assert losses(tmp_path / "warm") == losses(tmp_path / "cold")
 
 
-@pytest.mark.parametrize("averaging", [(), ("optim.ema=false", "optim.swa=true", "schedule.swa_every=1")], ids=["ema", "swa"])
-def test_resuming_is_exact(data, tmp_path, averaging):
-    settings = ("train.checkpoint_every=3", "schedule.late_qat=true", "schedule.qat_below_lr=0.6", *averaging)
-    make(data, tmp_path / "straight", *settings).run()
+SWA = ("optim.ema=false", "optim.swa=true", "schedule.swa_every=1", "schedule.swa_below_lr=1")
+
+
+@pytest.mark.parametrize(
+    "changes, averaged",
+    [((), "exponential moving average, decay 0.98"), (SWA, "mean of 3 snapshots"), (LOOP, "exponential moving average, decay 0.98")],
+    ids=["ema", "swa", "loop"],
+)
+def test_resuming_is_exact(data, tmp_path, changes, averaged):
+    settings = ("train.checkpoint_every=3", "schedule.late_qat=true", "schedule.qat_below_lr=0.6", *changes)
+    assert make(data, tmp_path / "straight", *settings).run().weights == averaged
     stopped = make(data, tmp_path / "stopped", *settings)
     take_step = stopped.take_step
     stopped.take_step = lambda batches, plan: take_step(batches, plan) if stopped.step < 7 else 1 / 0
@@ -172,6 +232,23 @@ def test_resuming_is_exact(data, tmp_path, averaging):
     resumed = make(data, tmp_path / "stopped", *settings, resume=True).run()
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
     assert make(data, tmp_path / "stopped", *settings, resume=True).run() == resumed  # from its end on
+
+
+def test_a_resumed_run_has_the_time_that_is_left(data, tmp_path):
+    make(data, tmp_path / "run", "schedule.iterations=2").run()
+    kept = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    tensors, state = checkpoint.load(kept)
+    state["clock"]["ledger_s"]["train"] = 99.0
+    checkpoint.write(kept, tensors, state)
+    resumed = make(data, tmp_path / "run", "schedule.max_wallclock_seconds=99", resume=True)
+    assert resumed.run().steps == 2 and resumed.clock.ledger_s["train"] >= 99
+
+
+def test_a_run_draws_no_random_numbers(data, tmp_path):
+    """But the initial weights, from a generator of their own: so checkpoints hold no generator's state."""
+    before = torch.get_rng_state()
+    make(data, tmp_path / "run").run()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_killed_twenty_times_it_ends_as_if_never(data, tmp_path):
@@ -209,6 +286,45 @@ def test_no_run_ends_past_its_cap(data, tmp_path):
     assert "stopping_early: wallclock_cap" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_a_step_slower_than_the_warm_ups_counts_for_the_next(data, tmp_path, monkeypatch):
+    limit = ("schedule.max_wallclock_seconds=7", "train.stop_reserve_seconds=0", "train.warmup_steps=0")
+    trainer, seconds = make(data, tmp_path / "run", *limit), [0.0]
+    trainer.clock._now = lambda: seconds[0]
+    monkeypatch.setattr(train.time, "perf_counter", trainer.clock._now)
+    take_step = trainer.take_step
+
+    def take_slowly(batches, plan):
+        seconds[0] += 2
+        return take_step(batches, plan)
+
+    trainer.take_step = take_slowly
+    assert trainer.run().steps == 3 and trainer.clock.ledger_s["train"] == 6
+
+
+def test_ranks_follow_the_slowest_clock(data, tmp_path, monkeypatch):
+    """Another rank's; from one agreement to the next it goes on at the mean pace so far. Steps not received yet take their time too."""
+    trainer = make(data, tmp_path / "run", "schedule.iterations=99", "schedule.max_wallclock_seconds=100", "train.stop_reserve_seconds=0")
+    other = torch.zeros(2, dtype=torch.float64)  # its clock, and its slowest step
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "max_", lambda times: times.copy_(torch.maximum(times, other)))
+    assert trainer.agree() == 1
+    trainer.step = 4
+    other += torch.tensor([40.0, 12.0])
+    assert trainer.agree() == 5  # of 12 s in the 60 that are left
+    trainer.step = 6
+    assert trainer.elapsed_s == 60
+    trainer.losses.queue.extend(3 * [None])
+    assert trainer.agree() == 2
+
+
+def test_what_only_rank_0_does_is_no_training_time_of_the_others(data, tmp_path, monkeypatch):
+    """They wait for it in the same phase; else the next collective would, on the training clock, which is the slowest rank's."""
+    trainer, phases = make(data, tmp_path / "run", "train.checkpoint_every=4", "train.forecast_every=8"), []
+    monkeypatch.setattr(dist, "meet", lambda device: phases.append(trainer.clock._open[0]))
+    trainer.run()
+    assert phases == ["checkpoint", "forecast", "checkpoint"]
+
+
 def test_steps_still_on_the_device_are_training_time(data, tmp_path):
     """On a clock that only waiting for a loss and validation move: whatever the loop is about to do, the wait is training's."""
     trainer = make(data, tmp_path / "run", "train.val_every=3", "train.checkpoint_every=2", "train.warmup_steps=0")
@@ -242,6 +358,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_evidence(data, tmp_p
     assert runlog.events(tmp_path / "run")[-1]["event"] == "not_finite"
 
 
+def test_evidence_that_cannot_be_written_is_not_promised(data, tmp_path):
+    trainer = make(data, tmp_path / "run")
+    (tmp_path / "run" / "evidence").write_text("in the way")
+    with pytest.raises(UserError, match="the loss of step 3 is nan; the weights could not be kept .*cannot write.*no checkpoint"):
+        trainer.keep_evidence(2, math.nan)
+
+
 def test_a_last_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkeypatch):
     def full(*args):
         raise UserError("checkpoint: cannot write")
@@ -255,6 +378,8 @@ def test_a_last_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, m
 def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
     with pytest.raises(UserError, match="train.data: no data folder"):
         make("", tmp_path / "a")
+    with pytest.raises(UserError, match="train.stop_reserve_seconds: 4.0 leaves no time of 3.0 s"):
+        make(data, tmp_path / "a", "schedule.max_wallclock_seconds=5", "schedule.reserve_seconds=2", "train.stop_reserve_seconds=4")
     with pytest.raises(UserError, match="resume: no checkpoint"):
         make(data, tmp_path / "b", resume=True)
     make(data, tmp_path / "c").run()
@@ -263,6 +388,8 @@ def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
         make(data, tmp_path / "c", "optim.matrix_lr=0.5", resume=True)
     with pytest.raises(UserError, match="loader state: of another stream"):
         make(data, tmp_path / "c", "train.batch_tokens=512", resume=True)
+    with pytest.raises(UserError, match="step_00000008.safetensors is past schedule.iterations 7; resume with at least 8"):
+        make(data, tmp_path / "c", "schedule.iterations=7", resume=True)
     assert {path: path.read_bytes() for path in (tmp_path / "c").glob("*.*")} == before
     assert not any((tmp_path / refused).exists() for refused in "ab")
     (tmp_path / "file").write_text("")

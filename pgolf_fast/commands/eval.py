@@ -73,7 +73,7 @@ class Row:
     tokens: int
     bytes: int
     strict_s: float  # from the process's start, shared set-up included
-    practice_s: float  # from after loading and warm-up to the reduced result
+    practice_s: float  # from after loading and warm-up to the reduced result; as scoring_s, of all sittings
     scoring_s: float  # in the evaluator alone
     weight_versions: int
     ledger: str  # digest
@@ -157,6 +157,7 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
             def progress(p: Progress):
                 show(f"{weights}, {name}", p.share, 1.0, f"{p.score.bits_per_byte:.4f} bpb so far")
 
+            set_up_s = shared_s + time.perf_counter() - begin
             outcome = evaluate(evaluator, referee, saved, progress, must_stop)
     if outcome is None:
         return None
@@ -164,7 +165,7 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
     published = found.published.bits_per_byte if settings.eval.published_tail and found.again.tokens else None
     row = Row(
         weights, name, score.nats_per_token, score.bits_per_byte, published, score.tokens, score.bytes,
-        shared_s + time.perf_counter() - begin, outcome.practice_s, outcome.scoring_s, found.versions, found.digest,
+        set_up_s + outcome.practice_s, outcome.practice_s, outcome.scoring_s, found.versions, found.digest,
     )  # fmt: skip
     if dist.rank() == 0:
         write_json(out / f"{stem}.json", dataclasses.asdict(row) | {"of": identity, "ranks": dist.world_size(), "device": str(device)})

@@ -66,7 +66,8 @@ def run(config: Pack, console: Console) -> tuple[dict, int]:
         remedy = f"; run pgolf quantize {config.source} first" if of_run else ""
         raise UserError(f"source: cannot read {source} ({error.strerror}){remedy}") from None
     loaded = artifact.unpack(data)
-    code = count_code(code_files(config.code) if config.code else own_sources())
+    sources = code_files(config.code) if config.code else own_sources()
+    code = count_code(sources)
     begin = time.perf_counter()
     with shown(console) as progress:
         advance = functools.partial(progress, f"packing with {config.codec}")
@@ -77,6 +78,8 @@ def run(config: Pack, console: Console) -> tuple[dict, int]:
     count = "strict" if config.strict else "wrapped"
     fits = found.headroom(count) >= 0
     console.print(f"codec {config.codec}: {len(packed):,} bytes, packed and checked in {seconds:.1f} s")
+    if not config.code and "setup.py" not in sources:
+        console.print("[yellow]! the kernels' sources are not counted: an installed package has none; pack from a checkout, or give --code")
     console.print(f"[{'green' if fits else 'red'}]{'under' if fits else 'OVER'} the cap with code counted {count}")
     totals = {c: found.total(c) for c in COUNTS}
     report = {"bytes": len(packed), **dataclasses.asdict(found), "totals": totals, "count": count, "fits": fits, "seconds": seconds}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -95,7 +96,10 @@ def evaluate(
     if referee.device.type == "cuda":
         torch.cuda.synchronize()
     scored = outcome(None)
-    return dataclasses.replace(outcome(referee.result()), scoring_s=scored.scoring_s)
+    found = outcome(referee.result())
+    if not math.isfinite(found.result.score.nats):
+        raise UserError(f"the losses add up to {found.result.score.nats}: what learned from the text diverged; try smaller learning rates")
+    return dataclasses.replace(found, scoring_s=scored.scoring_s)
 
 
 def _progress(referee):

@@ -70,6 +70,7 @@ class PhasedLoraConfig:
             f"{self.global_chunk_tokens} is no multiple of the {self.lanes} lanes",
         )
         require(self.beta2 < 1, "beta2", f"expected below 1, got {self.beta2}")
+        require(self.epsilon > 0, "epsilon", "expected above 0: a gradient of 0 would be divided by it")
 
 
 # --- who does what, known before anything is scored ---------------------------------------------------------------------

@@ -61,6 +61,8 @@ class Sgd:
         self.config, self.model_config = config, model.config
         self.params = dict(model.named_parameters())
         self.momentum = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        for p in self.params.values():
+            p.grad = torch.zeros_like(p)  # also of one that no forward reads, such as the skips of a single block
         self.frozen = tuple(f"blocks.{i}." for i in range(config.freeze_blocks))
         self.lr = torch.zeros((), device=next(model.parameters()).device)  # read by a replayed graph
 

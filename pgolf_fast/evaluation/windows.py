@@ -64,8 +64,7 @@ def sliding(num_positions: int, window: int, stride: int, start: int = 0, stop: 
     """The windows whose first scored position lies in [start, stop): the first of the stream is scored whole, every other one at its last
     `stride` positions, each position once."""
     stop = num_positions if stop is None else min(stop, num_positions)
-    first = np.arange(window, max(num_positions, window), stride, dtype=np.int64)
-    first = np.concatenate([np.zeros(min(num_positions, 1), np.int64), first[first < num_positions]])
+    first = np.concatenate([np.zeros(min(num_positions, 1), np.int64), np.arange(window, num_positions, stride, dtype=np.int64)])
     end = np.minimum(np.where(first == 0, window, first + stride), num_positions)
     chosen = (first >= start) & (first < stop)
     return Windows(np.maximum(end - window, 0)[chosen], first[chosen], end[chosen])

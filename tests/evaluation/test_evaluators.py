@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pgolf_fast import checkpoint
+from pgolf_fast import checkpoint, dist
 from pgolf_fast.errors import UserError
+from pgolf_fast.evaluation import evaluate as evaluate_module
 from pgolf_fast.evaluation.evaluate import EvalConfig, SavedState, evaluate
 from pgolf_fast.evaluation.referee import OrderError, Referee
 from pgolf_fast.evaluation.score_first_sgd import ScoreFirstSgd, TttConfig
@@ -122,9 +123,17 @@ def test_score_first_sgd(name):
     fixed = stream.sliding_losses(gpt, validation.tokens, WINDOW, STRIDE)
     assert np.abs(fixed - expected)[64:].mean() > 1e-2  # learning moves the losses far more than the tolerance below
     losses, result = losses_of(ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, PUBLISHED[name]), gpt, validation)
-    np.testing.assert_allclose(losses, expected, atol=5e-4)
+    np.testing.assert_allclose(losses, expected, atol=3e-5)
     np.testing.assert_allclose(losses[:64], fixed[:64], atol=3e-5)
     assert result.versions == 4  # four chunks, of which the last teaches nothing
+
+
+def test_tensors_that_no_forward_reads():
+    gpt, validation = stream.model(num_layers=1, ve_layers=()), stream.validation(N)
+    before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
+    _, result = losses_of(ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, TTT), gpt, validation)
+    same = {name for name, p in gpt.named_parameters() if torch.equal(p, before[name])}
+    assert result.versions == 4 and same == {"ve_embed", "ve_proj", "ve_scale", "ve_layer_scales", "skip_weights", "skip_gates"}
 
 
 @pytest.mark.parametrize(
@@ -229,6 +238,37 @@ def test_stopped_and_gone_on_is_the_same(tmp_path, kind, chunks):
     assert outcome.scoring_s <= outcome.practice_s
 
 
+def test_ranks_go_on_from_the_newest_state_that_all_have(tmp_path, monkeypatch):
+    """Another one was killed before it had saved the last one, and all save under the same numbers again."""
+    countdown = iter((1, 0))
+    _, evaluator, referee = make("sgd")
+    evaluate(evaluator, referee, SavedState(tmp_path, {}, 0.0), must_stop=lambda: next(countdown) == 0)
+    monkeypatch.setattr(dist, "gather_objects", lambda newest: [newest, newest - 1])
+    _, evaluator, referee = make("sgd")
+    saved = SavedState(tmp_path, {}, 0.0)
+    saved.restore(evaluator, referee)
+    assert (evaluator.done, saved.number) == (1, 1) and referee.ledger.is_scored.sum() == 4 * WINDOW
+
+
+def test_ranks_save_and_stop_together(tmp_path, monkeypatch):
+    """Here another one is the one whose time to save comes, and then the one that is asked to stop; it is asked about that first."""
+    others = iter((False, True, False, False, True, False))
+    monkeypatch.setattr(dist, "any_rank", lambda claim, device: claim or next(others))
+    _, evaluator, referee = make("sgd")
+    saved = SavedState(tmp_path, {}, 1e9)
+    assert evaluate(evaluator, referee, saved) is None
+    assert (evaluator.done, saved.number) == (3, 2)
+
+
+def test_saving_is_no_scoring(tmp_path, monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr(evaluate_module.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(SavedState, "save", lambda *_: seconds.__setitem__(0, seconds[0] + 10))
+    _, evaluator, referee = make("sliding")
+    outcome = evaluate(evaluator, referee, SavedState(tmp_path, {}, every_s=-1.0))
+    assert (outcome.scoring_s, outcome.practice_s) == (0, 40)  # four chunks
+
+
 def test_a_state_of_another_evaluation_is_refused(tmp_path):
     _, evaluator, referee = make("sgd")
     evaluate(evaluator, referee, SavedState(tmp_path, {"artifact": "one"}, 1e9), must_stop=lambda: True)
@@ -269,6 +309,13 @@ def test_warm_up_leaves_no_trace(kind):
     evaluator.warm_up(num_documents=0)
     assert all(torch.equal(before[name], p) for name, p in gpt.state_dict().items())
     assert evaluate(evaluator, Referee(gpt, stream.validation(320))).result == expected
+
+
+def test_losses_that_are_not_finite_are_no_score():
+    gpt = stream.model()
+    evaluator = ScoreFirstSgd(gpt, WINDOW, STRIDE, 96, dataclasses.replace(TTT, lr=1e30))
+    with pytest.raises(UserError, match="the losses add up to nan: what learned from the text diverged"):
+        evaluate(evaluator, Referee(gpt, stream.validation(N)))
 
 
 # -- a GPU
@@ -322,5 +369,5 @@ def test_ranks_share_the_work_and_not_the_score(tmp_path, ranks):
         alone = evaluate(evaluator, referee).result.published
         for rank in range(ranks):
             found = np.load(tmp_path / f"{kind}{rank}.npz")
-            np.testing.assert_allclose(found["losses"], referee.ledger.losses, atol=5e-4 if kind == "sgd" else 1e-5)
+            np.testing.assert_allclose(found["losses"], referee.ledger.losses, atol=3e-5)
             assert found["score"][0] == pytest.approx(alone.nats, rel=1e-5) and found["score"][1:].tolist() == [alone.tokens, alone.bytes]

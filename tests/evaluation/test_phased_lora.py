@@ -312,19 +312,21 @@ def test_by_the_adapted_blocks_it_is_the_same():
     np.testing.assert_allclose(by_node.ledger.losses, plain.ledger.losses, rtol=1e-5, atol=1e-6)
 
 
-def test_stopped_anywhere_it_goes_on_with_the_same_result():
-    validation = validation_of([9, 4, 14, 1, 6, 5])
-    expected, _, _ = evaluate(validation)
-    straight = PhasedLora(model_of(), CONFIG)
+@pytest.mark.parametrize("prefix_documents", [6, 0], ids=["pauses between batches", "a lane with two batches"])
+def test_stopped_anywhere_it_goes_on_with_the_same_result(prefix_documents):
+    config = dataclasses.replace(CONFIG, prefix_documents=prefix_documents)
+    validation = validation_of([9, 7, 14, 5, 6, 6])
+    expected, _, _ = evaluate(validation, config)
+    straight = PhasedLora(model_of(), config)
     num_stops = sum(1 for _ in straight.chunks(Referee(straight.model, validation)))
     for stop in range(1, num_stops):
-        first = PhasedLora(model_of(), CONFIG)
+        first = PhasedLora(model_of(), config)
         referee = Referee(first.model, validation)
         for _ in itertools.islice(first.chunks(referee), stop):
             pass
         tensors, state = first.state()
         saved = {name: t.clone() for name, t in tensors.items()}
-        second = PhasedLora(model_of(), CONFIG)
+        second = PhasedLora(model_of(), config)
         referee_again = Referee(second.model, validation)
         second.load_state(saved, state)
         referee_again.load_state(*referee.state())
@@ -375,7 +377,7 @@ def test_lanes_that_the_ranks_cannot_share(monkeypatch):
         PhasedLora(model_of(), CONFIG)
 
 
-@pytest.mark.parametrize("field,value", [("lanes", 0), ("chunk_tokens", 15), ("global_chunk_tokens", 13), ("beta2", 1.0)])
+@pytest.mark.parametrize("field,value", [("lanes", 0), ("chunk_tokens", 15), ("global_chunk_tokens", 13), ("beta2", 1.0), ("epsilon", 0.0)])
 def test_bad_settings_are_named(field, value):
     with pytest.raises(UserError, match=f"^lora.{field}: "):
         dataclasses.replace(CONFIG, **{field: value})

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pgolf_fast import dist
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.referee import OrderError, Referee, Scored
 from pgolf_fast.evaluation.windows import Windows, sliding
@@ -66,7 +67,9 @@ def test_losses_are_those_of_each_window_alone(seed):
             np.testing.assert_allclose(scored.losses[row][kept].numpy(), expected, atol=3e-5)
             assert scored.targets[row][kept].tolist() == validation.tokens[first + 1 : end + 1].tolist()
             assert (scored.columns[row][kept] + start).tolist() == list(range(first, end))
-    result = referee.result()
+    result, running = referee.result(), referee.running()
+    assert (running.tokens, running.bytes) == (result.score.tokens, result.score.bytes)
+    assert running.nats == pytest.approx(result.score.nats, rel=1e-12)
     assert result.score.tokens == N and result.score.bytes == validation.target_bytes.sum()
     assert result.score.nats == pytest.approx(referee.ledger.losses.sum(dtype=np.float64), rel=1e-12)
 
@@ -129,6 +132,14 @@ def test_only_the_named_option_scores_again(gpt, referee):
     assert found.published.nats - found.score.nats == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_was_scored_again_is_part_of_the_state(gpt):
+    whole, half = (Referee(gpt, stream.validation(N), allow_published_tail=True) for _ in range(2))
+    whole.score(Windows([0], [0], [N]))
+    whole.score_again(Windows([N - 20], [N - 10], [N]))
+    half.load_state(*whole.state())
+    assert half.result() == whole.result() and half.result().again.tokens == 10
+
+
 def test_only_scored_text_is_revealed(referee):
     document = int(referee.document_starts[2])
     with pytest.raises(OrderError, match="position 0 has not been scored"):
@@ -143,6 +154,21 @@ def test_only_scored_text_is_revealed(referee):
     if document > 30:
         referee.score(Windows([document], [document], [document + 2]))
         assert referee.reveal(document, document + 2).tokens.tolist() == stream.validation(N).tokens[document : document + 3].tolist()
+
+
+def test_ranks_share_what_they_know_and_no_position(gpt, monkeypatch):
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    referee = Referee(gpt, stream.validation(N))
+    referee.score(Windows([0], [0], [50]))
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, np.array([[50, 60]])])
+    with pytest.raises(OrderError, match="position 50 has not been scored .or by another rank, since the last `meet`"):
+        referee.reveal(40, 60)
+    referee.meet()
+    assert len(referee.reveal(40, 60).tokens) == 21
+    with pytest.raises(OrderError, match="position 55 is scored already"):
+        referee.score(Windows([50], [55], [56]))
+    with pytest.raises(OrderError, match="position 50 or one soon after it was scored by two ranks"):
+        referee.meet()
 
 
 def test_weights_change_in_adapt_and_nowhere_else(gpt, referee):
