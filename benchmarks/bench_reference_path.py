@@ -96,12 +96,7 @@ def keep(config, runs, device):
     head = json.dumps({"environment": told, "recipe": config.recipe}, indent=1).removesuffix("\n}")
     lines = ",\n".join("  " + json.dumps(run) for run in runs)  # a run on a line
     name = "plain_torch" if config.peer else "fast_path"
-    result_path(f"curve_{config.recipe}_{name}", device).write_text(f'{head},
- "runs": [
-{lines}
- ]
-}}
-')
+    result_path(f"curve_{config.recipe}_{name}", device).write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class ModelConfig:
 
     def __post_init__(self):
         require = requirer("model")
-        for field in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
+        for field in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "bigram_dim", "ve_dim"):
             require(getattr(self, field) > 0, field, f"expected at least 1, got {getattr(self, field)}")
         require(self.model_dim % self.num_heads == 0, "num_heads", f"{self.num_heads} does not divide model_dim {self.model_dim}")
         require(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}")

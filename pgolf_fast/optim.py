@@ -62,6 +62,8 @@ class OptimConfig:
                     raise UserError(f"optim.{field}: {pattern!r} matches no parameter; they are {', '.join(PUBLISHED_NAMES)}")
         if self.muon_steps < 1:
             raise UserError(f"optim.muon_steps: expected at least 1, got {self.muon_steps}")
+        if self.adam_eps <= 0:
+            raise UserError("optim.adam_eps: expected above 0: a gradient of 0 would be divided by it")
         for field in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"optim.{field}: expected at least 0 and less than 1, got {getattr(self, field)}")
@@ -196,6 +198,8 @@ class Optimizer:
             else:
                 param.requires_grad_(False)
         self.buffers = [bank.grad for bank in self.banks.values()] + self.adam_grads
+        if not self.buffers:
+            raise UserError("optim.frozen_tensors: they leave nothing to train")
         self.grads = {name: p.grad for name, p in self.params.items() if p.requires_grad}
         # Sums of clipped pieces, where several are clipped one by one on this rank.
         apart = self._clips("piece") and num_micro_batches > 1
