@@ -89,13 +89,13 @@ def cases(device):
         (f"dense {rows}x{SEQUENCE}", rows, [SEQUENCE] * rows, {"ours": xsa_attention, **dense_peers}),
         *((f"packed {len(documents)} documents, {n}", 1, documents, packed(documents)) for documents in mixes),
     ):
-        qkv = torch.randn(batch, n // batch, HEADS + 2 * KV_HEADS, HEAD_DIM, device=device).bfloat16()
-        inputs = [x.requires_grad_() for x in qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=2)]
-        grad = torch.randn_like(inputs[0])
-
         product = 2 * HEAD_DIM * HEADS * sum(length * (length + 1) // 2 for length in lengths)
         powers = {k: partial(f, scale=math.log(2)) for k, f in contestants.items() if k in ("ours", "cuDNN")}
-        for work, functions in ((name, contestants), (f"{name}, ln 2,", powers)):
+        for work, functions, gain in ((name, contestants, 1), (f"{name}, ln 2,", powers, HEAD_DIM**-0.5 / math.log(2))):
+            qkv = torch.randn(batch, n // batch, HEADS + 2 * KV_HEADS, HEAD_DIM, device=device)
+            qkv[:, :, :HEADS] *= gain  # the same scores
+            inputs = [x.requires_grad_() for x in qkv.bfloat16().split([HEADS, KV_HEADS, KV_HEADS], dim=2)]
+            grad = torch.randn_like(inputs[0])
             yield Case(f"{work} fwd", {k: forward(f, inputs) for k, f in functions.items()}, 0, 2 * product)
             yield Case(f"{work} fwd+bwd", {k: forward_backward(f, inputs, grad) for k, f in functions.items()}, 0, 7 * product)
 

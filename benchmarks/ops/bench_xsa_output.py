@@ -24,7 +24,9 @@ def cases(device):
         (f"dense {rows}x{SEQUENCE}", rows, [SEQUENCE] * rows, None, False),
         (f"packed {len(documents)} documents, {m}, gated", 1, documents, cu_seqlens(documents, device), True),
     ):
-        qkv = torch.randn(batch, m // batch, HEADS + 2 * KV_HEADS, HEAD_DIM, device=device).bfloat16()
+        qkv = torch.randn(batch, m // batch, HEADS + 2 * KV_HEADS, HEAD_DIM, device=device)
+        qkv[:, :, :HEADS] *= HEAD_DIM**-0.5 / scale  # scores of normal spread
+        qkv = qkv.bfloat16()
         q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=2)
         gate = torch.rand(batch, m // batch, HEADS, device=device).bfloat16() if gated else None
         where = documents_of(starts, m // batch, HEADS // KV_HEADS)
