@@ -2,7 +2,7 @@
 
 Each seed's run twice, through the whole schedule of the recipe: by the trainer's own step, and by one of the ops' definitions and torch's
 attention, under torch.compile, with no kernel of ours in it (the two that `pgolf bench step --peer RECIPE` times). The same weights, the
-same batches of 98,304 tokens. How much a difference means, the seeds say.
+same batches of 98,304 tokens. How much a difference means, the seeds say. With --no-peer once, by the first.
 """
 
 import dataclasses

@@ -512,7 +512,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     });
 }
 
-// 64 tokens' lse and delta of one head per box; coordinates (token, 2 (batch and head)).
+// 64 tokens' shifts and delta of one head per box; coordinates (token, 2 (batch and head)).
 static cudaError_t stats_map(CUtensorMap* map, const float* stats, int heads, uint64_t width) {
     TensorMapDims dims{2, {width, 2 * uint64_t(heads)}, {width * 4}, {kTile, 2}};
     return make_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, stats, dims, CU_TENSOR_MAP_SWIZZLE_NONE);
