@@ -14,9 +14,25 @@ constexpr int kChunks = kHead / 16;  // of a head, 16 columns each
 __device__ __forceinline__ float dot(float sum, float x0, float x1, uint32_t pair) {
     return fmaf(x1, high_bf16(pair), fmaf(x0, low_bf16(pair), sum));
 }
-__device__ __forceinline__ void quad_sum(float (&sums)[2][2]) {
+// Four lanes share two rows, r, of a tile's two heads, h. What is one number for a row and head is the business of one of them.
+__device__ __forceinline__ int own_h() { return threadIdx.x / 2 % 2; }
+__device__ __forceinline__ int own_r() { return threadIdx.x % 2; }
+
+// Sums over the four lanes, each lane's its own.
+__device__ __forceinline__ float own_sum(const float (&x)[2]) {
+    const float sum = (own_r() == 0 ? x[0] : x[1]) + __shfl_xor_sync(0xffffffffu, own_r() == 0 ? x[1] : x[0], 1);
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+}
+__device__ __forceinline__ float own_sum(const float (&x)[2][2]) {
+    float sums[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i / 2][i % 2] = xsa::quad_sum(sums[i / 2][i % 2]);
+    for (int r = 0; r < 2; ++r) sums[r] = (own_h() == 0 ? x[0][r] : x[1][r]) + __shfl_xor_sync(0xffffffffu, own_h() == 0 ? x[1][r] : x[0][r], 2);
+    return (own_r() == 0 ? sums[0] : sums[1]) + __shfl_xor_sync(0xffffffffu, own_r() == 0 ? sums[1] : sums[0], 1);
+}
+// Every lane's own to all four.
+__device__ __forceinline__ void share_own(float (&all)[2][2], float own) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) all[i / 2][i % 2] = __shfl_sync(0xffffffffu, own, i, 4);
 }
 
 // A tile is the two query heads of a key head; out is its auxiliary tile and becomes dy, v its side block and becomes dv.
@@ -29,33 +45,30 @@ struct OutputBackward : gemm::PlainOp {
     static __device__ __forceinline__ int side_column(int n0, int) { return n0 / kXsaOutputGroup; }
     using Arguments = XsaOutputBwdParams;
 
-    // Of a thread's two rows, r, and the tile's two heads, h.
     struct Fetched {
-        int place[2];    // negative: no token of a document, whose gate and own are 0
-        int batch[2];
-        uint32_t gates[2];  // of both heads
-        float own[2][2], lse[2][2];  // [h][r]
-        float gate[2][2];  // times the row's scale, as own is divided by it, from begin_rows on
-        float share[2][2], out_dot[2][2], v_dot[2][2];  // g . v / |v|^2; dy . out and dy . v so far
+        // Of the lane's own row and head.
+        int place;  // negative: no token of a document, whose gate and own are 0
+        int line;   // of own, lse and stats
+        uint32_t gate_bits;
+        float own_y, lse;
+        // Of all rows and heads, [h][r].
+        float gate[2][2], own[2][2];  // the gate times the row's scale, as own is divided by it
+        float share[2][2];            // g . v / |v|^2
+        float out_dot[2][2], v_dot[2][2];  // dy . out and dy . v so far
         uint32_t v[kChunks][4];  // pairs, as ldmatrix leaves them: rows r % 2, columns + 8 (r / 2)
     };
 
     static __device__ __forceinline__ Fetched fetch(const Arguments& p, int first_row, int n0, int m) {
         Fetched f;
-        const int head = n0 / kHead;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int row = min(first_row + 8 * r, m - 1), batch = p.batch == 1 ? 0 : row / p.tokens, token = row - batch * p.tokens;
-            f.place[r] = p.places != nullptr ? __ldg(&p.places[row].stats) : token;
-            f.batch[r] = batch;
-            const int stat = batch * p.q_heads + head;  // first head's row of own and lse
-            f.gates[r] = load_gates(p, row, head);
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                f.own[h][r] = __ldg(p.own + int64_t(stat + h) * p.tokens + token);
-                f.lse[h][r] = __ldg(p.lse + int64_t(stat + h) * p.tokens + token);
-            }
-        }
+        const int row = min(first_row + 8 * own_r(), m - 1), head = n0 / kHead + own_h();
+        const int batch = p.batch == 1 ? 0 : row / p.tokens, token = row - batch * p.tokens;
+        f.place = p.places != nullptr ? __ldg(&p.places[row].stats) : token;
+        f.line = batch * p.q_heads + head;
+        const int64_t at = int64_t(f.line) * p.tokens + token;
+        f.own_y = __ldg(p.own + at);
+        f.lse = __ldg(p.lse + at);
+        constexpr uint32_t kOne = 0x3f80;
+        f.gate_bits = p.gate != nullptr ? __ldg(reinterpret_cast<const unsigned short*>(p.gate) + int64_t(row) * p.q_heads + head) : kOne;
         return f;
     }
 
@@ -64,7 +77,7 @@ struct OutputBackward : gemm::PlainOp {
     static __device__ __forceinline__ void stage(const Arguments& p, Fetched& f, const float (&g)[64], int, int step, int row, int n0,
                                                  int m, Address&& address) {
         if (step == 0) products_with_v(p, f, g, address);
-        if (step == 1) begin_rows(p, f, row, n0, m);
+        if (step == 1) begin_rows(p, f, row, m);
         if (step == 1 && p.gate != nullptr) gate_gradient(p, f, g, row, n0, m, address);
         if (step >= 2 && step < 6) gradients(f, g, step - 2, address);
         if (step == 6) finish_rows(p, f, row, n0, m);
@@ -86,44 +99,32 @@ struct OutputBackward : gemm::PlainOp {
                 }
             }
         }
-        quad_sum(g_v);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float inverse_square = p.xsa ? __fdividef(1.f, fmaxf(xsa::quad_sum(v_v[r]), 1e-24f)) : 0.f;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                f.share[h][r] = g_v[h][r] * inverse_square;
-                f.out_dot[h][r] = f.v_dot[h][r] = 0.f;
-            }
-        }
+        const float inverse_square = p.xsa ? __fdividef(1.f, fmaxf(own_sum(v_v), 1e-24f)) : 0.f;
+        f.share[0][0] = own_sum(g_v) * inverse_square;  // the lane's own, until begin_rows
     }
 
-    static __device__ __forceinline__ float* stats_of(const Arguments& p, const Fetched& f, int head, int r) {
-        return p.stats + 2 * int64_t(f.batch[r] * p.q_heads + head) * p.stats_width + f.place[r];
+    static __device__ __forceinline__ float* stats_of(const Arguments& p, const Fetched& f) {
+        return p.stats + 2 * int64_t(f.line) * p.stats_width + f.place;
     }
 
-    // Of both heads; ones where there is no gate.
-    static __device__ __forceinline__ uint32_t load_gates(const Arguments& p, int row, int head) {
-        return p.gate != nullptr ? __ldg(reinterpret_cast<const unsigned*>(p.gate + int64_t(row) * p.q_heads + head)) : 0x3f803f80u;
+    static __device__ __forceinline__ void begin_rows(const Arguments& p, Fetched& f, int row, int m) {
+        if (row + 8 * own_r() >= m) f.place = -1;
+        if (f.place < 0) f.gate_bits = 0;
+        const bool live = f.place >= 0;
+        // dy is stored times the factor, and own dy is not: the factor comes with the gate and leaves with own.
+        const xsa::RowScale scale(f.lse);
+        if (live) *stats_of(p, f) = scale.shift;
+        share_own(f.gate, low_bf16(f.gate_bits) * scale.factor);
+        share_own(f.own, live ? __fdividef(f.own_y, scale.factor) : 0.f);
+        share_own(f.share, live ? f.share[0][0] : 0.f);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) f.out_dot[i / 2][i % 2] = f.v_dot[i / 2][i % 2] = 0.f;
     }
-    static __device__ __forceinline__ float gate_of(uint32_t gates, int h) { return h == 0 ? low_bf16(gates) : high_bf16(gates); }
 
-    static __device__ __forceinline__ void begin_rows(const Arguments& p, Fetched& f, int row, int n0, int m) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            if (row + 8 * r >= m) f.place[r] = -1;
-            const bool live = f.place[r] >= 0;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                f.gate[h][r] = live ? gate_of(f.gates[r], h) : 0.f;
-                if (!live) f.own[h][r] = f.share[h][r] = 0.f;
-                // dy is stored times the factor, and own dy is not: the factor comes with the gate and leaves with own.
-                const xsa::RowScale scale(f.lse[h][r]);
-                f.gate[h][r] *= scale.factor;
-                f.own[h][r] = __fdividef(f.own[h][r], scale.factor);
-                if (live && threadIdx.x % 4 == h) *stats_of(p, f, n0 / kHead + h, r) = scale.shift;
-            }
-        }
+    // x / gate of the lane's own, and 0 where the gate is 0.
+    static __device__ __forceinline__ float over_gate(const Fetched& f, float x) {
+        const float gate = low_bf16(f.gate_bits);
+        return gate != 0.f ? __fdividef(x, gate) : 0.f;
     }
 
     template <class Address>
@@ -142,29 +143,23 @@ struct OutputBackward : gemm::PlainOp {
                     g_out[h][i % 2] = dot(g_out[h][i % 2], pair[0], pair[1], out[i]);
                 }
             }
-        quad_sum(g_out);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float dgate[2];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float gate = f.place[r] >= 0 ? gate_of(f.gates[r], h) : 0.f;
-                dgate[h] = gate != 0.f ? __fdividef(g_out[h][r], gate) : 0.f;
-            }
-            if (threadIdx.x % 4 == 0 && row + 8 * r < m)
-                *reinterpret_cast<uint32_t*>(p.dgate + int64_t(row + 8 * r) * p.q_heads + n0 / kHead) = ptx::pack_bf16(dgate[0], dgate[1]);
-        }
+        const float dgate = over_gate(f, own_sum(g_out));
+        if (row + 8 * own_r() < m)
+            p.dgate[int64_t(row + 8 * own_r()) * p.q_heads + n0 / kHead + own_h()] = __float2bfloat16_rn(dgate);
     }
 
     // dy and dv of 16 columns. NOTE: delta is of dy as it is stored: what its rounding adds to dp along y cancels against delta, and the
     // gradient of a token that sees only itself is zero.
     template <class Address>
     static __device__ __forceinline__ void gradients(Fetched& f, const float (&g)[64], int c, Address&& address) {
+        uint32_t outs[2][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) ptx::ldmatrix_x4(address(h, c), outs[h][0], outs[h][1], outs[h][2], outs[h][3]);
         float dv[4][2] = {};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            uint32_t out[4], dy[4];
-            ptx::ldmatrix_x4(address(h, c), out[0], out[1], out[2], out[3]);
+            const uint32_t(&out)[4] = outs[h];
+            uint32_t dy[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int r = i % 2, at = 32 * h + 8 * c + 2 * i;
@@ -184,24 +179,20 @@ struct OutputBackward : gemm::PlainOp {
     }
 
     static __device__ __forceinline__ void finish_rows(const Arguments& p, Fetched& f, int row, int n0, int m) {
-        quad_sum(f.out_dot);
-        quad_sum(f.v_dot);
-        const int quad = threadIdx.x % 4;
+        float dot_y[2][2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            if (f.place[r] >= 0) {
-                const uint32_t gates = load_gates(p, row + 8 * r, n0 / kHead);  // once more, not kept: registers are short
+        for (int h = 0; h < 2; ++h)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    if (quad != h) continue;
-                    const float gate = gate_of(gates, h), dot_y = f.out_dot[h][r] + f.gate[h][r] * f.own[h][r] * f.v_dot[h][r];
-                    stats_of(p, f, n0 / kHead + h, r)[p.stats_width] = gate != 0.f ? __fdividef(dot_y, gate) : 0.f;
-                }
-            } else if (row + 8 * r < m) {
-                const int64_t at = int64_t(row + 8 * r) * p.gradient_stride;
-                for (int i = quad; i < 2 * kHead / 8; i += 4) reinterpret_cast<uint4*>(p.dq + at + n0)[i] = make_uint4(0, 0, 0, 0);
-                for (int i = quad; i < kHead / 8; i += 4) reinterpret_cast<uint4*>(p.dk + at + n0 / 2)[i] = make_uint4(0, 0, 0, 0);
-            }
+            for (int r = 0; r < 2; ++r) dot_y[h][r] = fmaf(f.gate[h][r] * f.own[h][r], f.v_dot[h][r], f.out_dot[h][r]);
+        const float delta = over_gate(f, own_sum(dot_y));
+        if (f.place >= 0) {
+            stats_of(p, f)[p.stats_width] = delta;
+        } else if (row + 8 * own_r() < m) {
+            const int64_t at = (row + 8 * own_r()) * p.gradient_stride;
+            uint4* const dq = reinterpret_cast<uint4*>(p.dq + at + n0 + own_h() * kHead);
+            uint4* const dk = reinterpret_cast<uint4*>(p.dk + at + n0 / 2 + own_h() * (kHead / 2));
+            for (int i = 0; i < kHead / 8; ++i) dq[i] = make_uint4(0, 0, 0, 0);
+            for (int i = 0; i < kHead / 16; ++i) dk[i] = make_uint4(0, 0, 0, 0);
         }
     }
 };

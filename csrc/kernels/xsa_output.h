@@ -6,8 +6,6 @@
 //
 // (xsa_attention.h has the algebra; without XSA share is 0.) So g is never written, nor read again beside out and v. dy and delta
 // are written times their row's factor, as XsaAttentionBwdParams wants them.
-//
-// SPILLS OutputBackward 8: one word of a tile's epilogue
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
