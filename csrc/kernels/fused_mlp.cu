@@ -33,7 +33,6 @@ struct Plain : gemm::PlainOp {
 
 // The rows have factors scale * rstd[row]; null: scale alone.
 struct RowScaled : Plain {
-    static constexpr int kBlockN = 192;
     struct Arguments {
         const float* rstd;
         float scale;
@@ -62,6 +61,7 @@ struct Up : RowScaled {
 template <Activation kActivation>
 struct Down : Plain {
     static constexpr bool kTransformA = true;
+    static constexpr int kPassKBlocks = 4;  // 2 take 2 % more time: the warps have A to transform too
     static __device__ __forceinline__ uint32_t operand_a(uint32_t u) { return activated<kActivation>(u); }
 };
 
@@ -118,6 +118,7 @@ struct UpBackward : Plain {
 struct NormUpBackward : UpBackward {
     static constexpr bool kHasAux = true;   // the residual
     static constexpr int kSideBlocks = 1;   // x
+    static constexpr int kPassKBlocks = 6;  // the only staging area goes out and comes in under them too
     static __device__ __forceinline__ int side_column(int n0, int pass) { return n0 + pass * gemm::kColumnBlock; }
     struct Arguments {
         const float* along;  // [m]

@@ -38,7 +38,7 @@ struct FusedMlpParams {
     Activation activation;
 };
 
-constexpr int fused_mlp_row_tiles(int h) { return (h + 191) / 192; }
+constexpr int fused_mlp_row_tiles(int h) { return (h + 255) / 256; }
 
 cudaError_t fused_mlp_fwd(const FusedMlpParams& p, cudaStream_t stream);
 cudaError_t fused_mlp_bwd(const FusedMlpParams& p, cudaStream_t stream);

@@ -20,10 +20,9 @@ struct ScaledRows : gemm::PlainOp {
         }
         return fetched;
     }
-    template <int kCount>
-    static __device__ __forceinline__ void finish(const Arguments&, const Fetched& fetched, float (&acc)[kCount], int, int, int) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) acc[i] *= fetched.scale[i / 2 % 2];
+    static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched& fetched, int r, float low, float high, uint32_t,
+                                                      float&) {
+        return ptx::pack_bf16(fetched.scale[r] * low, fetched.scale[r] * high);
     }
 };
 

@@ -9,9 +9,8 @@ namespace {
 using wgmma::kMajorK;
 using wgmma::kMajorMN;
 
-// 192 columns: with the K of a layer's width, the result of a tile must be stored under the products of the next.
 struct Forward : gemm::PlainOp {
-    static constexpr int kBlockN = 192, kAMajor = kMajorK, kBMajor = kMajorK;
+    static constexpr int kBlockN = 256, kAMajor = kMajorK, kBMajor = kMajorK;
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;
 };
 
@@ -49,14 +48,8 @@ struct Backward : Forward {
     static constexpr int kBMajor = kMajorMN;
 };
 
-// Wider tiles, which waste less at a layer's width, where K is long enough to store a tile in two passes under the next.
-struct BackwardLong : Backward {
-    static constexpr int kBlockN = 256;
-};
-constexpr int kLongK = gemm::Layout<BackwardLong>::kLeastKBlocks * gemm::kBlockK;
-
 struct Weight : Forward {
-    static constexpr int kBlockN = 256, kAMajor = kMajorMN, kBMajor = kMajorMN;
+    static constexpr int kAMajor = kMajorMN, kBMajor = kMajorMN;
     static constexpr gemm::Output kOutput = gemm::kAddFp32;
 };
 
@@ -78,7 +71,7 @@ cudaError_t product_forward(const ProductParams& p, cudaStream_t stream) {
     return cudaGetLastError();
 }
 cudaError_t product_backward(const ProductParams& p, cudaStream_t stream) {
-    return p.k >= kLongK ? launch<BackwardLong>(p, stream) : launch<Backward>(p, stream);
+    return launch<Backward>(p, stream);
 }
 cudaError_t product_weight(const ProductParams& p, cudaStream_t stream) { return launch<Weight>(p, stream); }
 

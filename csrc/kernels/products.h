@@ -21,7 +21,7 @@ struct ProductParams {
     int m, n, k;
 };
 
-constexpr int product_column_tiles(int n) { return (n + 191) / 192; }
+constexpr int product_column_tiles(int n) { return (n + 255) / 256; }
 
 cudaError_t product_forward(const ProductParams& p, cudaStream_t stream);   // A [m, k], B [n, k]
 cudaError_t product_backward(const ProductParams& p, cudaStream_t stream);  // A [m, k], B [k, n]; no residual

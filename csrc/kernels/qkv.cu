@@ -14,8 +14,8 @@ constexpr int kHalf = kQkvRotated / 2;
 
 __device__ __forceinline__ float2 unpack(uint32_t pair) { return {ptx::low_bf16(pair), ptx::high_bf16(pair)}; }
 
-// ---- forward: a tile of 192 columns is three heads. A thread holds, of two rows, columns 8 j + 2 (lane % 4) and the next, so
-// dimensions i and i + 8 of a head are its own, and four neighbouring lanes hold a row of a head.
+// ---- forward: a tile of 256 columns is four heads. A thread holds, of two rows, columns 8 j + 2 (lane % 4) and the next, so
+// dimensions i and i + 8 of a head are its own, and four neighbouring lanes hold a row of a head. The product has been rounded.
 
 struct QkvArguments {
     const float* gain;
@@ -25,7 +25,7 @@ struct QkvArguments {
 };
 
 struct Qkv : gemm::PlainOp {
-    static constexpr int kBlockN = 192, kAMajor = wgmma::kMajorK, kBMajor = wgmma::kMajorK;
+    static constexpr int kBlockN = 256, kAMajor = wgmma::kMajorK, kBMajor = wgmma::kMajorK;
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;
     using Arguments = QkvArguments;
 
@@ -42,19 +42,20 @@ struct Qkv : gemm::PlainOp {
         }
         return fetched;
     }
-    // One head. acc[4 j + 2 r] and the next: row `row + 8 r`, columns `column + 8 j + 2 (lane % 4)` and the next.
-    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, float (&acc)[32], int row, int column,
+    // One head.
+    static __device__ __forceinline__ void finish(const Arguments& p, const Fetched& fetched, uint32_t (&pairs)[16], int row, int column,
                                                   int m) {
         const int quad = threadIdx.x % 4, head = column / kQkvHeadDim;
         if (head >= p.normed_heads) return;
         const float gain = head < p.q_heads ? __ldg(p.gain + head) : 1.f;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+            float2 x[8];
             float sum = 0.f;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-                sum = fmaf(acc[4 * j + 2 * r], acc[4 * j + 2 * r], sum);
-                sum = fmaf(acc[4 * j + 2 * r + 1], acc[4 * j + 2 * r + 1], sum);
+                x[j] = unpack(pairs[2 * j + r]);
+                sum = fmaf(x[j].y, x[j].y, fmaf(x[j].x, x[j].x, sum));
             }
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
@@ -62,14 +63,14 @@ struct Qkv : gemm::PlainOp {
             if (quad == 0 && row + 8 * r < m) p.rstd[int64_t(row + 8 * r) * p.normed_heads + head] = rstd;
             const float factor = rstd * gain;
 #pragma unroll
-            for (int j = 0; j < 8; ++j) acc[4 * j + 2 * r] *= factor, acc[4 * j + 2 * r + 1] *= factor;
-            const float2 cos = unpack(fetched.cos[r]), sin = unpack(fetched.sin[r]);
-            const int a = 2 * r, b = a + 4;
-            const float a0 = acc[a], a1 = acc[a + 1];
-            acc[a] = a0 * cos.x + acc[b] * sin.x;
-            acc[a + 1] = a1 * cos.y + acc[b + 1] * sin.y;
-            acc[b] = acc[b] * cos.x - a0 * sin.x;
-            acc[b + 1] = acc[b + 1] * cos.y - a1 * sin.y;
+            for (int j = 0; j < 8; ++j) x[j].x *= factor, x[j].y *= factor;
+            const float2 cos = unpack(fetched.cos[r]), sin = unpack(fetched.sin[r]), first = x[0];
+            x[0].x = first.x * cos.x + x[1].x * sin.x;
+            x[0].y = first.y * cos.y + x[1].y * sin.y;
+            x[1].x = x[1].x * cos.x - first.x * sin.x;
+            x[1].y = x[1].y * cos.y - first.y * sin.y;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) pairs[2 * j + r] = ptx::pack_bf16(x[j].x, x[j].y);
         }
     }
 };

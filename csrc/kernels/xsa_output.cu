@@ -18,16 +18,17 @@ __device__ __forceinline__ float dot(float sum, float x0, float x1, uint32_t pai
 __device__ __forceinline__ int own_h() { return threadIdx.x / 2 % 2; }
 __device__ __forceinline__ int own_r() { return threadIdx.x % 2; }
 
+// One of two sums over this lane and the one `apart` away, which keeps the other.
+__device__ __forceinline__ float kept_sum(int keeps, const float (&x)[2], int apart) {
+    return (keeps == 0 ? x[0] : x[1]) + __shfl_xor_sync(0xffffffffu, keeps == 0 ? x[1] : x[0], apart);
+}
 // Sums over the four lanes, each lane's its own.
 __device__ __forceinline__ float own_sum(const float (&x)[2]) {
-    const float sum = (own_r() == 0 ? x[0] : x[1]) + __shfl_xor_sync(0xffffffffu, own_r() == 0 ? x[1] : x[0], 1);
+    const float sum = kept_sum(own_r(), x, 1);
     return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
 }
 __device__ __forceinline__ float own_sum(const float (&x)[2][2]) {
-    float sums[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sums[r] = (own_h() == 0 ? x[0][r] : x[1][r]) + __shfl_xor_sync(0xffffffffu, own_h() == 0 ? x[1][r] : x[0][r], 2);
-    return (own_r() == 0 ? sums[0] : sums[1]) + __shfl_xor_sync(0xffffffffu, own_r() == 0 ? sums[1] : sums[0], 1);
+    return kept_sum(own_r(), {kept_sum(own_h(), {x[0][0], x[1][0]}, 2), kept_sum(own_h(), {x[0][1], x[1][1]}, 2)}, 1);
 }
 // Every lane's own to all four.
 __device__ __forceinline__ void share_own(float (&all)[2][2], float own) {
@@ -40,7 +41,7 @@ struct OutputBackward : gemm::PlainOp {
     static constexpr int kBlockN = kXsaOutputGroup * kHead, kAMajor = wgmma::kMajorK, kBMajor = wgmma::kMajorMN;
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;
     static constexpr bool kHasAux = true;
-    static constexpr int kSideBlocks = 1;
+    static constexpr int kSideBlocks = 1, kPassKBlocks = 8;
     static constexpr bool kSideStored = true;
     static __device__ __forceinline__ int side_column(int n0, int) { return n0 / kXsaOutputGroup; }
     using Arguments = XsaOutputBwdParams;

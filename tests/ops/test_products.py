@@ -6,14 +6,14 @@ import torch
 from pgolf_fast.ops.products import add_weight_gradient, project, project_backward, project_residual_rstd
 from tests.compare import assert_within, relative_error
 
-# Rows, K and N at the seams of the kernel's tiles: 64 rows a warpgroup, 128 a CTA, 256 a cluster; 64 k a stage; 192 or 256
-# columns; then the model's.
+# Rows, K and N at the seams of the kernel's tiles: 64 rows a warpgroup, 128 a CTA, 256 a cluster; 64 k a stage; 256 columns;
+# then the model's.
 SHAPES = [
     (1, 64, 64),
-    (63, 64, 192),
-    (65, 72, 200),
+    (63, 64, 256),
+    (65, 72, 264),
     (127, 512, 8),
-    (129, 520, 184),
+    (129, 520, 248),
     (257, 512, 512),
     (300, 512, 1032),
     (1031, 1032, 512),

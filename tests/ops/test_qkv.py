@@ -8,7 +8,7 @@ from tests.compare import assert_within, relative_error
 
 ops = torch.ops.pgolf_fast
 # (rows, width, query heads, KV heads, positions): rows at the seams of the product's tiles (64, 128, 256) and of the backward's
-# CTAs (8); heads that fill whole tiles of three and that do not; rows that wrap around the positions.
+# CTAs (8); heads that fill whole tiles of four and that do not; rows that wrap around the positions.
 SHAPES = [
     (1, 64, 1, 1, 1),
     (65, 64, 2, 1, 65),

@@ -9,23 +9,24 @@
 //              [ warpgroup 1: 64 rows ]     B: kBlockN columns, half from each CTA
 //     CTA 1    [ the next 128 rows    ]     staging for C (and the auxiliary tile)
 //
-// Four stages, the most that fit: a stage is consumed in 512 clocks (128 columns), 768 (192) or 1024 (256), and one is still being read
-// when the next is.
+// Four stages, the most that fit: a stage is consumed in 512 clocks (128 columns) or 1024 (256), and one is still being read when the
+// next is.
 // The result of one tile is computed, staged and stored under the products of the next, in passes of 64 columns; the auxiliary columns of a
-// pass come into the same staging area before. There are as many areas as fit, used in turn: while one is written, others are on their way
-// out and in. 128 or 192 columns leave registers for two accumulators; 256 columns, for a long K, do not: they are rounded between two
-// tiles. A tile of 128 columns is one pass, for results that take long to compute.
+// pass come into the same staging area before. There are as many areas as fit, used in turn: while one is written, the other is on its way
+// out and in. 256 columns, which read the least for a product, leave no registers for two accumulators: they are rounded between two
+// tiles. A tile of 128 columns is one pass, for results that take long to compute, and has two accumulators.
 // Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
 //
 // What varies is the Op:
-//     kBlockN                     128, 192 or 256
+//     kBlockN                     128 or 256
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
 //     kHasAux, result()           two accumulators of a row and the auxiliary elements at the same place to the stored values. With 256
 //                                 columns the accumulators have been rounded to bf16
 //     fetch(), finish()           what a thread reads for its two rows of a tile, under the products of that tile (loads only: what is
-//                                 made of them there would wait for them), and what it then does with its accumulators of each 64
-//                                 columns before they are staged
+//                                 made of them there would wait for them), and what it then does with its rounded accumulators of
+//                                 each 64 columns before they are staged
+//     kPassKBlocks                k blocks of the next tile's products under which a pass is staged: all that its steps and copies take
 //     kSideBlocks, side_column(), column blocks of a further matrix (Side) that come with each pass of a tile, and from where; kSideStored:
 //     kSideStored, stage()        others go with the result. stage() turns all into what is stored, in kStageSteps steps
 //     kRowSums                    result() adds to a sum per row and column tile, which is stored in Arguments::row_sums [column tiles, m]
@@ -53,7 +54,7 @@ enum Output { kStoreBf16, kAddFp32, kAddFp32Transposed };
 
 template <class Op>
 struct Layout {
-    static_assert(Op::kBlockN == 128 || Op::kBlockN == 192 || Op::kBlockN == 256, "tile widths that fit");
+    static_assert(Op::kBlockN == 128 || Op::kBlockN == 256, "tile widths that fit");
     static constexpr int kColumnBlocks = Op::kBlockN / kColumnBlock;
     static constexpr int kStageABytes = kBlockM * kBlockK * 2;
     static constexpr int kStageBytes = kStageABytes + Op::kBlockN * kBlockK * 2;
@@ -64,16 +65,13 @@ struct Layout {
     static_assert(Op::kSideBlocks == 0 || kAuxStaged, "side blocks come with the auxiliary tile");
     static constexpr int kPassBlocks = !kStaged ? 0 : Op::kBlockN == 128 ? 2 : 1;  // column blocks staged at a time, per warpgroup
     static constexpr int kPasses = kStaged ? kColumnBlocks / kPassBlocks : 0;
-    // A tile's first kLeadKBlocks leave the staging areas alone. Then come the passes, each under kPassKBlocks; of these the last
-    // kStageSteps stage a part of the result each.
-    static constexpr int kLeadKBlocks = Op::kBlockN == 192 ? 2 : 0;
-    static constexpr int kPassKBlocks = Op::kBlockN == 128 ? 8 : Op::kBlockN == 192 ? 2 : Op::kSideBlocks == 0 ? 4 : 6;
+    // Under the last of a pass's k blocks, a part of the result each.
     static constexpr int kStageSteps = Op::kBlockN == 128 ? 7 : 2;
     // A shorter K is padded with the copy engine's zeros.
-    static constexpr int kLeastKBlocks = kStaged ? kLeadKBlocks + kPasses * kPassKBlocks : 1;
+    static constexpr int kLeastKBlocks = kStaged ? kPasses * Op::kPassKBlocks : 1;
     static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
     static constexpr int kStoredBlocks = kPassBlocks + (Op::kSideStored ? Op::kSideBlocks : 0);
-    static constexpr int kStagingAreas = Op::kBlockN == 192 ? 3 : Op::kBlockN == 128 || Op::kSideBlocks == 0 ? 2 : 1;
+    static constexpr int kStagingAreas = Op::kBlockN == 128 || Op::kSideBlocks == 0 ? 2 : 1;
     // Both together are what 384 threads start with, 168 each.
     static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
     static constexpr int kGroupStagingBytes = kStagedBlocks * kStagingBlockBytes;  // of a warpgroup's area
@@ -93,7 +91,7 @@ struct Shape {
 // What an Op inherits and replaces where it does more.
 struct PlainOp {
     static constexpr bool kTransformA = false, kHasAux = false, kRowSums = false;
-    static constexpr int kSideBlocks = 0;
+    static constexpr int kPassKBlocks = 2, kSideBlocks = 0;
     static constexpr bool kSideStored = false;
     static __device__ __forceinline__ int side_column(int, int) { return 0; }
     struct Arguments {};
@@ -102,9 +100,9 @@ struct PlainOp {
     static __device__ __forceinline__ Fetched fetch(const Arguments&, int, int, int) {
         return {};
     }
-    // `column`: the first of the 64.
+    // `column`: the first of the 64. pairs[2 j + r]: row `row + 8 r`, columns `column + 8 j + 2 (lane % 4)` and the next.
     template <class Arguments, class Fetched>
-    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, float (&)[32], int row, int column, int m) {}
+    static __device__ __forceinline__ void finish(const Arguments&, const Fetched&, uint32_t (&)[16], int row, int column, int m) {}
     // `r`: which of the thread's rows.
     template <class Arguments, class Fetched>
     static __device__ __forceinline__ uint32_t result(const Arguments&, const Fetched&, int r, float low, float high, uint32_t aux,
@@ -171,7 +169,7 @@ struct Schedule {
     }
 };
 
-constexpr int kMaxStagingAreas = 3;
+constexpr int kMaxStagingAreas = 2;
 
 struct Barriers {
     uint64_t full[kStages], empty[kStages];
@@ -398,14 +396,14 @@ struct Consumer {
     __device__ __forceinline__ typename Op::Fetched fetch(const Work& work) const {
         return Op::fetch(arguments, row_of(work), work.n0, shape.m);
     }
-    // The accumulators of 64 columns are final.
-    __device__ __forceinline__ void finish(float (&acc)[kAccumulators], int block, const Work& work, const typename Op::Fetched& fetched) {
-        const int column = work.n0 + block * kColumnBlock;
-        Op::finish(arguments, fetched, reinterpret_cast<float(&)[32]>(acc[32 * block]), row_of(work), column, shape.m);
-    }
-
     // What is left of a finished tile under the products of the next: the accumulators, or pairs of them rounded.
     using Held = std::conditional_t<L::kHeldRounded, uint32_t[kAccumulators / 2], float[kAccumulators]>;
+
+    __device__ __forceinline__ void finish_pass(Held& held, int pass, const Work& work, const typename Op::Fetched& fetched) const {
+        if constexpr (L::kHeldRounded)
+            Op::finish(arguments, fetched, reinterpret_cast<uint32_t(&)[16]>(held[16 * pass]), row_of(work),
+                       work.n0 + pass * kColumnBlock, shape.m);
+    }
 
     // Result of a pass, into the staging area: step `step` of kStageSteps.
     __device__ __forceinline__ void stage_step(const Held& held, int pass, int step, const Work& work, typename Op::Fetched& fetched) {
@@ -481,45 +479,42 @@ struct Consumer {
         release();
         unreleased = -1;
     }
-    // The accumulators of a pass are final.
-    __device__ __forceinline__ void finish_pass(float (&acc)[kAccumulators], int pass, const Work& work,
-                                                const typename Op::Fetched& fetched) {
-#pragma unroll
-        for (int block = pass * L::kPassBlocks; block < (pass + 1) * L::kPassBlocks; ++block) finish(acc, block, work, fetched);
-    }
     // Products of `work` into `acc`; under them the result of the tile `before`, of which `held` is left. `fetched`: before's, then work's.
     __device__ __forceinline__ void overlapped_tile(float (&acc)[kAccumulators], const Work& work, Held& held, const Work& before,
                                                     typename Op::Fetched& fetched) {
         OperandA a;
         typename Op::Fetched coming;
+        int done = 0;  // k blocks
+        const auto next_products = [&] {
+            multiply(acc, a, done > 0);
+            if constexpr (!L::kHeldRounded)
+                if (done == 0) wgmma::pin(held);  // its last product is done: the wait was for all but the newest
+            ++done;
+        };
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
 #pragma unroll
-            for (int i = pass == 0 ? -L::kLeadKBlocks : 0; i < L::kPassKBlocks - L::kStageSteps; ++i) {
-                const bool first = pass == 0 && i == -L::kLeadKBlocks;
-                multiply(acc, a, !first);
-                if constexpr (!L::kHeldRounded)
-                    if (first) wgmma::pin(held);  // its last product is done: the wait was for all but the newest
-            }
-            await_staging();
+            for (int i = 0; i < Op::kPassKBlocks - L::kStageSteps; ++i) next_products();
 #pragma unroll
             for (int step = 0; step < L::kStageSteps; ++step) {
-                multiply(acc, a, true);
-                if constexpr (!L::kHeldRounded)
-                    if (step == 0) finish_pass(held, pass, before, fetched);
+                next_products();
+                if (step == 0) {
+                    await_staging();
+                    finish_pass(held, pass, before, fetched);
+                }
                 stage_step(held, pass, step, before, fetched);
             }
             give_staging(pass, before);
             if (pass == (L::kPasses > 1 ? L::kPasses - 2 : 0)) coming = fetch(work);  // some k blocks before they are used
         }
         fetched = coming;
-        for (int i = L::kLeastKBlocks; i < work.k_end; ++i) multiply(acc, a, true);
+        for (; done < work.k_end; ++done) multiply(acc, a, true);
     }
     __device__ __forceinline__ void last_result(Held& held, const Work& work, typename Op::Fetched& fetched) {
         if constexpr (!L::kHeldRounded) drain(held);
 #pragma unroll
         for (int pass = 0; pass < L::kPasses; ++pass) {
-            if constexpr (!L::kHeldRounded) finish_pass(held, pass, work, fetched);
+            finish_pass(held, pass, work, fetched);
             await_staging();
 #pragma unroll
             for (int step = 0; step < L::kStageSteps; ++step) stage_step(held, pass, step, work, fetched);
@@ -554,8 +549,6 @@ struct Consumer {
         products(acc, work);
         while (true) {
             drain(acc);
-#pragma unroll
-            for (int block = 0; block < L::kColumnBlocks; ++block) finish(acc, block, work, fetched);
 #pragma unroll
             for (int i = 0; i < kAccumulators / 2; ++i) held[i] = ptx::pack_bf16(acc[2 * i], acc[2 * i + 1]);
             before = work;
