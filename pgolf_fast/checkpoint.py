@@ -1,19 +1,18 @@
-"""Checkpoints: one safetensors file each, written whole or not at all.
+"""Checkpoints: one safetensors file each, written whole or not at all, so that a kill at any moment leaves the last good one.
 
-A file holds the tensors by name and one JSON document (step, loader position, clock) in the header. It is written beside its final name,
-flushed to the disk, and renamed; a kill at any moment leaves the last good one. No pickle.
+A file holds the tensors by name and one JSON document (step, loader position, clock) in the header. No pickle.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
 from pgolf_fast.errors import UserError
+from pgolf_fast.files import write_whole
 
 NAME = re.compile(r"step_(\d{8})\.safetensors")
 KEEP = 2
@@ -39,31 +38,21 @@ def write(target: Path, tensors: dict[str, torch.Tensor], state: dict) -> Path:
     tensors  any device; views of one storage are stored one by one
     state    JSON values
     """
-    draft = target.with_suffix(".writing")
+    # safetensors refuses tensors that share memory, such as views of one bank
+    own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # safetensors refuses tensors that share memory, such as views of one bank
-        own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        save_file(own, draft, metadata={"state": json.dumps(state)})
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, target)
-        directory = os.open(target.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-    except (OSError, SafetensorError) as error:
-        if draft.exists():
-            draft.unlink()
+        write_whole(target, to_bytes(own, metadata={"state": json.dumps(state)}))
+    except UserError as error:
         kept = latest(target.parent)
         rescue = f"the last whole one is {kept}" if kept else "there is no earlier one"
-        raise UserError(f"checkpoint: cannot write {target} ({error}); free space or choose another folder; {rescue}") from None
+        raise UserError(f"checkpoint: {error}; {rescue}") from None
     return target
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict) -> Path:
-    """Write the checkpoint of a step and drop all but the last KEEP."""
+    """Write the checkpoint of a step; drop all but the last KEEP, and what a kill left half written."""
     target = write(path_of(folder, step), tensors, state)
-    for old in sorted(_all(folder))[:-KEEP]:
+    for old in [*sorted(_all(folder))[:-KEEP], *folder.glob("step_*.writing")]:
         old.unlink()
     return target
 
@@ -76,5 +65,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, torc
             return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118  (not a dict)
     except FileNotFoundError:
         raise UserError(f"checkpoint: no file at {path}") from None
+    except OSError as error:
+        raise UserError(f"checkpoint: cannot read {path} ({error})") from None
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"checkpoint: {path} is damaged or not one of ours ({error}); resume from another one in its folder") from None

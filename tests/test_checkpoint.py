@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from pgolf_fast import checkpoint
+from pgolf_fast import checkpoint, files
 from pgolf_fast.errors import UserError
 
 
@@ -38,6 +38,20 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path):
     assert set(tmp_path.iterdir()) == {put_aside, *(checkpoint.path_of(tmp_path, step) for step in (10, 99999999))}
 
 
+def test_what_a_kill_left_half_written_goes(tmp_path):
+    half, mine = tmp_path / "step_00000003.safetensors.writing", tmp_path / "thoughts.writing"
+    half.write_bytes(b"half a gigabyte")
+    mine.touch()
+    kept = checkpoint.save(tmp_path, 4, {"a": torch.zeros(1)}, {})
+    assert set(tmp_path.iterdir()) == {kept, mine}
+
+
+def test_others_may_read_it_as_any_other_file(tmp_path):
+    (tmp_path / "any").touch()
+    kept = checkpoint.save(tmp_path, 4, {"a": torch.zeros(1)}, {})
+    assert kept.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_an_unwritable_folder_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
@@ -49,12 +63,11 @@ def test_an_unwritable_folder_is_named(tmp_path):
 def test_a_full_disk_leaves_the_last_one_whole(tmp_path, monkeypatch):
     good = checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, {"step": 1})
 
-    def full(own, draft, metadata):
-        draft.write_bytes(b"half")
+    def full(number):
         with open("/dev/full", "wb", buffering=0) as device:
             device.write(b"x")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(UserError, match="No space left.*last whole one is"):
         checkpoint.save(tmp_path, 2, {"a": torch.ones(3)}, {"step": 2})
     assert checkpoint.latest(tmp_path) == good and list(tmp_path.iterdir()) == [good]
@@ -69,6 +82,8 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
         checkpoint.load(path)
     with pytest.raises(UserError, match="no file"):
         checkpoint.load(tmp_path / "absent")
+    with pytest.raises(UserError, match="cannot read"):
+        checkpoint.load(tmp_path)
 
 
 WRITER = """
