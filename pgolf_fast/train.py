@@ -51,7 +51,10 @@ class TrainConfig:
     val_every: int = setting(4000, "steps between validations; 0: only after the last step", "VAL_LOSS_EVERY")
     val_batch_tokens: int = setting(524288, "tokens per validation batch, over all ranks", ("VAL_BATCH_SIZE", "VAL_BATCH_TOKENS"))
     log_every: int = setting(500, "steps between lines of the text log", "TRAIN_LOG_EVERY")
-    checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
+    checkpoint_seconds: float = setting(
+        120.0, "of training between checkpoints, which take about half a second each beside the training clock; 0: only at the end"
+    )
+    checkpoint_every: int = setting(0, "steps between further checkpoints; 0: none")
     forecast_every: int = setting(
         0, "steps between forecasts of the artifact's size, about a second each beside the training clock; 0: none"
     )
@@ -136,7 +139,7 @@ class Trainer:
             self.validation = load_validation(self.config.data, self.config.seq_len, tokenizer, pieces)
             self.resumed = self.last_checkpoint() if resume else None
         self.step, self.plan = 0, None
-        self.agreed_s, self.agreed_step, self.mean_step_s = 0.0, 0, 0.0
+        self.agreed_s, self.agreed_step, self.mean_step_s, self.saved_s = 0.0, 0, 0.0, 0.0
         self.losses = _Losses(self.device)
         self.run_ahead = RUN_AHEAD if self.device.type == "cuda" else 0
 
@@ -247,7 +250,7 @@ class Trainer:
                             self.report_forecast()
                             dist.meet(self.device)  # waiting for rank 0 is no training either
                         begun = time.perf_counter()
-                    if every.checkpoint_every and self.step % every.checkpoint_every == 0:
+                    if self.checkpoint_is_due():
                         self.drain(window, progress)
                         with self.clock.phase("checkpoint"):
                             self.save()
@@ -340,10 +343,7 @@ class Trainer:
         with self.clock.phase("validate"):
             self.report_validation(self.validate())
         with self.clock.phase("checkpoint"):
-            try:
-                self.save()
-            except UserError as error:  # the weights to come take a quarter of the space, and are what the run was for
-                self.log.line(str(error))
+            self.save()
             weights = self.optimizer.load_average()
         with self.clock.phase("validate"):
             score = self.validate()
@@ -366,8 +366,13 @@ class Trainer:
         self.log.close()
         return Result(self.step, self.losses.last, score, weights, self.folder)
 
+    def checkpoint_is_due(self) -> bool:
+        """On all ranks or on none: they agree on the clock."""
+        steps, seconds = self.config.checkpoint_every, self.config.checkpoint_seconds
+        return (steps > 0 and self.step % steps == 0) or (seconds > 0 and self.elapsed_s - self.saved_s >= seconds)
+
     def save(self):
-        """All ranks take part; rank 0 writes."""
+        """All ranks take part; rank 0 writes. A disk without room costs the run its checkpoint, and nothing else."""
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         tensors |= {f"optim.{name}": t for name, t in self.optimizer.state_dict().items()}
         state = {
@@ -378,9 +383,13 @@ class Trainer:
             "clock": self.clock.state(),
             "recipe": self._identity(),
         }
-        if dist.rank() == 0:
-            checkpoint.save(self.folder / "checkpoints", self.step, tensors, state)
-        self.log.event("checkpoint", step=self.step)
+        self.saved_s = self.elapsed_s
+        try:
+            if dist.rank() == 0:
+                checkpoint.save(self.folder / "checkpoints", self.step, tensors, state)
+            self.log.event("checkpoint", step=self.step)
+        except UserError as error:
+            self.log.line(str(error))
 
     def _identity(self) -> dict:
         """What a checkpoint and the run that resumes it must share: everything that shapes weights and state."""
@@ -412,7 +421,7 @@ class Trainer:
         self.clock.restore(state["clock"])
         self.losses.last = state["train_loss"]
         self.step, self.plan = state["step"], schedule.StepPlan(**state["plan"]) if state["plan"] else None
-        self.agreed_s, self.agreed_step = self.clock.elapsed_s, self.step
+        self.agreed_s, self.agreed_step, self.saved_s = self.clock.elapsed_s, self.step, self.clock.elapsed_s
         self.log.event("resume", step=self.step, checkpoint=str(path))
 
     def keep_evidence(self, step, loss):
@@ -427,7 +436,7 @@ class Trainer:
             weights = f"the weights could not be kept ({error})"
         self.log.event("not_finite", step=step + 1, train_loss=str(loss))
         kept = checkpoint.latest(self.folder / "checkpoints")
-        before = f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it (train.checkpoint_every)"
+        before = f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it (train.checkpoint_seconds)"
         raise UserError(f"the loss of step {step + 1} is {loss}; {weights}, {before}")
 
 

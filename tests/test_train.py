@@ -234,6 +234,28 @@ def test_resuming_is_exact(data, tmp_path, changes, averaged):
     assert make(data, tmp_path / "stopped", *settings, resume=True).run() == resumed  # from its end on
 
 
+def test_checkpoints_follow_the_training_clock(data, tmp_path, monkeypatch):
+    """Whoever says nothing loses two minutes to a kill, not the run."""
+    trainer, seconds, steps = make(data, tmp_path / "run", "train.warmup_steps=0"), [0.0], []
+    trainer.clock._now = lambda: seconds[0]
+    take_step = trainer.take_step
+
+    def take_slowly(batches, plan):
+        seconds[0] += 50
+        return take_step(batches, plan)
+
+    def slow_save(folder, step, tensors, state):
+        seconds[0] += 1000  # off the training clock
+        steps.append(step)
+
+    trainer.take_step = take_slowly
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    trainer.run()
+    assert steps == [3, 6, 8]  # 150 s after the last, and at the end
+    make(data, tmp_path / "none", "train.checkpoint_seconds=0").run()
+    assert steps == [3, 6, 8, 8]
+
+
 def test_a_resumed_run_has_the_time_that_is_left(data, tmp_path):
     make(data, tmp_path / "run", "schedule.iterations=2").run()
     kept = checkpoint.latest(tmp_path / "run" / "checkpoints")
@@ -365,14 +387,14 @@ def test_evidence_that_cannot_be_written_is_not_promised(data, tmp_path):
         trainer.keep_evidence(2, math.nan)
 
 
-def test_a_last_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkeypatch):
     def full(*args):
         raise UserError("checkpoint: cannot write")
 
     monkeypatch.setattr(checkpoint, "save", full)
-    make(data, tmp_path / "run").run()
+    make(data, tmp_path / "run", "train.checkpoint_every=3").run()
     assert set(weights(tmp_path / "run")) and runlog.events(tmp_path / "run")[-1]["event"] == "end"
-    assert "checkpoint: cannot write" in (tmp_path / "run" / "log.txt").read_text()
+    assert (tmp_path / "run" / "log.txt").read_text().count("checkpoint: cannot write") == 3
 
 
 def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
