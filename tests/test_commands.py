@@ -120,7 +120,7 @@ def test_on_several_gpus_it_ends_as_its_processes_do(tmp_path):
     assert "/nowhere" in done.stderr and "was the first to end with an error (2)" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [("recipes", "caseops-1934", "--json"), ("train", "--help")], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("recipes", "caseops-1934", "--json"), ("recipes", "tiny"), ("train", "--help")], ids=" ".join)
 def test_a_reader_that_stops_early_is_no_error(arguments):
     command = [sys.executable, "-m", "pgolf_fast", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
