@@ -265,7 +265,8 @@ class Trainer:
         """The oldest loss still on its way; stops the run if it is not finite."""
         step, loss, lr_factor = self.losses.get()
         if not math.isfinite(loss):
-            self.keep_evidence(step, loss)
+            self.log.event("not_finite", step=step + 1, train_loss=str(loss))
+            self.keep_evidence(f"the loss of step {step + 1} is {loss}")
         window.add(step, self.clock.elapsed_s)
         if progress:
             progress(step + 1, loss, window.ms_per_step)
@@ -340,13 +341,11 @@ class Trainer:
     # -- the end, and what is kept
 
     def finish(self) -> Result:
-        with self.clock.phase("validate"):
-            self.report_validation(self.validate())
+        self.report_validation(self.final_score("weights of the last step"))
         with self.clock.phase("checkpoint"):
             self.save()
             weights = self.optimizer.load_average()
-        with self.clock.phase("validate"):
-            score = self.validate()
+        score = self.final_score(weights)
         self.log.line(f"final_weights {weights} val_loss:{score.nats_per_token:.8f} val_bpb:{score.bits_per_byte:.8f}")
         with self.clock.phase("checkpoint"):
             if dist.rank() == 0:
@@ -365,6 +364,15 @@ class Trainer:
         self.loader.close()
         self.log.close()
         return Result(self.step, self.losses.last, score, weights, self.folder)
+
+    def final_score(self, weights) -> Score:
+        """No training loss has seen what the last update, or the average, made of the weights."""
+        with self.clock.phase("validate"):
+            score = self.validate()
+        if not math.isfinite(score.nats_per_token):
+            self.log.event("not_finite", step=self.step, val_loss=str(score.nats_per_token))
+            self.keep_evidence(f"the validation loss of the {weights} is {score.nats_per_token}")
+        return score
 
     def checkpoint_is_due(self) -> bool:
         """On all ranks or on none: they agree on the clock."""
@@ -424,7 +432,7 @@ class Trainer:
         self.agreed_s, self.agreed_step, self.saved_s = self.clock.elapsed_s, self.step, self.clock.elapsed_s
         self.log.event("resume", step=self.step, checkpoint=str(path))
 
-    def keep_evidence(self, step, loss):
+    def keep_evidence(self, problem):
         """A loss that is not finite ends the run; weights, state and the stream's position stay for whoever looks."""
         evidence = self.folder / "evidence"
         weights = f"the weights as they were after step {self.step} are in {evidence}"
@@ -434,10 +442,9 @@ class Trainer:
                 checkpoint.write(evidence / "weights.safetensors", tensors, {"step": self.step, "loader": self.loader.state()})
         except UserError as error:
             weights = f"the weights could not be kept ({error})"
-        self.log.event("not_finite", step=step + 1, train_loss=str(loss))
         kept = checkpoint.latest(self.folder / "checkpoints")
         before = f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it (train.checkpoint_seconds)"
-        raise UserError(f"the loss of step {step + 1} is {loss}; {weights}, {before}")
+        raise UserError(f"{problem}; {weights}, {before}")
 
 
 class _Losses:

@@ -374,9 +374,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_evidence(data, tmp_p
     trainer = make(data, tmp_path / "run")
     take_step = trainer.take_step
     trainer.take_step = lambda batches, plan: take_step(batches, plan) * (math.inf if trainer.step == 4 else 1)
-    with pytest.raises(UserError, match="the loss of step 5 is inf.*no checkpoint"):
+    with pytest.raises(UserError, match="the loss of step 5 is inf; the weights as they were after step 5 .*no checkpoint"):
         trainer.run()
     assert checkpoint.load(tmp_path / "run" / "evidence" / "weights.safetensors")[1]["step"] == 5
+    assert runlog.events(tmp_path / "run")[-1]["event"] == "not_finite"
+
+
+@pytest.mark.parametrize("changes, of", [(("optim.ema=false",), "weights of the last step"), ((), "exponential moving average.*")])
+def test_a_last_update_that_ruins_the_weights_is_no_success(data, tmp_path, changes, of):
+    """No training loss sees it, and neither its weights nor its checkpoint replace what was good before."""
+    trainer = make(data, tmp_path / "run", "train.checkpoint_every=5", *changes)
+    ruined = trainer.optimizer.ema["tok_emb"] if trainer.optimizer.ema else trainer.model.tok_emb
+    take_step = trainer.take_step
+
+    def take_ruinous_step(batches, plan):
+        loss = take_step(batches, plan)
+        with torch.no_grad():
+            ruined[7] *= math.nan if trainer.step == 7 else 1
+        return loss
+
+    trainer.take_step = take_ruinous_step
+    with pytest.raises(
+        UserError, match=f"the validation loss of the {of} is nan; .* after step 8 are in .*, the last checkpoint is .*_0000000[58]"
+    ):
+        trainer.run()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
     assert runlog.events(tmp_path / "run")[-1]["event"] == "not_finite"
 
 
@@ -384,7 +406,7 @@ def test_evidence_that_cannot_be_written_is_not_promised(data, tmp_path):
     trainer = make(data, tmp_path / "run")
     (tmp_path / "run" / "evidence").write_text("in the way")
     with pytest.raises(UserError, match="the loss of step 3 is nan; the weights could not be kept .*cannot write.*no checkpoint"):
-        trainer.keep_evidence(2, math.nan)
+        trainer.keep_evidence("the loss of step 3 is nan")
 
 
 def test_a_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkeypatch):
