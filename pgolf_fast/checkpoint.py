@@ -5,6 +5,7 @@ A file holds the tensors by name and one JSON document (step, loader position, c
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -30,6 +31,18 @@ def latest(folder: Path) -> Path | None:
 def _all(folder: Path) -> list[Path]:
     """The folder's checkpoints and nothing that somebody laid beside them."""
     return [p for p in folder.glob("step_*.safetensors") if NAME.fullmatch(p.name)]
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Refuses a disk that cannot hold a run's checkpoints of `size` bytes: KEEP, and the one that is being written."""
+    missing = (KEEP + 1) * size - sum(path.stat().st_size for path in _all(folder))
+    disk = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(disk).free
+    if free < missing:
+        raise UserError(
+            f"run folder: {free / 1e9:.2f} GB are free at {disk}, the run's checkpoints take {missing / 1e9:.2f}; "
+            "free space or choose another place with --runs"
+        )
 
 
 def write(target: Path, tensors: dict[str, torch.Tensor], state: dict) -> Path:

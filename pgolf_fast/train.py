@@ -143,6 +143,8 @@ class Trainer:
         self.losses = _Losses(self.device)
         self.run_ahead = RUN_AHEAD if self.device.type == "cuda" else 0
 
+        # At most four float32 numbers a parameter: its value, one or two moments, an average.
+        checkpoint.require_room(folder / "checkpoints", 16 * sum(p.numel() for p in self.model.parameters()))
         # Last: settings that are refused leave no folder behind, and those of a run that is there as they were.
         self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)
         self.log.document("recipe.json", recipe.record())

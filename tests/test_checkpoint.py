@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,17 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path):
         checkpoint.save(tmp_path, step, {"a": torch.zeros(1)}, {})
     assert checkpoint.latest(tmp_path) == checkpoint.path_of(tmp_path, 99999999)
     assert set(tmp_path.iterdir()) == {put_aside, *(checkpoint.path_of(tmp_path, step) for step in (10, 99999999))}
+
+
+def test_a_disk_without_room_is_refused_beforehand(tmp_path, monkeypatch):
+    """Of a folder that is not there yet; a checkpoint that lies in it takes its room no more."""
+    folder = tmp_path / "run" / "checkpoints"
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=25_000_000) if place.exists() else 1 / 0)
+    checkpoint.require_room(folder, 8_000_000)
+    with pytest.raises(UserError, match=f"0.03 GB are free at {tmp_path}, the run's checkpoints take 0.03; free space"):
+        checkpoint.require_room(folder, 9_000_000)
+    checkpoint.save(folder, 1, {"a": torch.zeros(1_000_000)}, {})
+    checkpoint.require_room(folder, 9_000_000)
 
 
 def test_what_a_kill_left_half_written_goes(tmp_path):

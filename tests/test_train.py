@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -419,11 +420,14 @@ def test_a_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkey
     assert (tmp_path / "run" / "log.txt").read_text().count("checkpoint: cannot write") == 3
 
 
-def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
+def test_what_is_wrong_with_a_run_is_said(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="train.data: no data folder"):
         make("", tmp_path / "a")
     with pytest.raises(UserError, match="train.stop_reserve_seconds: 4.0 leaves no time of 3.0 s"):
         make(data, tmp_path / "a", "schedule.max_wallclock_seconds=5", "schedule.reserve_seconds=2", "train.stop_reserve_seconds=4")
+    with monkeypatch.context() as full, pytest.raises(UserError, match="run folder: 0.00 GB are free"):
+        full.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+        make(data, tmp_path / "a")
     with pytest.raises(UserError, match="resume: no checkpoint"):
         make(data, tmp_path / "b", resume=True)
     make(data, tmp_path / "c").run()
