@@ -53,12 +53,7 @@ def write(target: Path, tensors: dict[str, torch.Tensor], state: dict) -> Path:
     """
     # safetensors refuses tensors that share memory, such as views of one bank
     own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    try:
-        write_whole(target, to_bytes(own, metadata={"state": json.dumps(state)}))
-    except UserError as error:
-        kept = latest(target.parent)
-        rescue = f"the last whole one is {kept}" if kept else "there is no earlier one"
-        raise UserError(f"checkpoint: {error}; {rescue}") from None
+    write_whole(target, to_bytes(own, metadata={"state": json.dumps(state)}))
     return target
 
 

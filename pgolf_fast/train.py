@@ -351,7 +351,10 @@ class Trainer:
         self.log.line(f"final_weights {weights} val_loss:{score.nats_per_token:.8f} val_bpb:{score.bits_per_byte:.8f}")
         with self.clock.phase("checkpoint"):
             if dist.rank() == 0:
-                checkpoint.write(self.folder / "model.safetensors", self.model.published_tensors(), {"weights": weights})
+                try:
+                    checkpoint.write(self.folder / "model.safetensors", self.model.published_tensors(), {"weights": weights})
+                except UserError as error:
+                    raise UserError(f"{error}, then --resume; {self.last_kept()}") from None
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
             self.log.line(f"peak memory allocated: {allocated:.0f} MiB reserved: {reserved:.0f} MiB")
@@ -399,7 +402,7 @@ class Trainer:
                 checkpoint.save(self.folder / "checkpoints", self.step, tensors, state)
             self.log.event("checkpoint", step=self.step)
         except UserError as error:
-            self.log.line(str(error))
+            self.log.line(f"checkpoint: {error}; {self.last_kept()}")
 
     def _identity(self) -> dict:
         """What a checkpoint and the run that resumes it must share: everything that shapes weights and state."""
@@ -444,9 +447,11 @@ class Trainer:
                 checkpoint.write(evidence / "weights.safetensors", tensors, {"step": self.step, "loader": self.loader.state()})
         except UserError as error:
             weights = f"the weights could not be kept ({error})"
+        raise UserError(f"{problem}; {weights}, {self.last_kept()}")
+
+    def last_kept(self) -> str:
         kept = checkpoint.latest(self.folder / "checkpoints")
-        before = f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it (train.checkpoint_seconds)"
-        raise UserError(f"{problem}; {weights}, {before}")
+        return f"the last checkpoint is {kept}" if kept else "there is no checkpoint yet (train.checkpoint_seconds)"
 
 
 class _Losses:

@@ -67,7 +67,7 @@ def test_others_may_read_it_as_any_other_file(tmp_path):
 def test_an_unwritable_folder_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    with pytest.raises(UserError, match="cannot write .*no earlier one"):
+    with pytest.raises(UserError, match="cannot write"):
         checkpoint.save(blocked / "sub", 1, {"a": torch.zeros(1)}, {})
 
 
@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_the_last_one_whole(tmp_path, monkeypatch):
             device.write(b"x")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(UserError, match="No space left.*last whole one is"):
+    with pytest.raises(UserError, match="cannot write .*No space left"):
         checkpoint.save(tmp_path, 2, {"a": torch.ones(3)}, {"step": 2})
     assert checkpoint.latest(tmp_path) == good and list(tmp_path.iterdir()) == [good]
     assert torch.equal(checkpoint.load(good)[0]["a"], torch.ones(3))

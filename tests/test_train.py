@@ -412,12 +412,22 @@ def test_evidence_that_cannot_be_written_is_not_promised(data, tmp_path):
 
 def test_a_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkeypatch):
     def full(*args):
-        raise UserError("checkpoint: cannot write")
+        raise UserError("cannot write")
 
     monkeypatch.setattr(checkpoint, "save", full)
     make(data, tmp_path / "run", "train.checkpoint_every=3").run()
     assert set(weights(tmp_path / "run")) and runlog.events(tmp_path / "run")[-1]["event"] == "end"
     assert (tmp_path / "run" / "log.txt").read_text().count("checkpoint: cannot write") == 3
+
+
+def test_final_weights_that_do_not_fit_can_be_had_by_resuming(data, tmp_path):
+    folder = tmp_path / "run" / "model.safetensors"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write .*model.*, then --resume; the last checkpoint is .*_00000008"):
+        make(data, tmp_path / "run").run()
+    folder.rmdir()
+    make(data, tmp_path / "run", resume=True).run()
+    assert weights(tmp_path / "run")
 
 
 def test_what_is_wrong_with_a_run_is_said(data, tmp_path, monkeypatch):
