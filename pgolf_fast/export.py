@@ -10,7 +10,6 @@ An artifact of another recipe is refused.
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
@@ -43,11 +42,10 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """What a finished run left in its folder."""
-    try:
-        record = json.loads((folder / "recipe.json").read_text())
-        ends = [event for event in runlog.events(folder) if event["event"] == "end"]
-    except (OSError, ValueError) as error:
-        raise UserError(f"run: {folder} is no run's folder ({error}); `pgolf train` makes one") from None
+    if not (folder / "events.jsonl").is_file():
+        raise UserError(f"run: {folder} is no run's folder: it has no events.jsonl; `pgolf train` makes one")
+    record = runlog.read_recipe(folder)
+    ends = [event for event in runlog.events(folder) if event.get("event") == "end"]
     if not ends:
         raise UserError(f"run: {folder} did not come to its end; go on with `pgolf train --resume`")
     settings = recipe.from_values({key: setting["value"] for key, setting in record["settings"].items()}, str(folder / "recipe.json"))

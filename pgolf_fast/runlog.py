@@ -132,9 +132,30 @@ class _Lines:
 def events(folder: Path) -> list[dict]:
     """Events of a run. A line cut off by a kill is left out."""
     found = []
-    for line in (folder / "events.jsonl").read_text().splitlines():
-        try:
+    for line in (folder / "events.jsonl").read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    return [event for event in found if isinstance(event, dict)]
+
+
+def read_document(folder: Path, name: str) -> dict:
+    """A JSON file of a run's folder."""
+    try:
+        found = json.loads((folder / name).read_text())
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / name}: cannot be read ({error}); `pgolf train`, `pack` and `eval` write such files") from None
     return found
+
+
+def read_recipe(folder: Path) -> dict:
+    """recipe.json: name, note, settings."""
+    record = read_document(folder, "recipe.json")
+    name, rows = record.get("name"), record.get("settings")
+    whole = isinstance(rows, dict) and all(isinstance(row, dict) and {"value", "source"} <= row.keys() for row in rows.values())
+    if not whole or not isinstance(name, str):
+        raise UserError(
+            f"{folder / 'recipe.json'}: damaged: no name, or settings without value or source; --resume of the run writes it anew"
+        )
+    return record

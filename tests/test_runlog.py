@@ -1,13 +1,14 @@
 """What a run's folder says of the code that made it, and its log after a kill."""
 
 import contextlib
+import json
 import resource
 import subprocess
 
 import pytest
 
 import pgolf_fast
-from pgolf_fast import runlog
+from pgolf_fast import export, recipe, run_record, runlog
 from pgolf_fast.errors import UserError
 
 INSTALLED = f"pgolf_fast {pgolf_fast.__version__}"
@@ -40,6 +41,29 @@ def test_a_line_cut_off_costs_only_itself(tmp_path):
         log.close()
     assert [event["event"] for event in runlog.events(tmp_path)] == ["step", "resume", "resume"]
     assert (tmp_path / "log.txt").read_text() == "step:3/8 train_lo\nstep:3/8\nstep:3/8\n"
+
+
+DAMAGES = {
+    "an empty file": lambda record: None,
+    "a list": lambda record: [record],
+    "no name": lambda record: record.pop("name") and record,
+    "no settings": lambda record: record.pop("settings") and record,
+    "a bare value": lambda record: record["settings"].update({"train.seed": 7}) or record,
+    "no value": lambda record: record["settings"]["train.seed"].pop("value") and record,
+    "no source": lambda record: record["settings"]["train.seed"].pop("source") and record,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_recipe_that_a_hand_damaged_is_named(tmp_path, damage):
+    """By whatever reads a run: these were a KeyError."""
+    record = DAMAGES[damage](recipe.resolve("tiny", environ={}).record())
+    (tmp_path / "recipe.json").write_text(json.dumps(record) if record else "")
+    (tmp_path / "machine.json").write_text("{}")
+    (tmp_path / "events.jsonl").write_text('3\n{"event": "step", "step": 1, "train_s": 1}\n{"event": "end"}\n')
+    for read in (export.read_run, run_record.read_record):
+        with pytest.raises(UserError, match=r"recipe.json: (damaged: .*--resume|cannot be read)"):
+            read(tmp_path)
 
 
 @contextlib.contextmanager
