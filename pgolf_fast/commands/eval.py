@@ -18,7 +18,7 @@ from rich.table import Table
 from pgolf_fast import dist, export, recipe
 from pgolf_fast.clock import process_age_s
 from pgolf_fast.commands.devices import choose_device, under_torchrun
-from pgolf_fast.commands.pack import ARTIFACT
+from pgolf_fast.commands.pack import artifact_of
 from pgolf_fast.commands.progress import shown
 from pgolf_fast.commands.quantize import QUANTIZED
 from pgolf_fast.data import Validation, load_validation
@@ -83,12 +83,7 @@ def run(config: Eval, console: Console) -> tuple[dict, int]:
     under_torchrun(config.gpus)
     if config.data is None:
         raise UserError("data: give the folder of the validation shards, --data FOLDER")
-    artifact = config.source / ARTIFACT if config.source.is_dir() else config.source
-    if not artifact.is_file():
-        remedy = "give an artifact or a run's folder"
-        if config.source.is_dir():
-            remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one"
-        raise UserError(f"source: no file {artifact}; {remedy}")
+    artifact = artifact_of(config.source)
     quantized = config.source / QUANTIZED
     if quantized.is_file() and quantized.stat().st_mtime > artifact.stat().st_mtime and int(os.environ.get("RANK", 0)) == 0:
         console.print(f"[yellow]! {quantized} is newer than {artifact}, which is what is scored; `pgolf pack {config.source}` packs it")
