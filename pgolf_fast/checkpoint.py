@@ -65,10 +65,10 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict)
     return target
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, state) of one checkpoint."""
+def load(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, state) of one checkpoint, on the CPU."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
             return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118  (not a dict)
     except FileNotFoundError:
