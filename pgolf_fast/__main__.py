@@ -14,6 +14,7 @@ import sys
 import tyro
 from rich.console import Console
 
+from pgolf_fast import __version__
 from pgolf_fast.errors import UserError
 
 # verb -> (module in pgolf_fast.commands, class of its arguments, what it does); a module is imported when its verb is used
@@ -74,6 +75,9 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"pgolf_fast {__version__}")
+        raise SystemExit(0)
     verb = arguments[0]
     if verb not in VERBS:
         print(f"pgolf: no verb named {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)

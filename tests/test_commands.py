@@ -7,12 +7,15 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from pgolf_fast import files
+import pgolf_fast
+from pgolf_fast import commands, files
+from pgolf_fast.__main__ import VERBS
 from pgolf_fast.commands import demo, doctor
 from pgolf_fast.commands import progress as commands_progress
 from pgolf_fast.errors import UserError
@@ -32,11 +35,14 @@ def test_no_verb_and_wrong_verb_say_what_there_is():
         assert "Traceback" not in done.stderr
 
 
-def test_help_lists_every_verb():
+def test_help_lists_every_verb_and_version_is_told():
     done = pgolf("--help")
     assert done.returncode == 0
-    for verb in ("bench", "demo", "doctor"):
-        assert verb in done.stdout
+    listed = {line.split()[0]: " ".join(line.split()[1:]) for line in done.stdout.splitlines()[2:]}
+    assert listed == {verb: does for verb, (_, _, does) in VERBS.items()}
+    assert {path.stem for path in Path(commands.__file__).parent.glob("*.py")} >= {module for module, _, _ in VERBS.values()}
+    done = pgolf("--version")
+    assert (done.returncode, done.stdout) == (0, f"pgolf_fast {pgolf_fast.__version__}\n")
 
 
 def test_settings_may_stand_on_either_side_of_an_option(tmp_path):
