@@ -140,7 +140,7 @@ class Trainer:
             self.resumed = self.last_checkpoint() if resume else None
         self.step, self.plan = 0, None
         self.agreed_s, self.agreed_step, self.mean_step_s, self.saved_s = 0.0, 0, 0.0, 0.0
-        self.losses = _Losses(self.device)
+        self.losses, self.window, self.progress = _Losses(self.device), _Window(), None
         self.run_ahead = RUN_AHEAD if self.device.type == "cuda" else 0
 
         # At most four float32 numbers a parameter: its value, one or two moments, an average.
@@ -210,31 +210,29 @@ class Trainer:
 
     def run(self, progress=None) -> Result:
         """`progress(step, loss, ms_per_step)` is called as losses come in."""
+        self.progress = progress
         with contextlib.closing(self.steps):  # after an error too: a rank that cannot exit keeps the others waiting
             with self.clock.phase("warm-up"):
                 self.warm_up()
             if self.resumed:
                 self.restore(*self.resumed)
                 self.resumed = None  # as much memory as the weights and the optimizer's state
-            self.train(progress)
+            self.train()
             return self.finish()
 
-    def train(self, progress):
-        iterations, every = self.recipe.schedule.iterations, self.config
+    def train(self):
+        config, iterations = self.config, self.recipe.schedule.iterations
         self.log.line(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
         self.log.line(f"world_size:{dist.world_size()} grad_accum_steps:{self.parts}")
-        self.log.line(f"seed:{self.config.seed}")
-        window = _Window()
+        self.log.line(f"seed:{config.seed}")
         with self.clock.phase("train"):
-            begun = time.perf_counter()
+            self.step_began = time.perf_counter()
             allowed = self.agree()
             while allowed:
                 for _ in range(allowed):
-                    if every.val_every and self.step % every.val_every == 0:
-                        self.drain(window, progress)  # before the phase: steps still running are training time
-                        with self.clock.phase("validate"):
+                    if config.val_every and self.step % config.val_every == 0:
+                        with self.beside_training("validate"):
                             self.report_validation(self.validate())
-                        begun = time.perf_counter()
                     self.plan = schedule.plan(self.recipe.schedule, self.step, self.elapsed_s, self.plan)
                     batches = [next(self.loader) for _ in range(self.parts)]
                     self.losses.put(self.step, self.take_step(batches, self.plan), self.plan.lr_factor)
@@ -242,36 +240,40 @@ class Trainer:
                         self.optimizer.snapshot()
                     self.step += 1
                     if self.losses.pending > self.run_ahead:
-                        self.receive(window, progress)
+                        self.receive()
                     now = time.perf_counter()
-                    self.clock.observe_steps(1, now - begun)
-                    begun = now
-                    if every.forecast_every and self.step % every.forecast_every == 0:
-                        self.drain(window, progress)
-                        with self.clock.phase("forecast"):
+                    self.clock.observe_steps(1, now - self.step_began)
+                    self.step_began = now
+                    if config.forecast_every and self.step % config.forecast_every == 0:
+                        with self.beside_training("forecast"):
                             self.report_forecast()
                             dist.meet(self.device)  # waiting for rank 0 is no training either
-                        begun = time.perf_counter()
                     if self.checkpoint_is_due():
-                        self.drain(window, progress)
-                        with self.clock.phase("checkpoint"):
+                        with self.beside_training("checkpoint"):
                             self.save()
                             dist.meet(self.device)
-                        begun = time.perf_counter()
                 allowed = self.agree()
-            self.drain(window, progress)
+            self.drain()
         if self.step < iterations:
             self.log.line(f"stopping_early: wallclock_cap train_time:{1e3 * self.clock.elapsed_s:.0f}ms step:{self.step}/{iterations}")
 
-    def receive(self, window, progress):
+    @contextlib.contextmanager
+    def beside_training(self, phase):
+        """What is done in between is not on the training clock; steps that are still running are."""
+        self.drain()
+        with self.clock.phase(phase):
+            yield
+        self.step_began = time.perf_counter()
+
+    def receive(self):
         """The oldest loss still on its way; stops the run if it is not finite."""
         step, loss, lr_factor = self.losses.get()
         if not math.isfinite(loss):
             self.log.event("not_finite", step=step + 1, train_loss=str(loss))
             self.keep_evidence(f"the loss of step {step + 1} is {loss}")
-        window.add(step, self.clock.elapsed_s)
-        if progress:
-            progress(step + 1, loss, window.ms_per_step)
+        self.window.add(step, self.clock.elapsed_s)
+        if self.progress:
+            self.progress(step + 1, loss, self.window.ms_per_step)
         self.log.event("step", step=step + 1, train_loss=loss, lr_factor=lr_factor, train_s=self.clock.elapsed_s)
         if (step + 1) % self.config.log_every == 0 or step < 10:
             train_ms = 1e3 * self.clock.elapsed_s
@@ -279,16 +281,16 @@ class Trainer:
                 f"step:{step + 1}/{self.recipe.schedule.iterations} train_loss:{loss:.4f} train_time:{train_ms:.0f}ms "
                 f"step_avg:{train_ms / (step + 1):.2f}ms"
             )
-            self.log.event("speed", step=step + 1, **self.speed(window))
+            self.log.event("speed", step=step + 1, **self.speed())
 
-    def drain(self, window, progress):
+    def drain(self):
         while self.losses.pending:
-            self.receive(window, progress)
+            self.receive()
 
-    def speed(self, window) -> dict:
+    def speed(self) -> dict:
         """Of the last steps, not of the whole run: the loop changes the step time."""
-        step_s = window.ms_per_step / 1e3
-        found = {"ms_per_step": window.ms_per_step, "tokens_per_s": self.config.batch_tokens / step_s if step_s else 0.0}
+        step_s = self.window.ms_per_step / 1e3
+        found = {"ms_per_step": self.window.ms_per_step, "tokens_per_s": self.config.batch_tokens / step_s if step_s else 0.0}
         found |= {"loader_stalls": self.loader.stalls, "loader_stall_s": self.loader.stall_s}
         if self.device.type == "cuda":
             found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -198,7 +198,7 @@ def test_warm_up_meets_every_mode_of_the_run(data, tmp_path, loop):
     trainer.warm_up()
     warmed = set(met)
     met.clear()
-    trainer.train(None)
+    trainer.train()
     assert len(set(met)) >= 2 and set(met) <= warmed
 
 
