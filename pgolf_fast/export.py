@@ -22,7 +22,7 @@ from pgolf_fast import artifact, checkpoint, recipe, runlog
 from pgolf_fast.calibrate import Windows, hessians
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT, parameter_table
-from pgolf_fast.quantize import Codes, Gptq, QuantConfig, QuantizedTensors, TensorError, dequantize, quantize
+from pgolf_fast.quantize import Codes, Gptq, QuantTable, QuantizedTensors, TensorError, dequantize, quantize
 
 MAX_VISITS = 1024  # of blocks, in a model that a file declares
 PLACES = ("train.data", "train.tokenizer", "train.run_id")  # of the machine that trained, not of the model
@@ -86,7 +86,7 @@ def quantize_run(
     return Quantized(tensors, errors, calibrated - begin if calibrates else 0.0, time.perf_counter() - calibrated)
 
 
-def needs_hessians(run: Run, rules: QuantConfig) -> bool:
+def needs_hessians(run: Run, rules: QuantTable) -> bool:
     return any(isinstance(rules.rule_of(name, t).scheme, Gptq) for name, t in run.state.items())
 
 
