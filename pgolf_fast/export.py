@@ -22,7 +22,7 @@ from pgolf_fast import artifact, checkpoint, recipe, runlog
 from pgolf_fast.calibrate import Windows, hessians
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT, parameter_table
-from pgolf_fast.quantize import Codes, Gptq, QuantTable, QuantizedTensors, TensorError, dequantize, quantize
+from pgolf_fast.quantize import Codes, Gptq, QuantizedTensors, QuantTable, TensorError, dequantize, quantize
 
 MAX_VISITS = 1024  # of blocks, in a model that a file declares
 PLACES = ("train.data", "train.tokenizer", "train.run_id")  # of the machine that trained, not of the model

@@ -23,7 +23,7 @@ from pgolf_fast import artifact
 from pgolf_fast.calibrate import Windows
 from pgolf_fast.errors import UserError
 from pgolf_fast.export import Run, calibrate, metadata, model_of, needs_hessians
-from pgolf_fast.quantize import QuantTable, QuantizedTensors, Rule, Scheme, TensorError, dequantize, quantize
+from pgolf_fast.quantize import QuantizedTensors, QuantTable, Rule, Scheme, TensorError, dequantize, quantize
 
 NUM_ROWS = 128  # of train.seq_len tokens, that losses are measured on
 NUM_ROWS_OF_RISES = 32
