@@ -141,7 +141,9 @@ def test_doctor_without_a_gpu_is_limited_and_quick():
     findings = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
     assert findings["GPU"]["status"] == "limited" and findings["GPU"]["remedy"]
     calls = [f for name, f in findings.items() if name.endswith(" on cpu")]
-    assert len(calls) == 9 and all(f["status"] == "ok" and f["found"].startswith("reference") for f in calls)
+    assert all(f["status"] == "ok" and f["found"].startswith("reference") for f in calls)
+    called = " ".join(f["name"] for f in calls).split()
+    assert set(pgolf_fast.ops.__all__) - {"embedding_plan"} <= set(called)  # which is no op but what one takes
 
 
 @pytest.mark.cuda
@@ -149,7 +151,7 @@ def test_doctor_on_hopper_calls_every_op():
     done = pgolf("doctor", "--json")
     findings = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
     calls = [f for name, f in findings.items() if name.endswith(" on cuda:0")]
-    assert len(calls) == 9 and all(f["status"] != "broken" for f in calls), done.stdout
+    assert len(calls) == len(doctor._probes()) and all(f["status"] != "broken" for f in calls), done.stdout
 
 
 def test_doctor_reports_a_wrong_op_as_broken():
