@@ -163,6 +163,14 @@ def test_doctor_reports_a_wrong_op_as_broken():
     assert found.status == doctor.BROKEN and "ZeroDivisionError" in found.found
 
 
+def test_a_library_that_does_not_load_says_why_and_how_to_build_it(tmp_path):
+    """As one of another torch."""
+    (tmp_path / "other.so").write_bytes(b"no library, but as long as the head of one is" * 9)
+    done = pgolf("doctor", PGOLF_LIBRARY=str(tmp_path / "other.so"))
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ") and "invalid ELF header" in last and f"torch {torch.__version__}" in last and "nvcc 13" in last
+
+
 def test_a_library_path_that_does_not_exist_is_named():
     done = pgolf("doctor", PGOLF_LIBRARY="/no/such/library.so")
     assert done.returncode != 0
