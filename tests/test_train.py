@@ -500,6 +500,13 @@ def test_ranks_share_the_work_and_not_the_result(data, tmp_path, world_size):
     assert final[0] == pytest.approx(final[1], abs=2e-3)
 
 
+def test_ranks_save_together_by_the_clock_they_agree_on(data, tmp_path):
+    """By its own clock one of them would wait for the other's collective, which is another one."""
+    run_ranks(data, tmp_path / "run", "schedule.iterations=40", "train.checkpoint_seconds=0.05", ranks=2)
+    saved = [event["step"] for event in runlog.events(tmp_path / "run") if event["event"] == "checkpoint"]
+    assert len(saved) > 2 and saved == sorted(saved) and saved[-1] == 40
+
+
 def a_lost_rank_ends_the_run_and_resuming_is_exact(data, tmp_path, lost, ranks=2, module="test_train"):
     settings, how = ("train.deterministic=true", "train.checkpoint_every=1"), {"ranks": ranks, "module": module}
     with ThreadPoolExecutor() as beside:

@@ -58,6 +58,8 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
         console=console,
     )
     trainer = Trainer(resolved, folder, device, echo=console.print if first else lambda text: None, resume=config.resume)
+    if first:  # whoever is killed must know what to resume
+        console.print(f"run: {folder}", soft_wrap=True)
     task = bar.add_task("steps", total=resolved.recipe.schedule.iterations, text="")
 
     def progress(step, loss, ms_per_step):
