@@ -70,7 +70,7 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118  (not a dict)
+            return {name: file.get_tensor(name) for name in file.keys()}, state
     except FileNotFoundError:
         raise UserError(f"checkpoint: no file at {path}") from None
     except OSError as error:

@@ -107,7 +107,7 @@ class _Lines:
     """A file that lines are appended to. What a disk without room does not take is tried again with the next line."""
 
     def __init__(self, path: Path):
-        self._file, self._owed, self._is_full = open(path, "ab", buffering=0), bytearray(), False  # noqa: SIM115  (open as long as the run)
+        self._file, self._owed, self._is_full = open(path, "ab", buffering=0), bytearray(), False
         if self._file.tell() and not path.read_bytes().endswith(b"\n"):
             self._owed += b"\n"  # what follows a line that a kill cut off begins a line of its own
 

@@ -135,7 +135,7 @@ def test_cheapest_first():
     assert (frontier[0].bytes, frontier[-1].loss) == pytest.approx((min(b for b, _ in every), min(loss for _, loss in every)))
 
 
-def test_command(pgolf, folder):  # noqa: F811
+def test_command(pgolf, folder):
     done = pgolf("quantize", folder, "--device", "cpu", "--fit", "400000", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
