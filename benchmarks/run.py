@@ -68,7 +68,6 @@ def run_op(op: str, device: torch.device, ceilings: Ceilings, budget_s: float, w
                 "bytes": case.bytes,
                 "flops": case.flops,
                 "floor_us": ceilings.floor_us(case),
-                "note": case.note,
                 "timings": {name: asdict(t) for name, t in timings.items()},
             }
         )
