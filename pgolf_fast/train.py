@@ -149,6 +149,8 @@ class Trainer:
         self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)
         self.log.document("recipe.json", recipe.record())
         self.log.document("machine.json", machine(self.device, world))
+        if resume and not self.resumed:
+            self.log.event("resume", step=0, checkpoint=None)
 
     # -- one step
 
@@ -410,11 +412,16 @@ class Trainer:
         """What a checkpoint and the run that resumes it must share: everything that shapes weights and state."""
         return {"model": repr(self.recipe.model), "optim": repr(self.recipe.optim)}
 
-    def last_checkpoint(self) -> tuple[Path, dict, dict]:
-        """Its path, tensors and state, with the loader at its place; refused where it is not of these settings and this data."""
+    def last_checkpoint(self) -> tuple[Path, dict, dict] | None:
+        """Its path, tensors and state, with the loader at its place; refused where it is not of these settings and this data.
+
+        None for a run that was killed before its first: it begins again.
+        """
         path = checkpoint.latest(self.folder / "checkpoints")
         if path is None:
-            raise UserError(f"resume: no checkpoint in {self.folder / 'checkpoints'}; start the run without --resume")
+            if not (self.folder / "events.jsonl").exists():
+                raise UserError(f"resume: no run in {self.folder}; correct train.run_id, or start it without --resume")
+            return None
         tensors, state = checkpoint.load(path)
         for part, value in self._identity().items():
             if state["recipe"][part] != value:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf_fast import checkpoint, dist, export, recipe, runlog, schedule, shards, train
+from pgolf_fast import checkpoint, dist, export, recipe, run_record, runlog, schedule, shards, train
 from pgolf_fast.artifact import pack
 from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
@@ -235,6 +235,20 @@ def test_resuming_is_exact(data, tmp_path, changes, averaged):
     assert make(data, tmp_path / "stopped", *settings, resume=True).run() == resumed  # from its end on
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(data, tmp_path):
+    """By the command that resumes any other."""
+    assert make(data, tmp_path / "straight").run()
+    killed = make(data, tmp_path / "killed")
+    take_step = killed.take_step
+    killed.take_step = lambda batches, plan: take_step(batches, plan) if killed.step < 3 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        killed.run()
+    make(data, tmp_path / "killed", resume=True).run()
+    assert_equal_runs(tmp_path / "straight", tmp_path / "killed")
+    assert [step["step"] for step in run_record.read_record(tmp_path / "killed").steps] == list(range(1, 9))
+    assert sum(event["event"] == "step" for event in runlog.events(tmp_path / "killed")) == 3 + 8
+
+
 def test_checkpoints_follow_the_training_clock(data, tmp_path, monkeypatch):
     """Whoever says nothing loses two minutes to a kill, not the run."""
     trainer, seconds, steps = make(data, tmp_path / "run", "train.warmup_steps=0"), [0.0], []
@@ -438,7 +452,7 @@ def test_what_is_wrong_with_a_run_is_said(data, tmp_path, monkeypatch):
     with monkeypatch.context() as full, pytest.raises(UserError, match="run folder: 0.00 GB are free"):
         full.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
         make(data, tmp_path / "a")
-    with pytest.raises(UserError, match="resume: no checkpoint"):
+    with pytest.raises(UserError, match="resume: no run in .*b; correct train.run_id"):
         make(data, tmp_path / "b", resume=True)
     make(data, tmp_path / "c").run()
     before = {path: path.read_bytes() for path in (tmp_path / "c").glob("*.*")}

@@ -31,8 +31,8 @@ class Train:
     device: str = "auto"
     """cpu, cuda, or auto: GPUs if there are any."""
     resume: bool = False
-    """Go on from the last checkpoint of the run's folder, with the same settings (needs train.run_id). A run writes one every
-    train.checkpoint_seconds of training, every train.checkpoint_every steps if that is set, and at its end."""
+    """Go on from the last checkpoint of the run's folder, with the same settings (needs train.run_id); from the beginning where a kill
+    came before the first. There is one every train.checkpoint_seconds of training, and every train.checkpoint_every steps."""
     json: bool = False
     """Print the result as JSON."""
 
