@@ -48,9 +48,9 @@ def read_run(folder: Path) -> Run:
     ends = [event for event in runlog.events(folder) if event.get("event") == "end"]
     if not ends:
         raise UserError(f"run: {folder} did not come to its end; go on with `pgolf train --resume`")
-    settings = recipe.from_values({key: setting["value"] for key, setting in record["settings"].items()}, str(folder / "recipe.json"))
+    resolved = recipe.recorded(record, str(folder / "recipe.json"))
     state, _ = checkpoint.load(folder / "model.safetensors")
-    return Run(record["name"], settings, state, ends[-1]["weights"], ends[-1]["ledger_s"]["train"])
+    return Run(resolved.name, resolved.recipe, state, ends[-1]["weights"], ends[-1]["ledger_s"]["train"])
 
 
 @dataclass(frozen=True)

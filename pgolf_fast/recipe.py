@@ -124,6 +124,16 @@ def _build(values: Mapping[str, object]) -> Recipe:
     return Recipe(**{stage.name: stage.type(**stages[stage.name]) for stage in dataclasses.fields(Recipe)})
 
 
+def recorded(record: dict, source: str, overrides: Iterable[str] = ()) -> Resolved:
+    """What `Resolved.record` was made of, with `setting=value` overrides. `source` names the record in messages."""
+    rows, overrides = record["settings"], tuple(overrides)
+    began = from_values({key: row["value"] for key, row in rows.items()}, source)
+    sources = dict.fromkeys(SETTINGS, "default") | {key: row["source"] for key, row in rows.items()}
+    for layer_source, layer in _override_layers(overrides):
+        sources |= dict.fromkeys(layer, layer_source)
+    return Resolved(record["name"], record.get("note", ""), overridden(began, overrides), sources)
+
+
 def overridden(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     """A recipe, with `setting=value` overrides of the command line."""
     changed = values(recipe)

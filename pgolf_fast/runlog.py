@@ -129,6 +129,11 @@ class _Lines:
         return len(self._owed)
 
 
+def has_run(folder: Path) -> bool:
+    log = folder / "events.jsonl"
+    return log.is_file() and log.stat().st_size > 0
+
+
 def events(folder: Path) -> list[dict]:
     """Events of a run. A line cut off by a kill is left out."""
     found = []
@@ -155,7 +160,6 @@ def read_recipe(folder: Path) -> dict:
     name, rows = record.get("name"), record.get("settings")
     whole = isinstance(rows, dict) and all(isinstance(row, dict) and {"value", "source"} <= row.keys() for row in rows.values())
     if not whole or not isinstance(name, str):
-        raise UserError(
-            f"{folder / 'recipe.json'}: damaged: no name, or settings without value or source; --resume of the run writes it anew"
-        )
+        problem = "damaged: no name, or settings without value or source"
+        raise UserError(f"{folder / 'recipe.json'}: {problem}; `pgolf recipes NAME SETTING=VALUE... --json` prints such a file")
     return record

@@ -25,7 +25,7 @@ from pgolf_fast.data import Batch, ContinuousStream, Loader, ShardStream, load_v
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT, ModelConfig, visits
 from pgolf_fast.optim import Optimizer
-from pgolf_fast.runlog import RunLog, machine
+from pgolf_fast.runlog import RunLog, has_run, machine
 from pgolf_fast.settings import setting
 from pgolf_fast.step import GraphedStep, Step
 
@@ -419,7 +419,7 @@ class Trainer:
         """
         path = checkpoint.latest(self.folder / "checkpoints")
         if path is None:
-            if not (self.folder / "events.jsonl").exists():
+            if not has_run(self.folder):
                 raise UserError(f"resume: no run in {self.folder}; correct train.run_id, or start it without --resume")
             return None
         tensors, state = checkpoint.load(path)

@@ -62,7 +62,7 @@ def test_a_recipe_that_a_hand_damaged_is_named(tmp_path, damage):
     (tmp_path / "machine.json").write_text("{}")
     (tmp_path / "events.jsonl").write_text('3\n{"event": "step", "step": 1, "train_s": 1}\n{"event": "end"}\n')
     for read in (export.read_run, run_record.read_record):
-        with pytest.raises(UserError, match=r"recipe.json: (damaged: .*--resume|cannot be read)"):
+        with pytest.raises(UserError, match=r"recipe.json: (damaged: .*pgolf recipes NAME .*--json|cannot be read)"):
             read(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The trainer on a model of a few thousand parameters: what must hold of any run."""
 
+import io
 import json
 import math
 import os
@@ -15,9 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from pgolf_fast import checkpoint, dist, export, recipe, run_record, runlog, schedule, shards, train
 from pgolf_fast.artifact import pack
+from pgolf_fast.commands import train as train_command
 from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.train import Trainer, flops_per_token
@@ -247,6 +250,30 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(data, tmp_path):
     assert_equal_runs(tmp_path / "straight", tmp_path / "killed")
     assert [step["step"] for step in run_record.read_record(tmp_path / "killed").steps] == list(range(1, 9))
     assert sum(event["event"] == "step" for event in runlog.events(tmp_path / "killed")) == 3 + 8
+
+
+def test_what_a_run_began_with_need_not_be_said_again(data, tmp_path):
+    """A setting forgotten where a run is resumed went on as the recipe has it: another run under the same name."""
+    shown = io.StringIO()
+
+    def command(*overrides, **how):
+        shown.truncate(0)
+        wanted = train_command.Train((*overrides, "train.run_id=a"), runs=tmp_path, device="cpu", **how)
+        return train_command.run(wanted, Console(file=shown, width=300))[0]
+
+    begun = command(*MINI, f"train.data={data}")
+    assert command(resume=True) == begun and "when the run began" not in shown.getvalue()
+    assert command("schedule.iterations=9", resume=True)["steps"] == 9
+    assert "! schedule.iterations was 8 when the run began and is 9 now" in shown.getvalue()
+    assert command(resume=True)["steps"] == 9
+    with pytest.raises(UserError, match="other model settings"):
+        command(f"train.data={data}", *MINI[-8:], "model.model_dim=64", recipe="tiny", resume=True)
+    assert "! model.vocab_size was 64 when" in shown.getvalue()
+    with pytest.raises(UserError, match="holds a run already"):
+        command(*MINI, f"train.data={data}")
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(UserError, match="resume: no run in .*a; correct train.run_id"):
+        command(resume=True)
 
 
 def test_checkpoints_follow_the_training_clock(data, tmp_path, monkeypatch):
