@@ -97,6 +97,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot write"):
         files.write_whole(tmp_path / "made" / "file" / "below", b"after")
     assert {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()} == {"file": b"before"}
+    # A file system that flushes files and not folders.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: full(descriptor) if os.path.isdir(f"/proc/self/fd/{descriptor}") else None)
+    files.write_whole(tmp_path / "made" / "file", b"after")
+    assert (tmp_path / "made" / "file").read_bytes() == b"after"
 
 
 def test_a_demo_removes_only_what_a_demo_made(tmp_path):
