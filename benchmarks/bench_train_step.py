@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import run as bench
 from benchmarks import shapes
+from benchmarks.power import PowerMeter, millijoules_of
 from pgolf_fast import dist, recipe
 from pgolf_fast import model as model_module
 from pgolf_fast import optim as optim_module
@@ -95,15 +96,16 @@ def first_steps(step: Step, batches, plan) -> float:
     return time.perf_counter() - begin
 
 
-def time_steps(step: Step, batches, plan, count) -> list[float]:
-    """Milliseconds of each of `count` steps."""
+def time_steps(step: Step, batches, plan, count, device) -> tuple[list[float], float | None]:
+    """Milliseconds of each of `count` steps, and the GPU's power during them in watts."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    for i, mark in enumerate(marks):
-        mark.record()
-        if i < count:
-            step.run([batches[i % BATCHES]], plan)
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in zip(marks, marks[1:])]
+    with PowerMeter(millijoules_of(device)) as meter:
+        for i, mark in enumerate(marks):
+            mark.record()
+            if i < count:
+                step.run([batches[i % BATCHES]], plan)
+        torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in zip(marks, marks[1:])], meter.watts
 
 
 def profiled_steps(step: Step, batches, plan):
@@ -198,7 +200,7 @@ def measure(name, config, device) -> list[dict]:
             for looped in (False, True) if settings.model.num_loops else (False,):
                 plan = StepPlan(1.0, 0.95, looped, False, False)
                 first_steps_s, ready_s = first_steps(step, batches, plan), process_age_s()
-                samples = time_steps(step, batches, plan, config.steps)
+                samples, watts = time_steps(step, batches, plan, config.steps, device)
                 ms, tokens = statistics.median(samples), shapes.TOKENS * dist.world_size()
                 row = {
                     "recipe": name,
@@ -211,6 +213,7 @@ def measure(name, config, device) -> list[dict]:
                     "ms_p80": sorted(samples)[int(0.8 * len(samples))],
                     "launch_to_timed_step_s": ready_s,
                     "first_steps_s": first_steps_s,
+                    "watts": watts,
                     "tokens_per_s": tokens / ms * 1e3,
                     "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
                     "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
@@ -237,12 +240,13 @@ def across_ranks(same) -> dict:
 
 def show(rows, profile, console):
     table = Table(title="training step", title_justify="left", box=box.SIMPLE)
-    for heading in ("recipe", "contestant", "visits", "GPUs", "ms/step", "NCCL, ms", "M tokens/s", "MFU", "GiB", "first steps, s"):
+    for heading in ("recipe", "contestant", "visits", "GPUs", "ms/step", "NCCL, ms", "W", "M tokens/s", "MFU", "GiB", "first steps, s"):
         table.add_column(heading, justify="left" if heading in ("recipe", "contestant") else "right", no_wrap=True)
     for row in rows:
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
         nccl = f"{row['nccl_ms']:.2f}" if row["nccl_ms"] else "-"
-        speed = (f"{row['ms']:.2f}", nccl, f"{row['tokens_per_s'] / 1e6:.2f}", mfu)
+        watts = f"{row['watts']:.0f}" if row["watts"] else "-"
+        speed = (f"{row['ms']:.2f}", nccl, watts, f"{row['tokens_per_s'] / 1e6:.2f}", mfu)
         rest = (f"{row['memory_gib']:.1f}", f"{row['first_steps_s']:.1f}")
         table.add_row(row["recipe"], row["contestant"], str(row["visits"]), str(row["gpus"]), *speed, *rest)
     console.print(table)

@@ -101,7 +101,7 @@ TARGET_STEP_MS = {("legal-ttt-691", 11, 8): 45, ("caseops-1934", 11, 8): 50, ("c
 def step_table(folder: Path = RESULTS) -> str:
     """Whole training steps, of one GPU's share or of several GPUs."""
     headings = ["recipe", "block visits", "GPUs", "ours, ms", "target, ms", "published script, ms", "ratio", "torch.compile, ms", "ratio"]
-    headings += ["M tokens/s", "MFU", "peak GiB", "commit"]
+    headings += ["M tokens/s", "MFU", "W", "peak GiB", "commit"]
     rows = []
     for path in sorted(folder.glob(f"train_step_*.{DEVICE}.json")):
         run = json.loads(path.read_text())
@@ -112,7 +112,8 @@ def step_table(folder: Path = RESULTS) -> str:
             which = row["recipe"], row["visits"], row["gpus"]
             peers = PUBLISHED_STEP_MS.get(which), compiled.get(which[:2])
             beside = [cell for ms in peers for cell in ((f"{ms:.1f}", f"{row['ms'] / ms:.2f}") if ms else ("-", "-"))]
-            speed = [f"{row['tokens_per_s'] / 1e6:.2f}", f"{row['mfu']:.1%}", f"{row['memory_gib']:.1f}", run["environment"]["commit"]]
+            speed = [f"{row['tokens_per_s'] / 1e6:.2f}", f"{row['mfu']:.1%}", f"{row['watts']:.0f}" if row.get("watts") else "-"]
+            speed += [f"{row['memory_gib']:.1f}", run["environment"]["commit"]]
             rows.append([*map(str, which), f"{row['ms']:.1f}", str(TARGET_STEP_MS.get(which, "-")), *beside, *speed])
     if not rows:
         return "No step is stored yet."

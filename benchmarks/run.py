@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.power import management_handle
 from benchmarks.timing import Ceilings, measure_ceilings, time_contestants  # noqa: F401  (pgolf bench takes all it needs from here)
 from pgolf_fast.ops import _library
 from pgolf_fast.runlog import commit, device_name
@@ -32,8 +33,7 @@ def gpu_state(device: torch.device) -> dict:
     """Driver, clocks now and power limit, from the management library."""
     import pynvml
 
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+    handle = management_handle(device)
     return {
         "driver": pynvml.nvmlSystemGetDriverVersion(),
         "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
@@ -68,7 +68,6 @@ def run_op(op: str, device: torch.device, ceilings: Ceilings, budget_s: float, w
                 "bytes": case.bytes,
                 "flops": case.flops,
                 "floor_us": ceilings.floor_us(case),
-                "note": case.note,
                 "timings": {name: asdict(t) for name, t in timings.items()},
             }
         )

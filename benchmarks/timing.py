@@ -36,7 +36,6 @@ class Case:
     bytes: float = 0
     flops: float = 0
     rotations: int = 1
-    note: str = ""
 
 
 @dataclasses.dataclass

@@ -1,5 +1,7 @@
 """Kernels, trainer, quantizer and evaluator for 16 MB language models.
 
+The ops are here. What `pgolf` does is in modules of their own: recipe.resolve and train.Trainer make a run, export.read_run and
+export.quantize_run quantize it, artifact.pack and export.load_model make a file of it and a model of that, evaluation.evaluate scores.
 Importing this package needs torch and numpy and nothing else.
 """
 

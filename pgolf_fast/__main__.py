@@ -14,6 +14,7 @@ import sys
 import tyro
 from rich.console import Console
 
+from pgolf_fast import __version__
 from pgolf_fast.errors import UserError
 
 # verb -> (module in pgolf_fast.commands, class of its arguments, what it does); a module is imported when its verb is used
@@ -56,6 +57,13 @@ def _stop_printing() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at exit
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """What was begun is done to its end, unseen: a training run is worth more than the pipe it talks into."""
+        self.quiet = True
+        _stop_printing()
+
+
 def _settings_last(arguments: list[str]) -> list[str]:
     """stage.setting=value may stand anywhere; the parser takes positional arguments in one run only."""
     is_setting = [re.match(r"[a-z_]+\.[a-z0-9_]+=", argument) is not None for argument in arguments]
@@ -67,6 +75,9 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         raise SystemExit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"pgolf_fast {__version__}")
+        raise SystemExit(0)
     verb = arguments[0]
     if verb not in VERBS:
         print(f"pgolf: no verb named {verb!r}; there are {', '.join(VERBS)}", file=sys.stderr)
@@ -78,7 +89,7 @@ def main() -> None:
         words = [module.BETWEEN if verb == "compare" and word == "--" else word for word in _settings_last(arguments[1:])]
         config = tyro.cli(getattr(module, arguments_class), prog=f"pgolf {verb}", args=words, config=(tyro.conf.FlagCreatePairsOff,))
         # With --json, standard output holds the JSON and nothing else. Off a terminal, tables get room.
-        console = Console(stderr=config.json, width=None if sys.stdout.isatty() else 140)
+        console = _Console(stderr=config.json, width=None if sys.stdout.isatty() else 140)
         result, code = module.run(config, console)
     except UserError as error:
         print(f"pgolf {verb}: {error}", file=sys.stderr)

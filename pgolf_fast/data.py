@@ -167,9 +167,8 @@ class Loader:
         is_packed: bool = False,
         max_segment: int = MAX_SEGMENT,
         cu_seqlens_multiple: int = 256,
-        start: int = 0,
     ):
-        """`is_packed` adds `cu_seqlens`, padded to a multiple of `cu_seqlens_multiple` entries; `start` is the first micro-batch."""
+        """`is_packed` adds `cu_seqlens`, padded to a multiple of `cu_seqlens_multiple` entries."""
         if not 0 <= rank < stream.world_size:
             raise UserError(f"rank: {rank} is not in [0, {stream.world_size})")
         self.stream, self.rank, self.device = stream, rank, torch.device(device)
@@ -177,7 +176,7 @@ class Loader:
         self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.stalls, self.stall_s = 0, 0.0
         self.thread = None
-        self.seek(start)
+        self.seek(0)
 
     def seek(self, batch: int) -> None:
         """The next batch will be this one."""

@@ -10,7 +10,6 @@ An artifact of another recipe is refused.
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from pgolf_fast import artifact, checkpoint, recipe, runlog
 from pgolf_fast.calibrate import Windows, hessians
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT, parameter_table
-from pgolf_fast.quantize import Codes, Gptq, QuantConfig, QuantizedTensors, TensorError, dequantize, quantize
+from pgolf_fast.quantize import Codes, Gptq, QuantizedTensors, QuantTable, TensorError, dequantize, quantize
 
 MAX_VISITS = 1024  # of blocks, in a model that a file declares
 PLACES = ("train.data", "train.tokenizer", "train.run_id")  # of the machine that trained, not of the model
@@ -43,16 +42,15 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """What a finished run left in its folder."""
-    try:
-        record = json.loads((folder / "recipe.json").read_text())
-        ends = [event for event in runlog.events(folder) if event["event"] == "end"]
-    except (OSError, ValueError) as error:
-        raise UserError(f"run: {folder} is no run's folder ({error}); `pgolf train` makes one") from None
+    if not (folder / "events.jsonl").is_file():
+        raise UserError(f"run: {folder} is no run's folder: it has no events.jsonl; `pgolf train` makes one")
+    record = runlog.read_recipe(folder)
+    ends = [event for event in runlog.events(folder) if event.get("event") == "end"]
     if not ends:
         raise UserError(f"run: {folder} did not come to its end; go on with `pgolf train --resume`")
-    settings = recipe.from_values({key: setting["value"] for key, setting in record["settings"].items()}, str(folder / "recipe.json"))
+    resolved = recipe.recorded(record, str(folder / "recipe.json"))
     state, _ = checkpoint.load(folder / "model.safetensors")
-    return Run(record["name"], settings, state, ends[-1]["weights"], ends[-1]["ledger_s"]["train"])
+    return Run(resolved.name, resolved.recipe, state, ends[-1]["weights"], ends[-1]["ledger_s"]["train"])
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def quantize_run(
     return Quantized(tensors, errors, calibrated - begin if calibrates else 0.0, time.perf_counter() - calibrated)
 
 
-def needs_hessians(run: Run, rules: QuantConfig) -> bool:
+def needs_hessians(run: Run, rules: QuantTable) -> bool:
     return any(isinstance(rules.rule_of(name, t).scheme, Gptq) for name, t in run.state.items())
 
 

@@ -22,6 +22,12 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise UserError(f"cannot write {path} ({error.strerror}); free space or choose another place") from None
+    with contextlib.suppress(OSError):  # the new name too; not every file system can
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def write_json(path: Path, content) -> None:

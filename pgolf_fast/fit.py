@@ -23,7 +23,7 @@ from pgolf_fast import artifact
 from pgolf_fast.calibrate import Windows
 from pgolf_fast.errors import UserError
 from pgolf_fast.export import Run, calibrate, metadata, model_of, needs_hessians
-from pgolf_fast.quantize import QuantConfig, QuantizedTensors, Rule, Scheme, TensorError, dequantize, quantize
+from pgolf_fast.quantize import QuantizedTensors, QuantTable, Rule, Scheme, TensorError, dequantize, quantize
 
 NUM_ROWS = 128  # of train.seq_len tokens, that losses are measured on
 NUM_ROWS_OF_RISES = 32
@@ -140,7 +140,7 @@ def predict(matrix: torch.Tensor, published: Scheme, rise: float) -> list[Choice
     """A matrix's variants, the published one first: bytes, and rise of the loss."""
     sample, found = {"": matrix[::ROWS_APART]}, []
     for scheme in (published, *(v for v in published.variants() if v != published)):
-        _, (error,) = quantize(sample, QuantConfig((Rule(("*",), scheme),)), plain_rounding=True)
+        _, (error,) = quantize(sample, QuantTable((Rule(("*",), scheme),)), plain_rounding=True)
         found.append(Choice((scheme,), error.entropy_bits * matrix.numel() / 8, max(error.rmse, 1e-30) ** 2))
     return [dataclasses.replace(c, loss=rise * c.loss / found[0].loss) for c in found]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pgolf_fast
 from pgolf_fast.artifact import estimate_bytes, stream_bytes
 from pgolf_fast.errors import UserError
-from pgolf_fast.quantize import QuantConfig, quantize
+from pgolf_fast.quantize import QuantTable, quantize
 
 CAP_BYTES = 16_000_000
 MAIN_SCRIPT = "train_gpt.py"
@@ -30,7 +30,7 @@ CODE_SUFFIXES = {".py", ".pyi", ".toml", *C_SUFFIXES, ".sh"}
 STRING_OR_C_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
-def forecast_bytes(state, config: QuantConfig) -> int:
+def forecast_bytes(state, config: QuantTable) -> int:
     """The artifact's size if training stopped now: plain rounding, and the entropy of the codes' histograms.
 
     GPTQ moves the codes, but hardly their histogram.

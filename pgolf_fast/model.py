@@ -460,7 +460,7 @@ class GPT(nn.Module):
 
         qo, kv, up, down = ([_matrix(w, fake_quant) for w in per_block(name)] for name in ("qo", "kv", "mlp_up", "mlp_down"))
         values = dict(zip(self.config.ve_layers, self._value_matrices(fake_quant).unbind(0))) if self.config.value_embed else {}
-        small = (per_block(name) for name in Block._fields[8:])
+        small = (per_block(name) for name in Block._fields[Block._fields.index("q_gain") :])  # named as the parameters are
         rows = zip(range(layers), qo[:layers], kv[:layers], kv[layers:], qo[layers:], up, down, map(values.get, range(layers)), *small)
         return [Block(*row) for row in rows]
 

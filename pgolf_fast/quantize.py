@@ -273,7 +273,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class QuantConfig:
+class QuantTable:
     rules: tuple[Rule, ...]  # the first that serves a tensor decides
     lqer: Lqer | None = None  # corrects tensors of a Gptq rule
 
@@ -294,26 +294,26 @@ GEPA_CLIP = dataclasses.replace(BASE_CLIP, lowest=-32, rounds_with_stored_scale=
 LITE_CLIP = ClipSearch((1.0, 0.999, 0.995, 0.99, 0.98), lowest=-32, clips_first=True)
 
 PUBLISHED = {
-    "gepa-598": QuantConfig((
+    "gepa-598": QuantTable((
         Rule(ATTENTION, GEPA_CLIP),
         Rule(MLP, GEPA_CLIP),
         Rule(("tok_emb*", "bigram_emb.embed*", "ve_shared.embed*"), MaxTensor()),
         Rule(("blocks.*.mlp.scale", "blocks.*.mlp.bias"), Keep("float16")),
         Rule(("*",), Keep("float32")),
     )),
-    "gptq-lite-379": QuantConfig((
+    "gptq-lite-379": QuantTable((
         SMALL,
         Rule(ATTENTION, LITE_CLIP),
         Rule(MLP, LITE_CLIP),
         Rule(("*",), PercentileRows()),
     )),
-    "legal-ttt-691": QuantConfig((
+    "legal-ttt-691": QuantTable((
         SMALL,
         Rule(ATTENTION, BASE_CLIP),
         Rule(MLP, BASE_CLIP),
         Rule(("*",), PercentileRows()),
     )),
-    "caseops-1934": QuantConfig((
+    "caseops-1934": QuantTable((
         Rule(ATTENTION, Gptq(level=31, clip_sigmas=12.0)),
         Rule(MLP, Gptq(level=31, clip_sigmas=12.0)),
         Rule(EMBEDDING, Gptq(level=63, clip_sigmas=12.0)),
@@ -344,7 +344,7 @@ class QuantizeConfig:
         for field in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "calibration_batches", "calibration_rows"):
             require(getattr(self, field) > 0, field, f"expected more than 0, got {getattr(self, field)}")
 
-    def rules(self) -> QuantConfig:
+    def rules(self) -> QuantTable:
         """The published table, its GPTQ rules with these widths and clips."""
         chosen = {
             ATTENTION: (self.matrix_bits, self.attn_clip_sigmas),
@@ -368,7 +368,7 @@ class QuantizeConfig:
 @torch.no_grad()
 def quantize(
     state: Mapping[str, torch.Tensor],
-    config: QuantConfig,
+    config: QuantTable,
     hessians: Mapping[str, torch.Tensor] | None = None,
     plain_rounding: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,

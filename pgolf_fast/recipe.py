@@ -111,12 +111,27 @@ def values(recipe: Recipe) -> dict[str, object]:
 
 def from_values(values: Mapping[str, object], source: str) -> Recipe:
     """The recipe of values that `values` gave, perhaps through JSON; a setting that `source` does not hold has its default."""
+    for key in values:
+        _require_known(key, source)
+    return _build({key: _value(key, value, source, is_text=False) for key, value in values.items()})
+
+
+def _build(values: Mapping[str, object]) -> Recipe:
     stages = {stage.name: {} for stage in dataclasses.fields(Recipe)}
     for key, value in values.items():
-        _require_known(key, source)
         stage, field = key.split(".")
-        stages[stage][field] = _value(key, value, source, is_text=False)
+        stages[stage][field] = value
     return Recipe(**{stage.name: stage.type(**stages[stage.name]) for stage in dataclasses.fields(Recipe)})
+
+
+def recorded(record: dict, source: str, overrides: Iterable[str] = ()) -> Resolved:
+    """What `Resolved.record` was made of, with `setting=value` overrides. `source` names the record in messages."""
+    rows, overrides = record["settings"], tuple(overrides)
+    began = from_values({key: row["value"] for key, row in rows.items()}, source)
+    sources = dict.fromkeys(SETTINGS, "default") | {key: row["source"] for key, row in rows.items()}
+    for layer_source, layer in _override_layers(overrides):
+        sources |= dict.fromkeys(layer, layer_source)
+    return Resolved(record["name"], record.get("note", ""), overridden(began, overrides), sources)
 
 
 def overridden(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
@@ -298,12 +313,8 @@ def resolve(name: str, overrides: Iterable[str] = (), environ: Mapping[str, str]
     """The recipe of a name or of a TOML file, with the environment and `setting=value` overrides applied."""
     layers, note = _file_layers(name)
     layers += [*_environment_layers(os.environ if environ is None else environ), *_override_layers(overrides)]
-    stages = {stage.name: {} for stage in dataclasses.fields(Recipe)}
-    sources = dict.fromkeys(SETTINGS, "default")
+    values, sources = {}, dict.fromkeys(SETTINGS, "default")
     for source, layer in layers:
-        for key, value in layer.items():
-            stage, field = key.split(".")
-            stages[stage][field] = value
-            sources[key] = source
-    built = {stage.name: stage.type(**stages[stage.name]) for stage in dataclasses.fields(Recipe)}
-    return Resolved(Path(name).stem, note, Recipe(**built), sources)
+        values |= layer
+        sources |= dict.fromkeys(layer, source)
+    return Resolved(Path(name).stem, note, _build(values), sources)

@@ -1,6 +1,5 @@
 """A run's folder, read back: what the run was, its curves and its score."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +30,6 @@ class RunRecord:
         return self.recipe["settings"].get(key, {}).get("value")
 
 
-def _document(folder: Path, name: str) -> dict:
-    try:
-        return json.loads((folder / name).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / name}: cannot be read ({error}); `pgolf train`, `pack` and `eval` write such files") from None
-
-
 def read_record(folder: Path) -> RunRecord:
     if not (folder / "events.jsonl").is_file():
         raise UserError(f"{folder}: no events.jsonl there; give the folder of a run of `pgolf train`")
@@ -57,7 +49,7 @@ def read_record(folder: Path) -> RunRecord:
             end = event
     if not steps:
         raise UserError(f"{folder}: its events.jsonl holds no training step; the run stopped before its first")
-    recipe, machine = _document(folder, "recipe.json"), _document(folder, "machine.json")
+    recipe, machine = runlog.read_recipe(folder), runlog.read_document(folder, "machine.json")
     return RunRecord(folder, recipe, machine, list(steps.values()), list(validations.values()), end, _sizes(folder), _evaluations(folder))
 
 
@@ -65,10 +57,13 @@ def _sizes(folder: Path) -> dict[str, int]:
     name = "ledger.json"  # written by `pgolf pack RUN`
     if not (folder / name).exists():
         return {}
-    ledger = _document(folder, name)
-    return ledger["weights"] | {"metadata": ledger["metadata"], f"code, {ledger['count']}": ledger["code"][ledger["count"]]}
+    ledger = runlog.read_document(folder, name)
+    try:
+        return ledger["weights"] | {"metadata": ledger["metadata"], f"code, {ledger['count']}": ledger["code"][ledger["count"]]}
+    except (KeyError, TypeError):
+        raise UserError(f"{folder / name}: is no ledger; `pgolf pack {folder}` writes it anew") from None
 
 
 def _evaluations(folder: Path) -> dict[str, dict]:
     paths = sorted(folder.glob("*.eval/*.json"), key=lambda path: path.stat().st_mtime)  # in the order in which they were made
-    return {path.stem: _document(path.parent, path.name) for path in paths}
+    return {path.stem: runlog.read_document(path.parent, path.name) for path in paths}

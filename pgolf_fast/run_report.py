@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from pgolf_fast.errors import UserError
+from pgolf_fast.files import write_whole
 from pgolf_fast.run_record import RunRecord
 
 COLOURS = ("#1f4e79", "#b5532a", "#4a7c59", "#7a5195", "#c49a2c", "#5f6b73")
@@ -315,10 +316,6 @@ def write(runs: list[RunRecord], out: Path) -> list[Path]:
     files = {"report.html": page(runs, figures).encode()}
     for name, (svg, png) in figures.items():
         files |= {f"{name}.svg": svg.encode(), f"{name}.png": png}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (out / name).write_bytes(data)
-    except OSError as error:
-        raise UserError(f"out: cannot write {out} ({error.strerror})") from None
+    for name, data in files.items():
+        write_whole(out / name, data)
     return [out / name for name in files]

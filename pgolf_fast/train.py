@@ -25,7 +25,7 @@ from pgolf_fast.data import Batch, ContinuousStream, Loader, ShardStream, load_v
 from pgolf_fast.errors import UserError
 from pgolf_fast.model import GPT, ModelConfig, visits
 from pgolf_fast.optim import Optimizer
-from pgolf_fast.runlog import RunLog, machine
+from pgolf_fast.runlog import RunLog, has_run, machine
 from pgolf_fast.settings import setting
 from pgolf_fast.step import GraphedStep, Step
 
@@ -51,7 +51,10 @@ class TrainConfig:
     val_every: int = setting(4000, "steps between validations; 0: only after the last step", "VAL_LOSS_EVERY")
     val_batch_tokens: int = setting(524288, "tokens per validation batch, over all ranks", ("VAL_BATCH_SIZE", "VAL_BATCH_TOKENS"))
     log_every: int = setting(500, "steps between lines of the text log", "TRAIN_LOG_EVERY")
-    checkpoint_every: int = setting(0, "steps between checkpoints; 0: only at the end")
+    checkpoint_seconds: float = setting(
+        120.0, "of training between checkpoints, which take about half a second each beside the training clock; 0: only at the end"
+    )
+    checkpoint_every: int = setting(0, "steps between further checkpoints; 0: none")
     forecast_every: int = setting(
         0, "steps between forecasts of the artifact's size, about a second each beside the training clock; 0: none"
     )
@@ -136,14 +139,18 @@ class Trainer:
             self.validation = load_validation(self.config.data, self.config.seq_len, tokenizer, pieces)
             self.resumed = self.last_checkpoint() if resume else None
         self.step, self.plan = 0, None
-        self.agreed_s, self.agreed_step, self.mean_step_s = 0.0, 0, 0.0
-        self.losses = _Losses(self.device)
+        self.agreed_s, self.agreed_step, self.mean_step_s, self.saved_s = 0.0, 0, 0.0, 0.0
+        self.losses, self.window, self.progress = _Losses(self.device), _Window(), None
         self.run_ahead = RUN_AHEAD if self.device.type == "cuda" else 0
 
+        # At most four float32 numbers a parameter: its value, one or two moments, an average.
+        checkpoint.require_room(folder / "checkpoints", 16 * sum(p.numel() for p in self.model.parameters()))
         # Last: settings that are refused leave no folder behind, and those of a run that is there as they were.
         self.log = RunLog(folder, writes=dist.rank() == 0, echo=echo)
         self.log.document("recipe.json", recipe.record())
         self.log.document("machine.json", machine(self.device, world))
+        if resume and not self.resumed:
+            self.log.event("resume", step=0, checkpoint=None)
 
     # -- one step
 
@@ -205,31 +212,29 @@ class Trainer:
 
     def run(self, progress=None) -> Result:
         """`progress(step, loss, ms_per_step)` is called as losses come in."""
+        self.progress = progress
         with contextlib.closing(self.steps):  # after an error too: a rank that cannot exit keeps the others waiting
             with self.clock.phase("warm-up"):
                 self.warm_up()
             if self.resumed:
                 self.restore(*self.resumed)
                 self.resumed = None  # as much memory as the weights and the optimizer's state
-            self.train(progress)
+            self.train()
             return self.finish()
 
-    def train(self, progress):
-        iterations, every = self.recipe.schedule.iterations, self.config
+    def train(self):
+        config, iterations = self.config, self.recipe.schedule.iterations
         self.log.line(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
         self.log.line(f"world_size:{dist.world_size()} grad_accum_steps:{self.parts}")
-        self.log.line(f"seed:{self.config.seed}")
-        window = _Window()
+        self.log.line(f"seed:{config.seed}")
         with self.clock.phase("train"):
-            begun = time.perf_counter()
+            self.step_began = time.perf_counter()
             allowed = self.agree()
             while allowed:
                 for _ in range(allowed):
-                    if every.val_every and self.step % every.val_every == 0:
-                        self.drain(window, progress)  # before the phase: steps still running are training time
-                        with self.clock.phase("validate"):
+                    if config.val_every and self.step % config.val_every == 0:
+                        with self.beside_training("validate"):
                             self.report_validation(self.validate())
-                        begun = time.perf_counter()
                     self.plan = schedule.plan(self.recipe.schedule, self.step, self.elapsed_s, self.plan)
                     batches = [next(self.loader) for _ in range(self.parts)]
                     self.losses.put(self.step, self.take_step(batches, self.plan), self.plan.lr_factor)
@@ -237,35 +242,40 @@ class Trainer:
                         self.optimizer.snapshot()
                     self.step += 1
                     if self.losses.pending > self.run_ahead:
-                        self.receive(window, progress)
+                        self.receive()
                     now = time.perf_counter()
-                    self.clock.observe_steps(1, now - begun)
-                    begun = now
-                    if every.forecast_every and self.step % every.forecast_every == 0:
-                        self.drain(window, progress)
-                        with self.clock.phase("forecast"):
+                    self.clock.observe_steps(1, now - self.step_began)
+                    self.step_began = now
+                    if config.forecast_every and self.step % config.forecast_every == 0:
+                        with self.beside_training("forecast"):
                             self.report_forecast()
                             dist.meet(self.device)  # waiting for rank 0 is no training either
-                        begun = time.perf_counter()
-                    if every.checkpoint_every and self.step % every.checkpoint_every == 0:
-                        self.drain(window, progress)
-                        with self.clock.phase("checkpoint"):
+                    if self.checkpoint_is_due():
+                        with self.beside_training("checkpoint"):
                             self.save()
                             dist.meet(self.device)
-                        begun = time.perf_counter()
                 allowed = self.agree()
-            self.drain(window, progress)
+            self.drain()
         if self.step < iterations:
             self.log.line(f"stopping_early: wallclock_cap train_time:{1e3 * self.clock.elapsed_s:.0f}ms step:{self.step}/{iterations}")
 
-    def receive(self, window, progress):
+    @contextlib.contextmanager
+    def beside_training(self, phase):
+        """What is done in between is not on the training clock; steps that are still running are."""
+        self.drain()
+        with self.clock.phase(phase):
+            yield
+        self.step_began = time.perf_counter()
+
+    def receive(self):
         """The oldest loss still on its way; stops the run if it is not finite."""
         step, loss, lr_factor = self.losses.get()
         if not math.isfinite(loss):
-            self.keep_evidence(step, loss)
-        window.add(step, self.clock.elapsed_s)
-        if progress:
-            progress(step + 1, loss, window.ms_per_step)
+            self.log.event("not_finite", step=step + 1, train_loss=str(loss))
+            self.keep_evidence(f"the loss of step {step + 1} is {loss}")
+        self.window.add(step, self.clock.elapsed_s)
+        if self.progress:
+            self.progress(step + 1, loss, self.window.ms_per_step)
         self.log.event("step", step=step + 1, train_loss=loss, lr_factor=lr_factor, train_s=self.clock.elapsed_s)
         if (step + 1) % self.config.log_every == 0 or step < 10:
             train_ms = 1e3 * self.clock.elapsed_s
@@ -273,16 +283,16 @@ class Trainer:
                 f"step:{step + 1}/{self.recipe.schedule.iterations} train_loss:{loss:.4f} train_time:{train_ms:.0f}ms "
                 f"step_avg:{train_ms / (step + 1):.2f}ms"
             )
-            self.log.event("speed", step=step + 1, **self.speed(window))
+            self.log.event("speed", step=step + 1, **self.speed())
 
-    def drain(self, window, progress):
+    def drain(self):
         while self.losses.pending:
-            self.receive(window, progress)
+            self.receive()
 
-    def speed(self, window) -> dict:
+    def speed(self) -> dict:
         """Of the last steps, not of the whole run: the loop changes the step time."""
-        step_s = window.ms_per_step / 1e3
-        found = {"ms_per_step": window.ms_per_step, "tokens_per_s": self.config.batch_tokens / step_s if step_s else 0.0}
+        step_s = self.window.ms_per_step / 1e3
+        found = {"ms_per_step": self.window.ms_per_step, "tokens_per_s": self.config.batch_tokens / step_s if step_s else 0.0}
         found |= {"loader_stalls": self.loader.stalls, "loader_stall_s": self.loader.stall_s}
         if self.device.type == "cuda":
             found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -337,20 +347,18 @@ class Trainer:
     # -- the end, and what is kept
 
     def finish(self) -> Result:
-        with self.clock.phase("validate"):
-            self.report_validation(self.validate())
+        self.report_validation(self.final_score("weights of the last step"))
         with self.clock.phase("checkpoint"):
-            try:
-                self.save()
-            except UserError as error:  # the weights to come take a quarter of the space, and are what the run was for
-                self.log.line(str(error))
+            self.save()
             weights = self.optimizer.load_average()
-        with self.clock.phase("validate"):
-            score = self.validate()
+        score = self.final_score(weights)
         self.log.line(f"final_weights {weights} val_loss:{score.nats_per_token:.8f} val_bpb:{score.bits_per_byte:.8f}")
         with self.clock.phase("checkpoint"):
             if dist.rank() == 0:
-                checkpoint.write(self.folder / "model.safetensors", self.model.published_tensors(), {"weights": weights})
+                try:
+                    checkpoint.write(self.folder / "model.safetensors", self.model.published_tensors(), {"weights": weights})
+                except UserError as error:
+                    raise UserError(f"{error}, then --resume; {self.last_kept()}") from None
         if self.device.type == "cuda":
             allocated, reserved = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
             self.log.line(f"peak memory allocated: {allocated:.0f} MiB reserved: {reserved:.0f} MiB")
@@ -366,8 +374,22 @@ class Trainer:
         self.log.close()
         return Result(self.step, self.losses.last, score, weights, self.folder)
 
+    def final_score(self, weights) -> Score:
+        """No training loss has seen what the last update, or the average, made of the weights."""
+        with self.clock.phase("validate"):
+            score = self.validate()
+        if not math.isfinite(score.nats_per_token):
+            self.log.event("not_finite", step=self.step, val_loss=str(score.nats_per_token))
+            self.keep_evidence(f"the validation loss of the {weights} is {score.nats_per_token}")
+        return score
+
+    def checkpoint_is_due(self) -> bool:
+        """On all ranks or on none: they agree on the clock."""
+        steps, seconds = self.config.checkpoint_every, self.config.checkpoint_seconds
+        return (steps > 0 and self.step % steps == 0) or (seconds > 0 and self.elapsed_s - self.saved_s >= seconds)
+
     def save(self):
-        """All ranks take part; rank 0 writes."""
+        """All ranks take part; rank 0 writes. A disk without room costs the run its checkpoint, and nothing else."""
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         tensors |= {f"optim.{name}": t for name, t in self.optimizer.state_dict().items()}
         state = {
@@ -378,19 +400,28 @@ class Trainer:
             "clock": self.clock.state(),
             "recipe": self._identity(),
         }
-        if dist.rank() == 0:
-            checkpoint.save(self.folder / "checkpoints", self.step, tensors, state)
-        self.log.event("checkpoint", step=self.step)
+        self.saved_s = self.elapsed_s
+        try:
+            if dist.rank() == 0:
+                checkpoint.save(self.folder / "checkpoints", self.step, tensors, state)
+            self.log.event("checkpoint", step=self.step)
+        except UserError as error:
+            self.log.line(f"checkpoint: {error}; {self.last_kept()}")
 
     def _identity(self) -> dict:
         """What a checkpoint and the run that resumes it must share: everything that shapes weights and state."""
         return {"model": repr(self.recipe.model), "optim": repr(self.recipe.optim)}
 
-    def last_checkpoint(self) -> tuple[Path, dict, dict]:
-        """Its path, tensors and state, with the loader at its place; refused where it is not of these settings and this data."""
+    def last_checkpoint(self) -> tuple[Path, dict, dict] | None:
+        """Its path, tensors and state, with the loader at its place; refused where it is not of these settings and this data.
+
+        None for a run that was killed before its first: it begins again.
+        """
         path = checkpoint.latest(self.folder / "checkpoints")
         if path is None:
-            raise UserError(f"resume: no checkpoint in {self.folder / 'checkpoints'}; start the run without --resume")
+            if not has_run(self.folder):
+                raise UserError(f"resume: no run in {self.folder}; correct train.run_id, or start it without --resume")
+            return None
         tensors, state = checkpoint.load(path)
         for part, value in self._identity().items():
             if state["recipe"][part] != value:
@@ -412,10 +443,10 @@ class Trainer:
         self.clock.restore(state["clock"])
         self.losses.last = state["train_loss"]
         self.step, self.plan = state["step"], schedule.StepPlan(**state["plan"]) if state["plan"] else None
-        self.agreed_s, self.agreed_step = self.clock.elapsed_s, self.step
+        self.agreed_s, self.agreed_step, self.saved_s = self.clock.elapsed_s, self.step, self.clock.elapsed_s
         self.log.event("resume", step=self.step, checkpoint=str(path))
 
-    def keep_evidence(self, step, loss):
+    def keep_evidence(self, problem):
         """A loss that is not finite ends the run; weights, state and the stream's position stay for whoever looks."""
         evidence = self.folder / "evidence"
         weights = f"the weights as they were after step {self.step} are in {evidence}"
@@ -425,10 +456,11 @@ class Trainer:
                 checkpoint.write(evidence / "weights.safetensors", tensors, {"step": self.step, "loader": self.loader.state()})
         except UserError as error:
             weights = f"the weights could not be kept ({error})"
-        self.log.event("not_finite", step=step + 1, train_loss=str(loss))
+        raise UserError(f"{problem}; {weights}, {self.last_kept()}")
+
+    def last_kept(self) -> str:
         kept = checkpoint.latest(self.folder / "checkpoints")
-        before = f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it (train.checkpoint_every)"
-        raise UserError(f"the loss of step {step + 1} is {loss}; {weights}, {before}")
+        return f"the last checkpoint is {kept}" if kept else "there is no checkpoint yet (train.checkpoint_seconds)"
 
 
 class _Losses:

@@ -448,7 +448,8 @@ def test_a_file_of_somebody_else(pgolf, tmp_path):
 
 
 def test_an_artifact_and_the_evaluator_it_names(pgolf, packed):
-    code, said = pgolf(packed[0] / "artifact.pglf", "--data", packed[0])
+    """Or, as for `pgolf eval`, the run's folder that it is in."""
+    code, said = pgolf(packed[0], "--data", packed[0])
     assert code == 0 and "declared tensors" in said and "score-before-update" in said
 
 
@@ -457,7 +458,9 @@ def test_bad_subjects_are_one_sentence(pgolf, tmp_path):
     (tmp_path / "no.pglf").write_bytes(b"not an artifact, but long enough to have a head of one, as it were" * 2)
     for subject, message in (
         ((), "give a packed artifact"),
-        (("no-such-recipe",), "there is no recipe 'no-such-recipe'"),
+        (("no-such-recipe",), "no file, recipe or evaluator 'no-such-recipe'"),
+        (("gone.pglf",), "no file, recipe or evaluator 'gone.pglf' is here; known by name are base,"),
+        ((tmp_path,), "and `pgolf pack"),
         (("no_module_of_this_name:f",), "cannot import"),
         ((f"{tmp_path / 'broken.py'}:f",), "nothing_of_this_name"),
         ((tmp_path / "no.pglf",), "not a pgolf artifact"),

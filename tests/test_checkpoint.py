@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pgolf_fast import checkpoint
+from pgolf_fast import checkpoint, files
 from pgolf_fast.errors import UserError
 
 
@@ -38,10 +39,35 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path):
     assert set(tmp_path.iterdir()) == {put_aside, *(checkpoint.path_of(tmp_path, step) for step in (10, 99999999))}
 
 
+def test_a_disk_without_room_is_refused_beforehand(tmp_path, monkeypatch):
+    """Of a folder that is not there yet; a checkpoint that lies in it takes its room no more."""
+    folder = tmp_path / "run" / "checkpoints"
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=25_000_000) if place.exists() else 1 / 0)
+    checkpoint.require_room(folder, 8_000_000)
+    with pytest.raises(UserError, match=f"0.03 GB are free at {tmp_path}, the run's checkpoints take 0.03; free space"):
+        checkpoint.require_room(folder, 9_000_000)
+    checkpoint.save(folder, 1, {"a": torch.zeros(1_000_000)}, {})
+    checkpoint.require_room(folder, 9_000_000)
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path):
+    half, mine = tmp_path / "step_00000003.safetensors.writing", tmp_path / "thoughts.writing"
+    half.write_bytes(b"half a gigabyte")
+    mine.touch()
+    kept = checkpoint.save(tmp_path, 4, {"a": torch.zeros(1)}, {})
+    assert set(tmp_path.iterdir()) == {kept, mine}
+
+
+def test_others_may_read_it_as_any_other_file(tmp_path):
+    (tmp_path / "any").touch()
+    kept = checkpoint.save(tmp_path, 4, {"a": torch.zeros(1)}, {})
+    assert kept.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_an_unwritable_folder_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    with pytest.raises(UserError, match="cannot write .*no earlier one"):
+    with pytest.raises(UserError, match="cannot write"):
         checkpoint.save(blocked / "sub", 1, {"a": torch.zeros(1)}, {})
 
 
@@ -49,13 +75,12 @@ def test_an_unwritable_folder_is_named(tmp_path):
 def test_a_full_disk_leaves_the_last_one_whole(tmp_path, monkeypatch):
     good = checkpoint.save(tmp_path, 1, {"a": torch.ones(3)}, {"step": 1})
 
-    def full(own, draft, metadata):
-        draft.write_bytes(b"half")
+    def full(number):
         with open("/dev/full", "wb", buffering=0) as device:
             device.write(b"x")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="No space left.*last whole one is"):
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(UserError, match="cannot write .*No space left"):
         checkpoint.save(tmp_path, 2, {"a": torch.ones(3)}, {"step": 2})
     assert checkpoint.latest(tmp_path) == good and list(tmp_path.iterdir()) == [good]
     assert torch.equal(checkpoint.load(good)[0]["a"], torch.ones(3))
@@ -69,6 +94,8 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
         checkpoint.load(path)
     with pytest.raises(UserError, match="no file"):
         checkpoint.load(tmp_path / "absent")
+    with pytest.raises(UserError, match="cannot read"):
+        checkpoint.load(tmp_path)
 
 
 WRITER = """

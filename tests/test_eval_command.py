@@ -91,7 +91,8 @@ def test_all_evaluators(pgolf, artifact, data, tmp_path):
 
 
 def test_all_of_a_run_begins_with_its_weights_before_quantization(pgolf, artifact, data, tmp_path):
-    resolved = recipe.resolve("legal-ttt-691", (*SMALL, "eval.evaluator=sliding"), {})
+    """And needs not be told on which data."""
+    resolved = recipe.resolve("legal-ttt-691", (*SMALL, "eval.evaluator=sliding", f"train.data={data}"), {})
     trained = GPT(resolved.recipe.model, seed=5, stream_dtype=torch.float32)
     log = RunLog(tmp_path / "run", writes=True)
     log.document("recipe.json", resolved.record())
@@ -99,7 +100,7 @@ def test_all_of_a_run_begins_with_its_weights_before_quantization(pgolf, artifac
     log.close()
     checkpoint.write(tmp_path / "run" / "model.safetensors", trained.published_tensors(), {})
     (tmp_path / "run" / "artifact.pglf").write_bytes(artifact.read_bytes())
-    code, out, err = pgolf(tmp_path / "run", "eval.evaluator=sliding", "--data", data, "--evaluator", "all", "--json")
+    code, out, err = pgolf(tmp_path / "run", "eval.evaluator=sliding", "--evaluator", "all", "--json")
     rows = json.loads(out)["rows"]
     assert [(row["weights"], row["evaluator"]) for row in rows] == [
         ("before quantization", "plain"),

@@ -12,7 +12,7 @@ from pgolf_fast.artifact import pack, same, unpack
 from pgolf_fast.calibrate import Windows
 from pgolf_fast.errors import UserError
 from pgolf_fast.fit import NUM_MEASURED, NUM_ROWS, Choice, Search, cheapest_first, hull, rise_of_loss, token_losses
-from pgolf_fast.quantize import QuantConfig, Rule, dequantize, quantize
+from pgolf_fast.quantize import QuantTable, Rule, dequantize, quantize
 from pgolf_fast.shards import shard_name
 from tests.finished_run import write_run
 from tests.test_pack_command import pgolf  # noqa: F401  (a fixture)
@@ -69,7 +69,7 @@ def test_least_measured_loss_of_what_fits(run, published_bytes, search, tight):
     assert plain == pytest.approx(chosen.choice.loss, rel=1e-6)
     assert token_losses(model, rows).shape == (rows[:, 1:].numel(),)
     if not needs_hessians:
-        table = QuantConfig(tuple(Rule((name,), scheme) for name, scheme in zip(search.searched, chosen.choice.schemes)) + rules.rules)
+        table = QuantTable(tuple(Rule((name,), scheme) for name, scheme in zip(search.searched, chosen.choice.schemes)) + rules.rules)
         assert same(quantize(run.state, table)[0], chosen.tensors)
 
 
@@ -135,7 +135,7 @@ def test_cheapest_first():
     assert (frontier[0].bytes, frontier[-1].loss) == pytest.approx((min(b for b, _ in every), min(loss for _, loss in every)))
 
 
-def test_command(pgolf, folder):  # noqa: F811
+def test_command(pgolf, folder):
     done = pgolf("quantize", folder, "--device", "cpu", "--fit", "400000", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

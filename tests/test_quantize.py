@@ -21,8 +21,8 @@ from pgolf_fast.quantize import (
     MaxRows,
     MaxTensor,
     PercentileRows,
-    QuantConfig,
     QuantizeConfig,
+    QuantTable,
     Rule,
     _fma,
     dequantize,
@@ -36,7 +36,7 @@ full_size_state = functools.lru_cache(maxsize=1)(synthetic_state)  # two tables 
 
 def only(scheme, w, **arguments):
     """The one tensor's result under one scheme."""
-    tensors, errors = quantize({"w": w}, QuantConfig((Rule(("*",), scheme),)), **arguments)
+    tensors, errors = quantize({"w": w}, QuantTable((Rule(("*",), scheme),)), **arguments)
     return tensors["w"], errors[0]
 
 
@@ -230,7 +230,7 @@ def slow_lqer(error, rank, group):
 def test_lqer_codes_scales_and_gain():
     w = torch.randn(96, 128) + torch.outer(torch.randn(96), torch.randn(128))
     scheme = Gptq(level=3, clip_sigmas=3.0)
-    config = QuantConfig((Rule(("*",), scheme),), lqer=Lqer(rank=4, top=1, group=64))
+    config = QuantTable((Rule(("*",), scheme),), lqer=Lqer(rank=4, top=1, group=64))
     plain, plain_error = only(scheme, w, plain_rounding=True)
     tensors, (error,) = quantize({"w": w}, config, plain_rounding=True)
     low = tensors["w"].low_rank
@@ -356,9 +356,9 @@ def test_bad_input_names_the_tensor_and_the_remedy():
     with pytest.raises(UserError, match="tensor w: hessians: number 0 is not positive definite"):
         only(Gptq(31, 12.0), good, hessians={"w": -torch.eye(64)})
     with pytest.raises(UserError, match="tensor w: no rule"):
-        quantize({"w": good}, QuantConfig((Rule(("x*",), Keep()),)))
+        quantize({"w": good}, QuantTable((Rule(("x*",), Keep()),)))
     with pytest.raises(UserError, match="no rank-4 correction"):
-        quantize({"w": torch.randn(8, 30)}, QuantConfig((Rule(("*",), Gptq(31, 12.0)),), Lqer()), plain_rounding=True)
+        quantize({"w": torch.randn(8, 30)}, QuantTable((Rule(("*",), Gptq(31, 12.0)),), Lqer()), plain_rounding=True)
 
 
 @pytest.mark.parametrize("table", PUBLISHED)

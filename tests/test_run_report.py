@@ -193,11 +193,14 @@ def broken(tmp_path, kind):
     if kind == "no recipe":
         (folder / "recipe.json").unlink()
         return folder, "recipe.json: cannot be read"
-    (folder / "ledger.json").write_text("{not json")
-    return folder, "ledger.json: cannot be read"
+    if kind == "a list for a machine":
+        (folder / "machine.json").write_text("[]")
+        return folder, "machine.json: cannot be read"
+    (folder / "ledger.json").write_text("{not json" if kind == "a damaged ledger" else "{}")
+    return folder, "ledger.json: cannot be read" if kind == "a damaged ledger" else "ledger.json: is no ledger; `pgolf pack"
 
 
-@pytest.mark.parametrize("kind", ["no folder", "no step", "no recipe", "a damaged ledger"])
+@pytest.mark.parametrize("kind", ["no folder", "no step", "no recipe", "a list for a machine", "a damaged ledger", "an empty ledger"])
 def test_a_broken_run_folder_is_one_clear_sentence(tmp_path, kind):
     folder, message = broken(tmp_path, kind)
     with pytest.raises(UserError, match=re.escape(message)):

@@ -1,5 +1,6 @@
 """The trainer on a model of a few thousand parameters: what must hold of any run."""
 
+import io
 import json
 import math
 import os
@@ -10,13 +11,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from pgolf_fast import checkpoint, dist, export, recipe, runlog, schedule, shards, train
+from pgolf_fast import checkpoint, dist, export, recipe, run_record, runlog, schedule, shards, train
 from pgolf_fast.artifact import pack
+from pgolf_fast.commands import train as train_command
 from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
 from pgolf_fast.train import Trainer, flops_per_token
@@ -197,7 +201,7 @@ def test_warm_up_meets_every_mode_of_the_run(data, tmp_path, loop):
     trainer.warm_up()
     warmed = set(met)
     met.clear()
-    trainer.train(None)
+    trainer.train()
     assert len(set(met)) >= 2 and set(met) <= warmed
 
 
@@ -232,6 +236,66 @@ def test_resuming_is_exact(data, tmp_path, changes, averaged):
     resumed = make(data, tmp_path / "stopped", *settings, resume=True).run()
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
     assert make(data, tmp_path / "stopped", *settings, resume=True).run() == resumed  # from its end on
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(data, tmp_path):
+    """By the command that resumes any other."""
+    assert make(data, tmp_path / "straight").run()
+    killed = make(data, tmp_path / "killed")
+    take_step = killed.take_step
+    killed.take_step = lambda batches, plan: take_step(batches, plan) if killed.step < 3 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        killed.run()
+    make(data, tmp_path / "killed", resume=True).run()
+    assert_equal_runs(tmp_path / "straight", tmp_path / "killed")
+    assert [step["step"] for step in run_record.read_record(tmp_path / "killed").steps] == list(range(1, 9))
+    assert sum(event["event"] == "step" for event in runlog.events(tmp_path / "killed")) == 3 + 8
+
+
+def test_what_a_run_began_with_need_not_be_said_again(data, tmp_path):
+    """A setting forgotten where a run is resumed went on as the recipe has it: another run under the same name."""
+    shown = io.StringIO()
+
+    def command(*overrides, **how):
+        shown.truncate(0)
+        wanted = train_command.Train((*overrides, "train.run_id=a"), runs=tmp_path, device="cpu", **how)
+        return train_command.run(wanted, Console(file=shown, width=300))[0]
+
+    begun = command(*MINI, f"train.data={data}")
+    assert command(resume=True) == begun and "when the run began" not in shown.getvalue()
+    assert command("schedule.iterations=9", resume=True)["steps"] == 9
+    assert "! schedule.iterations was 8 when the run began and is 9 now" in shown.getvalue()
+    assert command(resume=True)["steps"] == 9
+    with pytest.raises(UserError, match="other model settings"):
+        command(f"train.data={data}", *MINI[-8:], "model.model_dim=64", recipe="tiny", resume=True)
+    assert "! model.vocab_size was 64 when" in shown.getvalue()
+    with pytest.raises(UserError, match="holds a run already"):
+        command(*MINI, f"train.data={data}")
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(UserError, match="resume: no run in .*a; correct train.run_id"):
+        command(resume=True)
+
+
+def test_checkpoints_follow_the_training_clock(data, tmp_path, monkeypatch):
+    """Whoever says nothing loses two minutes to a kill, not the run."""
+    trainer, seconds, steps = make(data, tmp_path / "run", "train.warmup_steps=0"), [0.0], []
+    trainer.clock._now = lambda: seconds[0]
+    take_step = trainer.take_step
+
+    def take_slowly(batches, plan):
+        seconds[0] += 50
+        return take_step(batches, plan)
+
+    def slow_save(folder, step, tensors, state):
+        seconds[0] += 1000  # off the training clock
+        steps.append(step)
+
+    trainer.take_step = take_slowly
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    trainer.run()
+    assert steps == [3, 6, 8]  # 150 s after the last, and at the end
+    make(data, tmp_path / "none", "train.checkpoint_seconds=0").run()
+    assert steps == [3, 6, 8, 8]
 
 
 def test_a_resumed_run_has_the_time_that_is_left(data, tmp_path):
@@ -352,9 +416,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_evidence(data, tmp_p
     trainer = make(data, tmp_path / "run")
     take_step = trainer.take_step
     trainer.take_step = lambda batches, plan: take_step(batches, plan) * (math.inf if trainer.step == 4 else 1)
-    with pytest.raises(UserError, match="the loss of step 5 is inf.*no checkpoint"):
+    with pytest.raises(UserError, match="the loss of step 5 is inf; the weights as they were after step 5 .*no checkpoint"):
         trainer.run()
     assert checkpoint.load(tmp_path / "run" / "evidence" / "weights.safetensors")[1]["step"] == 5
+    assert runlog.events(tmp_path / "run")[-1]["event"] == "not_finite"
+
+
+@pytest.mark.parametrize("changes, of", [(("optim.ema=false",), "weights of the last step"), ((), "exponential moving average.*")])
+def test_a_last_update_that_ruins_the_weights_is_no_success(data, tmp_path, changes, of):
+    """No training loss sees it, and neither its weights nor its checkpoint replace what was good before."""
+    trainer = make(data, tmp_path / "run", "train.checkpoint_every=5", *changes)
+    ruined = trainer.optimizer.ema["tok_emb"] if trainer.optimizer.ema else trainer.model.tok_emb
+    take_step = trainer.take_step
+
+    def take_ruinous_step(batches, plan):
+        loss = take_step(batches, plan)
+        with torch.no_grad():
+            ruined[7] *= math.nan if trainer.step == 7 else 1
+        return loss
+
+    trainer.take_step = take_ruinous_step
+    with pytest.raises(
+        UserError, match=f"the validation loss of the {of} is nan; .* after step 8 are in .*, the last checkpoint is .*_0000000[58]"
+    ):
+        trainer.run()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
     assert runlog.events(tmp_path / "run")[-1]["event"] == "not_finite"
 
 
@@ -362,25 +448,38 @@ def test_evidence_that_cannot_be_written_is_not_promised(data, tmp_path):
     trainer = make(data, tmp_path / "run")
     (tmp_path / "run" / "evidence").write_text("in the way")
     with pytest.raises(UserError, match="the loss of step 3 is nan; the weights could not be kept .*cannot write.*no checkpoint"):
-        trainer.keep_evidence(2, math.nan)
+        trainer.keep_evidence("the loss of step 3 is nan")
 
 
-def test_a_last_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_costs_only_itself(data, tmp_path, monkeypatch):
     def full(*args):
-        raise UserError("checkpoint: cannot write")
+        raise UserError("cannot write")
 
     monkeypatch.setattr(checkpoint, "save", full)
-    make(data, tmp_path / "run").run()
+    make(data, tmp_path / "run", "train.checkpoint_every=3").run()
     assert set(weights(tmp_path / "run")) and runlog.events(tmp_path / "run")[-1]["event"] == "end"
-    assert "checkpoint: cannot write" in (tmp_path / "run" / "log.txt").read_text()
+    assert (tmp_path / "run" / "log.txt").read_text().count("checkpoint: cannot write") == 3
 
 
-def test_what_is_wrong_with_a_run_is_said(data, tmp_path):
+def test_final_weights_that_do_not_fit_can_be_had_by_resuming(data, tmp_path):
+    folder = tmp_path / "run" / "model.safetensors"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write .*model.*, then --resume; the last checkpoint is .*_00000008"):
+        make(data, tmp_path / "run").run()
+    folder.rmdir()
+    make(data, tmp_path / "run", resume=True).run()
+    assert weights(tmp_path / "run")
+
+
+def test_what_is_wrong_with_a_run_is_said(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="train.data: no data folder"):
         make("", tmp_path / "a")
     with pytest.raises(UserError, match="train.stop_reserve_seconds: 4.0 leaves no time of 3.0 s"):
         make(data, tmp_path / "a", "schedule.max_wallclock_seconds=5", "schedule.reserve_seconds=2", "train.stop_reserve_seconds=4")
-    with pytest.raises(UserError, match="resume: no checkpoint"):
+    with monkeypatch.context() as full, pytest.raises(UserError, match="run folder: 0.00 GB are free"):
+        full.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+        make(data, tmp_path / "a")
+    with pytest.raises(UserError, match="resume: no run in .*b; correct train.run_id"):
         make(data, tmp_path / "b", resume=True)
     make(data, tmp_path / "c").run()
     before = {path: path.read_bytes() for path in (tmp_path / "c").glob("*.*")}
@@ -440,6 +539,13 @@ def test_ranks_share_the_work_and_not_the_result(data, tmp_path, world_size):
         assert many[step] == pytest.approx(loss, abs=2e-3), step
     final = [next(e for e in runlog.events(tmp_path / name) if e["event"] == "end")["val_loss"] for name in ("one", "many")]
     assert final[0] == pytest.approx(final[1], abs=2e-3)
+
+
+def test_ranks_save_together_by_the_clock_they_agree_on(data, tmp_path):
+    """By its own clock one of them would wait for the other's collective, which is another one."""
+    run_ranks(data, tmp_path / "run", "schedule.iterations=40", "train.checkpoint_seconds=0.05", ranks=2)
+    saved = [event["step"] for event in runlog.events(tmp_path / "run") if event["event"] == "checkpoint"]
+    assert len(saved) > 2 and saved == sorted(saved) and saved[-1] == 40
 
 
 def a_lost_rank_ends_the_run_and_resuming_is_exact(data, tmp_path, lost, ranks=2, module="test_train"):

@@ -21,11 +21,11 @@ def _each(function):
 
 
 def cases(device):
-    on_gpu = device.type == "cuda"
-    rows = 2**28 if on_gpu else 2**20
+    weights = 2**28 if device.type == "cuda" else 2**20
+    size = f"{weights / 1e6:.0f} M weights"
     for name, shapes, dtype in (
-        ("268 M weights, 512 columns", [(rows // 512, 512)], torch.bfloat16),
-        ("268 M weights, 2048 columns", [(rows // 2048, 2048)], torch.bfloat16),
+        (f"{size}, 512 columns", [(weights // 512, 512)], torch.bfloat16),
+        (f"{size}, 2048 columns", [(weights // 2048, 2048)], torch.bfloat16),
         ("27M model, 66 matrices", model_matrices("sp1024"), torch.float32),
         ("36M model, 66 matrices", model_matrices("caseops8192"), torch.float32),
     ):
@@ -34,15 +34,15 @@ def cases(device):
         compiled_pack = _each(torch.compile(pack_int6_ref, dynamic=False))
         compiled_unpack = _each(torch.compile(unpack_int6_ref, dynamic=False))
         rotations = rotations_for(_bytes(shapes, 2))
-        weights = [[torch.randn(s, device=device).to(dtype) for s in shapes] for _ in range(rotations)]
-        packed, scales = zip(*(pack_int6(w) for w in weights))
+        matrices = [[torch.randn(s, device=device).to(dtype) for s in shapes] for _ in range(rotations)]
+        packed, scales = zip(*(pack_int6(m) for m in matrices))
         columns = [c for _, c in shapes]
         pack = {"ours": pack_int6, "torch.compile": compiled_pack, "torch": _each(pack_int6_ref)}
         unpack = {"ours": unpack_int6, "torch.compile": compiled_unpack, "torch": _each(unpack_int6_ref)}
         kind = str(dtype).removeprefix("torch.")
         yield Case(
             f"pack {name}, from {kind}",
-            {k: lambda i, f=f: f(weights[i]) for k, f in pack.items()},
+            {k: lambda i, f=f: f(matrices[i]) for k, f in pack.items()},
             _bytes(shapes, dtype.itemsize),
             rotations=rotations,
         )

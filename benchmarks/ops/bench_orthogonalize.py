@@ -30,7 +30,7 @@ def cases(device):
     }
     for name, shapes in sets.items():
         if device.type == "cpu":
-            shapes = shapes[:6]
+            name, shapes = f"{name}: 6 of them", shapes[:6]
         bytes_once = sum(4 * m * n for m, n in shapes)
         rotations = rotations_for(bytes_once)
         # The peers get their matrices stacked by shape beforehand, ours takes the list.

@@ -1,9 +1,9 @@
 """Exclusive self-attention, dense rows and packed documents, forward and forward + backward.
 
 Fewest operations: two products of the causal half forward, five more backward. The peers are torch's attention with the
-projection as a torch.compile pass behind it; torch packs no documents, so there its peer pads them to the longest.
-FlashAttention-3, which is on no package index, is a peer where its module imports. "ln 2" is the scale of the scores in the fused
-blocks, whose queries hold the rest of it; the others have D ** -0.5.
+projection as a torch.compile pass behind it; of packed documents that is its FlashAttention-2. FlashAttention-3, which is on no
+package index, is a peer where its module imports. "ln 2" is the scale of the scores in the fused blocks, whose queries hold the
+rest of it; the others have D ** -0.5.
 """
 
 import importlib.util
@@ -33,6 +33,15 @@ def torch_attention(backend):
         with sdpa_kernel(backend):
             y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True, scale=scale)
         return project(y.transpose(1, 2), v)
+
+    return attention
+
+
+def flash_varlen(starts):
+    def attention(q, k, v, scale=None):
+        # torch's varlen_attn, whose older versions refuse fewer key than query heads, is a wrapper of this.
+        y, *_ = torch.ops.aten._flash_attention_forward(q[0], k[0], v[0], starts, starts, SEQUENCE, SEQUENCE, 0.0, True, False, scale=scale)
+        return project(y.view_as(q), v)
 
     return attention
 
@@ -74,11 +83,11 @@ def cases(device):
 
     def packed(documents):
         starts = cu_seqlens(documents, device, pad_to=256 if device.type == "cuda" else None)
-        return {
-            "ours": lambda q, k, v, scale=None: xsa_attention(q, k, v, scale=scale, cu_seqlens=starts, max_seqlen=SEQUENCE),
-            **(flash_attention_3(starts) if device.type == "cuda" else {}),
-            "torch padded": lambda q, k, v: _composite(q, k, v, True, None, HEAD_DIM**-0.5, starts[: len(documents) + 1], SEQUENCE),
-        }
+        ours = partial(xsa_attention, cu_seqlens=starts, max_seqlen=SEQUENCE)
+        starts = starts[: len(documents) + 1]
+        if device.type == "cuda":
+            return {"ours": ours, "flash": flash_varlen(starts), **flash_attention_3(starts)}
+        return {"ours": ours, "torch padded": lambda q, k, v: _composite(q, k, v, True, None, HEAD_DIM**-0.5, starts, SEQUENCE)}
 
     dense_peers = {"torch math": torch_attention(SDPBackend.MATH)}
     if device.type == "cuda":
@@ -90,7 +99,7 @@ def cases(device):
         *((f"packed {len(documents)} documents, {n}", 1, documents, packed(documents)) for documents in mixes),
     ):
         product = 2 * HEAD_DIM * HEADS * sum(length * (length + 1) // 2 for length in lengths)
-        powers = {k: partial(f, scale=math.log(2)) for k, f in contestants.items() if k in ("ours", "cuDNN")}
+        powers = {k: partial(f, scale=math.log(2)) for k, f in contestants.items() if k in ("ours", "cuDNN", "flash")}
         for work, functions, gain in ((name, contestants, 1), (f"{name}, ln 2,", powers, HEAD_DIM**-0.5 / math.log(2))):
             qkv = torch.randn(batch, n // batch, HEADS + 2 * KV_HEADS, HEAD_DIM, device=device)
             qkv[:, :, :HEADS] *= gain  # the same scores

@@ -136,9 +136,9 @@ def _through_referee(make_evaluator: Callable, before: Callable) -> Callable[[nn
     return evaluate
 
 
-def small_model(settings: recipe.Recipe, seed: int = 0) -> GPT:
-    model = GPT(settings.model, seed, stream_dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
+def small_model(settings: recipe.Recipe) -> GPT:
+    model = GPT(settings.model, 0, stream_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(WEIGHT_NOISE * torch.randn(p.shape, generator=generator))

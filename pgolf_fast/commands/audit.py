@@ -16,6 +16,7 @@ from rich.table import Table
 from pgolf_fast import recipe, runlog
 from pgolf_fast.audit import contents, fixtures, subjects
 from pgolf_fast.audit.invariants import DECLARED, FAIL, PASS, UNTESTED, Finding, audit
+from pgolf_fast.commands.pack import artifact_of
 from pgolf_fast.errors import UserError
 from pgolf_fast.evaluation.evaluate import EvalConfig
 from pgolf_fast.files import write_json
@@ -29,7 +30,8 @@ class Audit:
     """Run the rules that can be run against an evaluator or an artifact, on a short text, on the CPU; exit code 1 if one is broken."""
 
     subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUBJECT")] = ""
-    """A packed artifact, a recipe's name or TOML file, one of our evaluators, or anybody's: FILE.py:FUNCTION or MODULE:FUNCTION."""
+    """A packed artifact or a run's folder with one, a recipe's name or TOML file, one of our evaluators, or anybody's:
+    FILE.py:FUNCTION or MODULE:FUNCTION."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of validation shards, whose text must not be in the artifact."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("audit.json")
@@ -49,11 +51,14 @@ def _resolve(config: Audit) -> tuple[subjects.Subject | None, list[Finding]]:
         )
     if ":" in name and not Path(name).exists():
         return subjects.load_function(name), []
-    if Path(name).is_file() and not name.endswith(".toml"):
-        described, found = contents.audit_contents(Path(name), config.data)
+    if Path(name).exists() and not name.endswith(".toml"):
+        described, found = contents.audit_contents(artifact_of(Path(name)), config.data)
         return subjects.of_recipe(*described) if described else None, found
     if name in EVALUATORS:
         return subjects.of_recipe("the default model", recipe.overridden(subjects.default_settings(), (f"eval.evaluator={name}",))), []
+    if not name.endswith(".toml") and name not in recipe.names():
+        known = ", ".join([*recipe.names(), *EVALUATORS])
+        raise UserError(f"subject: no file, recipe or evaluator {name!r} is here; known by name are {known}")
     return subjects.of_recipe(name, recipe.resolve(name, environ={}).recipe), []
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 import pgolf_fast
 from pgolf_fast.ops import _library
+from pgolf_fast.ops.embed_norm import embed_norm_ref
 from pgolf_fast.ops.embedding import embedding_ref
 from pgolf_fast.ops.fused_mlp import fused_mlp_ref
 from pgolf_fast.ops.int6_pack import pack_int6_ref, unpack_int6_ref
@@ -124,6 +125,12 @@ def _probes() -> list[Probe]:
             "mix_norm_fwd",
             lambda device: pgolf_fast.mix_norm(on(device, *streams), norm_scale=0.5)[1],
             lambda: mix_norm_ref(wide(*streams), norm_scale=0.5)[1],
+        ),
+        Probe(
+            "embed_norm",
+            "embed_norm_fwd",
+            lambda device: pgolf_fast.embed_norm(*on(device, targets[None], table_of_tokens)),
+            lambda: embed_norm_ref(targets[None], table_of_tokens.double(), dtype=torch.float64),
         ),
         Probe(
             "embedding",

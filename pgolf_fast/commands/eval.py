@@ -15,10 +15,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pgolf_fast import dist, export, recipe
+from pgolf_fast import dist, export, recipe, runlog
 from pgolf_fast.clock import process_age_s
 from pgolf_fast.commands.devices import choose_device, under_torchrun
-from pgolf_fast.commands.pack import ARTIFACT
+from pgolf_fast.commands.pack import artifact_of
 from pgolf_fast.commands.progress import shown
 from pgolf_fast.commands.quantize import QUANTIZED
 from pgolf_fast.data import Validation, load_validation
@@ -42,7 +42,7 @@ class Eval:
     overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SETTING=VALUE ...]")] = ()
     """eval.stride=..., ttt.epochs=..., over the recipe's settings in the artifact."""
     data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Validation shards, with tokenizer and, where the recipe counts original bytes, the sidecar."""
+    """Validation shards, with tokenizer and, where the recipe counts original bytes, the sidecar; a run's own if left out."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Model that made the shards; the folder's own if left out."""
     evaluator: Literal[("recipe", "all", *EVALUATORS)] = "recipe"
@@ -81,14 +81,8 @@ class Row:
 
 def run(config: Eval, console: Console) -> tuple[dict, int]:
     under_torchrun(config.gpus)
-    if config.data is None:
-        raise UserError("data: give the folder of the validation shards, --data FOLDER")
-    artifact = config.source / ARTIFACT if config.source.is_dir() else config.source
-    if not artifact.is_file():
-        remedy = "give an artifact or a run's folder"
-        if config.source.is_dir():
-            remedy = f"`pgolf quantize {config.source}` and `pgolf pack {config.source}` make one"
-        raise UserError(f"source: no file {artifact}; {remedy}")
+    artifact = artifact_of(config.source)
+    config = _with_data(config)
     quantized = config.source / QUANTIZED
     if quantized.is_file() and quantized.stat().st_mtime > artifact.stat().st_mtime and int(os.environ.get("RANK", 0)) == 0:
         console.print(f"[yellow]! {quantized} is newer than {artifact}, which is what is scored; `pgolf pack {config.source}` packs it")
@@ -96,6 +90,17 @@ def run(config: Eval, console: Console) -> tuple[dict, int]:
     found = _run(config, console, artifact, device)
     dist.stop()
     return found
+
+
+def _with_data(config: Eval) -> Eval:
+    """Where no data are named, those that the run was trained with."""
+    if config.data is not None:
+        return config
+    if not config.source.is_dir():
+        raise UserError("data: give the folder of the validation shards, --data FOLDER")
+    own = recipe.recorded(runlog.read_recipe(config.source), str(config.source / "recipe.json")).recipe.train
+    tokenizer = config.tokenizer or (Path(own.tokenizer) if own.tokenizer else None)
+    return dataclasses.replace(config, data=Path(own.data), tokenizer=tokenizer)
 
 
 def _run(config, console, artifact: Path, device):

@@ -56,6 +56,17 @@ def ledger_table(found: Ledger) -> Table:
     return table
 
 
+def artifact_of(source: Path) -> Path:
+    """Of a run's folder its packed artifact, or the file itself."""
+    packed = source / ARTIFACT if source.is_dir() else source
+    if not packed.is_file():
+        remedy = (
+            f"`pgolf quantize {source}` and `pgolf pack {source}` make one" if source.is_dir() else "give an artifact or a run's folder"
+        )
+        raise UserError(f"source: no file {packed}; {remedy}")
+    return packed
+
+
 def run(config: Pack, console: Console) -> tuple[dict, int]:
     of_run = config.source.is_dir()
     source = config.source / QUANTIZED if of_run else config.source

@@ -41,7 +41,11 @@ def library_file() -> Path | None:
 
 _file = library_file()
 if _file is not None:
-    torch.ops.load_library(str(_file))
+    try:
+        torch.ops.load_library(str(_file))
+    except OSError as error:
+        why = f"{_file}: torch {torch.__version__} cannot load it ({error.__cause__ or error})"
+        raise ImportError(f"{why}; build it for this torch: {HOW_TO_BUILD}") from None
 
 
 def build_info() -> str | None:

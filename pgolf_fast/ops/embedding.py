@@ -117,6 +117,8 @@ def embedding(indices, table, dtype=torch.bfloat16):
 
     indices  [..] int64, each in [0, V)
     table    [V, C], float; the kernel serves float32 and bfloat16 tables, bfloat16 results and widths that are multiples of 8
+    Returns [.., C] in `dtype`.
+
     A training step that keeps the gradient in a buffer of its own calls `torch.ops.pgolf_fast.embedding_bwd_` with `embedding_plan`.
 
     An index out of range raises IndexError: at once on the CPU; on a GPU its row becomes nan and the next call raises.

@@ -187,9 +187,11 @@ torch.library.register_autograd(f"{_library.NAMESPACE}::fused_mlp_fwd", _backwar
 def fused_mlp(x, w_up, w_down, activation="relu2"):
     """`act(x @ w_up.T) @ w_down.T`.
 
-    x       [..., D], float; on the kernel path bfloat16, and all widths multiples of 8
-    w_up    [H, D], the dtype of x
-    w_down  [D_out, H], the dtype of x
+    x           [..., D], float; on the kernel path bfloat16, and all widths multiples of 8
+    w_up        [H, D], the dtype of x
+    w_down      [D_out, H], the dtype of x
+    activation  "relu2", max(u, 0)^2, or "leaky_relu2", leaky_relu(u, 1/2)^2
+    Returns [..., D_out] in the dtype of x.
     """
     require(x.dim() >= 1, "x", "expected [..., D], got a scalar")
     require(x.is_floating_point(), "x", f"expected a float dtype, got {x.dtype}")

@@ -141,6 +141,7 @@ def unpack_int6(packed, scales, columns, dtype=torch.bfloat16):
     packed   uint8 [rows, ceil(6 columns / 8)], or a list
     scales   fp16 [rows], or a list
     columns  columns of the matrix, or a list of them
+    Returns [rows, columns] in `dtype`, which is bfloat16, float16 or float32; or a list of such matrices.
     """
     if isinstance(packed, torch.Tensor):
         return unpack_int6([packed], [scales], [columns], dtype)[0]

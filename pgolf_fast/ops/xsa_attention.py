@@ -326,6 +326,7 @@ def xsa_attention(q, k, v, xsa=True, gate=None, scale=None, cu_seqlens=None, max
     cu_seqlens  int32 [documents + 1], ascending from 0 to at most T, for packed documents (then B = 1). Its values are not checked:
                 an entry counts as the largest up to it, from 0 and up to T
     max_seqlen  upper bound of the document lengths; T if not given. Only the composite path reads it.
+    Returns the shape and dtype of q.
 
     By the kernel (sm_90, D = 64; other widths take the composite): bf16, gate bf16 or float32, every element finite; nothing
     synchronises with the host, and out and all gradients are the same bits on every run. Tensors that the copy engine cannot
