@@ -1,8 +1,8 @@
 // C[M, N] = A B, bf16 operands, fp32 accumulation: the matrix engine behind the fused layers.
 //
 // Persistent clusters of two CTAs. A CTA computes 128 x kBlockN of C with two consumer warpgroups (64 rows
-// each) and one producer warp; the two CTAs of a cluster hold the same columns of C, so each loads half of the B
-// tile and multicasts it to both:
+// each), a warp that loads and two that move results; the two CTAs of a cluster hold the same columns of C, so each
+// loads half of the B tile and multicasts it to both:
 //
 //              columns n0 .. n0 + kBlockN - 1
 //     CTA 0    [ warpgroup 0: 64 rows ]     A: own 128 rows, 64 k per stage
@@ -15,20 +15,22 @@
 // pass come into the same staging area before. There are as many areas as fit, used in turn: while one is written, the other is on its way
 // out and in. 256 columns, which read the least for a product, leave no registers for two accumulators: they are rounded between two
 // tiles. A tile of 128 columns is one pass, for results that take long to compute, and has two accumulators.
-// Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores.
+// Any M; K and N multiples of 8: the copy engine reads zeros outside and clips stores. A K shorter than the k blocks under which a result
+// is staged is as long as they are, with zeros: 512 for most Ops (kLeastKBlocks).
 //
 // What varies is the Op:
 //     kBlockN                     128 or 256
 //     kAMajor, kBMajor            kMajorK: A is [M, K], B is [N, K]; kMajorMN: A is [K, M], B is [K, N]
 //     kTransformA, operand_a()    bf16 pairs of A on their way to the tensor cores (then A passes through registers)
-//     kHasAux, result()           two accumulators of a row and the auxiliary elements at the same place to the stored values. With 256
-//                                 columns the accumulators have been rounded to bf16
+//     kHasAux, result()           two rounded accumulators of a row and the auxiliary elements at the same place to the stored values
 //     fetch(), finish()           what a thread reads for its two rows of a tile, under the products of that tile (loads only: what is
 //                                 made of them there would wait for them), and what it then does with its rounded accumulators of
 //                                 each 64 columns before they are staged
-//     kPassKBlocks                k blocks of the next tile's products under which a pass is staged: all that its steps and copies take
+//     kPassKBlocks                k blocks of the next tile's products under which a pass is staged: all that its steps and copies take,
+//                                 at least kStageSteps
 //     kSideBlocks, side_column(), column blocks of a further matrix (Side) that come with each pass of a tile, and from where; kSideStored:
-//     kSideStored, stage()        others go with the result. stage() turns all into what is stored, in kStageSteps steps
+//     kSideStored, stage()        others go with the result. stage() turns all into what is stored, in kStageSteps steps, in place of
+//                                 result(); with 128 columns of accumulators that have not been rounded
 //     kRowSums                    result() adds to a sum per row and column tile, which is stored in Arguments::row_sums [column tiles, m]
 //     kOutput                     kStoreBf16, or kAddFp32 / kAddFp32Transposed: C is float32 and is added to. The k of all
 //                                 tiles is then cut into one equal share per cluster, so that a few tiles with a long K
@@ -49,6 +51,15 @@ constexpr int kThreads = 128 * (kConsumers + 1);    // the last warpgroup produc
 constexpr int kStages = 4;
 constexpr int kColumnBlock = 64;                    // columns of one swizzled row of 128 bytes
 constexpr int kStagingBlockBytes = 64 * 128;        // 64 rows of one column block
+constexpr int kMaxStagingAreas = 2;
+
+struct Barriers {
+    uint64_t full[kStages], empty[kStages];
+    // Of each staging area of each warpgroup: it may be written to; it may be stored.
+    uint64_t ready[kConsumers][kMaxStagingAreas], staged[kConsumers][kMaxStagingAreas];
+};
+constexpr int kBarrierBytes = 256;
+static_assert(sizeof(Barriers) <= kBarrierBytes);
 
 enum Output { kStoreBf16, kAddFp32, kAddFp32Transposed };
 
@@ -61,22 +72,27 @@ struct Layout {
     static constexpr bool kStaged = Op::kOutput == kStoreBf16;
     static constexpr bool kHeldRounded = Op::kBlockN == 256;
     static_assert(!kStaged || kHeldRounded || !Op::kTransformA, "no registers left for it");
+    static_assert(!kStaged || kHeldRounded || Op::kSideBlocks > 0, "result() and finish() take rounded accumulators");
+    static_assert(kStaged || !(Op::kHasAux || Op::kRowSums || Op::kSideBlocks > 0), "only what is staged goes through result() or stage()");
     static constexpr bool kAuxStaged = kStaged && Op::kHasAux;
-    static_assert(Op::kSideBlocks == 0 || kAuxStaged, "side blocks come with the auxiliary tile");
+    static_assert(Op::kSideBlocks == 0 || (kAuxStaged && !Op::kRowSums), "side blocks come with the auxiliary tile, and without row sums");
+    static_assert(!Op::kSideStored || Op::kSideBlocks > 0);
     static constexpr int kPassBlocks = !kStaged ? 0 : Op::kBlockN == 128 ? 2 : 1;  // column blocks staged at a time, per warpgroup
     static constexpr int kPasses = kStaged ? kColumnBlocks / kPassBlocks : 0;
     // Under the last of a pass's k blocks, a part of the result each.
     static constexpr int kStageSteps = Op::kBlockN == 128 ? 7 : 2;
+    static_assert(!kStaged || Op::kPassKBlocks >= kStageSteps, "consumers would wait for k blocks that nobody loads");
     // A shorter K is padded with the copy engine's zeros.
     static constexpr int kLeastKBlocks = kStaged ? kPasses * Op::kPassKBlocks : 1;
     static constexpr int kStagedBlocks = kPassBlocks + Op::kSideBlocks;
     static constexpr int kStoredBlocks = kPassBlocks + (Op::kSideStored ? Op::kSideBlocks : 0);
-    static constexpr int kStagingAreas = Op::kBlockN == 128 || Op::kSideBlocks == 0 ? 2 : 1;
-    // Both together are what 384 threads start with, 168 each.
+    static constexpr int kStagingAreas = Op::kBlockN == 128 || Op::kSideBlocks == 0 ? kMaxStagingAreas : 1;
     static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+    static_assert(kConsumers * kConsumerRegisters + kProducerRegisters == (kConsumers + 1) * 168, "what the threads start with");
     static constexpr int kGroupStagingBytes = kStagedBlocks * kStagingBlockBytes;  // of a warpgroup's area
     static constexpr int kStagingBytes = kStagingAreas * kConsumers * kGroupStagingBytes;
-    static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + 256;
+    static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kStagingBytes + kBarrierBytes;  // 1024: to align the stages
+    static_assert(kSharedBytes <= 227 * 1024, "the most that a CTA can have");
 };
 
 struct Maps {
@@ -167,14 +183,6 @@ struct Schedule {
         work.n0 = pair % tiles_n * Op::kBlockN;
         return true;
     }
-};
-
-constexpr int kMaxStagingAreas = 2;
-
-struct Barriers {
-    uint64_t full[kStages], empty[kStages];
-    // Of each staging area of each warpgroup: it may be written to; it may be stored.
-    uint64_t ready[kConsumers][kMaxStagingAreas], staged[kConsumers][kMaxStagingAreas];
 };
 
 // Position in a ring of stages.
@@ -426,13 +434,8 @@ struct Consumer {
         if constexpr (L::kAuxStaged) ptx::ldmatrix_x4(chunk_address(i), aux[0], aux[1], aux[2], aux[3]);
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            const int pair = 4 * (pass * kChunks + i) + r;
-            float low, high;
-            if constexpr (L::kHeldRounded)
-                low = ptx::low_bf16(held[pair]), high = ptx::high_bf16(held[pair]);
-            else
-                low = held[2 * pair], high = held[2 * pair + 1];
-            out[r] = Op::result(arguments, fetched, r % 2, low, high, aux[r], row_sums[r % 2]);
+            const uint32_t pair = held[4 * (pass * kChunks + i) + r];
+            out[r] = Op::result(arguments, fetched, r % 2, ptx::low_bf16(pair), ptx::high_bf16(pair), aux[r], row_sums[r % 2]);
         }
         ptx::stmatrix_x4(chunk_address(i), out[0], out[1], out[2], out[3]);
     }
