@@ -5,8 +5,9 @@
 // so the norm needs no tensor. dx is then that of x, through the norm, added to the gradient that x has already (dx_residual).
 //
 // Only u is kept for the backward: act is applied where its operand is loaded, act' where the gradient is stored.
-// act(u) is rounded once to bf16, as the product of bf16 values is; everything else accumulates in fp32.
-// The weight gradients are sums of float32 additions whose order varies from run to run.
+// Products accumulate in fp32 and are rounded to bf16, as torch's are. Factors, act', residual and norm are applied to that in fp32, and
+// the result is rounded again; act(u) is rounded once to bf16. The weight gradients are sums of float32 additions whose order varies from
+// run to run.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>

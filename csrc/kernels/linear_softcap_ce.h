@@ -47,7 +47,7 @@ struct LinearSoftcapCEDxParams {
     int n, v, grad_stride;
 };
 
-// dx = grad_loss row_scale (G weight)
+// dx = grad_loss row_scale (G weight), of the product rounded to bfloat16
 cudaError_t linear_softcap_ce_dx(const LinearSoftcapCEDxParams& p, cudaStream_t stream);
 
 }  // namespace pgolf

@@ -2,8 +2,8 @@
 //     y = x W^T (+ residual)      dx = dy W      dW += dy^T x
 // A residual sum can come with the reciprocal root mean square of its rows, all that the norm after it needs.
 //
-// Products accumulate in fp32 and round once to bf16, after the residual is added. dW is a sum of float32 additions whose
-// order varies from run to run.
+// Products accumulate in fp32 and are rounded to bf16, as torch's are; with a residual, so is the sum. dW is a sum of float32 additions
+// whose order varies from run to run.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>

@@ -4,7 +4,8 @@
 //     q   = gain_h R(raw_q rstd),   k = R(raw_k rstd)      rstd = 1 / sqrt(mean over the head + 2^-23),   v = raw_v
 //     R rotates dimension i < 8 of a head with i + 8:      a' = a cos + b sin,   b' = b cos - a sin
 //
-// All in float32, rounded once. The backward needs neither raw nor n: R keeps products, so with d the gradient of q or k
+// The product accumulates in float32 and is rounded to bfloat16, as torch's is: that is raw. q and k are made of it in float32 and rounded
+// once. The backward needs neither raw nor n: R keeps products, so with d the gradient of q or k
 //
 //     d raw = rstd R^T(gain d - q (q . d) / (64 gain)),    d gain = sum of (q . d) / gain
 #pragma once
