@@ -175,7 +175,7 @@ cudaError_t forward(const FusedMlpParams& p, cudaStream_t stream) {
 template <Activation kActivation>
 cudaError_t backward_input(const FusedMlpParams& p, cudaStream_t stream) {
     using ByU = DownBackward<kActivation>;
-    static_assert(fused_mlp_row_tiles(ByU::kBlockN) == 1 && fused_mlp_row_tiles(ByU::kBlockN + 1) == 2);
+    static_assert(ByU::kBlockN == kFusedMlpRowTile);
     const typename ByU::Arguments factors{p.rstd, p.rstd ? p.scale : 1.f, p.row_sums};
     cudaError_t status = gemm::launch<ByU>(p.dy, p.w_down, p.du, p.u, {p.m, p.h, p.d_out}, stream, factors);
     const gemm::Shape shape{p.m, p.d, p.h};

@@ -39,7 +39,8 @@ struct FusedMlpParams {
     Activation activation;
 };
 
-constexpr int fused_mlp_row_tiles(int h) { return (h + 255) / 256; }
+constexpr int kFusedMlpRowTile = 256;  // columns of u in one row sum
+constexpr int fused_mlp_row_tiles(int h) { return (h + kFusedMlpRowTile - 1) / kFusedMlpRowTile; }
 
 cudaError_t fused_mlp_fwd(const FusedMlpParams& p, cudaStream_t stream);
 cudaError_t fused_mlp_bwd(const FusedMlpParams& p, cudaStream_t stream);

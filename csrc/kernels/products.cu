@@ -63,16 +63,14 @@ cudaError_t launch(const ProductParams& p, cudaStream_t stream) {
 cudaError_t product_forward(const ProductParams& p, cudaStream_t stream) {
     if (p.rstd == nullptr) return p.residual != nullptr ? launch<ForwardResidual>(p, stream) : launch<Forward>(p, stream);
     using Op = ForwardResidualSquares;
-    static_assert(product_column_tiles(Op::kBlockN) == 1 && product_column_tiles(Op::kBlockN + 1) == 2);
+    static_assert(Op::kBlockN == kProductColumnTile);
     if (p.m == 0) return cudaSuccess;
     const cudaError_t status = gemm::launch<Op>(p.a, p.b, p.c, p.residual, {p.m, p.n, p.k}, stream, {p.row_squares});
     if (status != cudaSuccess) return status;
     row_rstd_kernel<<<(p.m + 255) / 256, 256, 0, stream>>>(p, product_column_tiles(p.n));
     return cudaGetLastError();
 }
-cudaError_t product_backward(const ProductParams& p, cudaStream_t stream) {
-    return launch<Backward>(p, stream);
-}
+cudaError_t product_backward(const ProductParams& p, cudaStream_t stream) { return launch<Backward>(p, stream); }
 cudaError_t product_weight(const ProductParams& p, cudaStream_t stream) { return launch<Weight>(p, stream); }
 
 }  // namespace pgolf

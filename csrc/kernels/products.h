@@ -21,7 +21,8 @@ struct ProductParams {
     int m, n, k;
 };
 
-constexpr int product_column_tiles(int n) { return (n + 255) / 256; }
+constexpr int kProductColumnTile = 256;  // columns in one sum of a row's squares
+constexpr int product_column_tiles(int n) { return (n + kProductColumnTile - 1) / kProductColumnTile; }
 
 cudaError_t product_forward(const ProductParams& p, cudaStream_t stream);   // A [m, k], B [n, k]
 cudaError_t product_backward(const ProductParams& p, cudaStream_t stream);  // A [m, k], B [k, n]; no residual

@@ -28,6 +28,7 @@ namespace pgolf {
 constexpr int kXsaHeadDim = 64;
 constexpr int kXsaTile = 64;           // tokens
 constexpr int kXsaKeysPerBlock = 192;  // of the dk, dv kernel: one tile for each of its warpgroups
+constexpr float kXsaLeastSquare = 1e-24f;  // of |v|, instead of a smaller one
 
 // [B, T, H, 64], the last dimension contiguous; strides in elements, multiples of 8; 16-byte aligned.
 struct HeadRows {

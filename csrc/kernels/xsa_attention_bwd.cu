@@ -79,7 +79,7 @@ __global__ __launch_bounds__(kPrepareThreads, 3) void xsa_attention_prepare_kern
     const uint32_t mask = live ? 0xffffffffu : 0u;
     auto if_live = [&](const uint4& x) { return Eight(make_uint4(x.x & mask, x.y & mask, x.z & mask, x.w & mask)); };
     const Eight v = if_live(packed_v);
-    const float inverse_square = f.xsa ? 1.0f / fmaxf(dot(v, v), 1e-24f) : 0.0f;
+    const float inverse_square = f.xsa ? 1.0f / fmaxf(dot(v, v), kXsaLeastSquare) : 0.0f;
     float dv[8] = {};
     for (int g = 0; g < group; ++g) {
         const int head = kv_head * group + g;

@@ -210,7 +210,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
                 dot += o[4 * j + 2 * r] * v[2 * j] + o[4 * j + 2 * r + 1] * v[2 * j + 1];
                 square += v[2 * j] * v[2 * j] + v[2 * j + 1] * v[2 * j + 1];
             }
-            own = __fdividef(quad_sum(dot) * normalise, fmaxf(quad_sum(square), 1e-24f));
+            own = __fdividef(quad_sum(dot) * normalise, fmaxf(quad_sum(square), kXsaLeastSquare));
         }
         const bool is_gated = p.gate.data != nullptr && inside;
         const float gate = is_gated ? load_gate(p.gate, s_seq.batch, s_seq.start + token - p.prefix, mine.head) : 1.0f;

@@ -100,7 +100,7 @@ struct OutputBackward : gemm::PlainOp {
                 }
             }
         }
-        const float inverse_square = p.xsa ? __fdividef(1.f, fmaxf(own_sum(v_v), 1e-24f)) : 0.f;
+        const float inverse_square = p.xsa ? __fdividef(1.f, fmaxf(own_sum(v_v), kXsaLeastSquare)) : 0.f;
         f.share[0][0] = own_sum(g_v) * inverse_square;  // the lane's own, until begin_rows
     }
 

@@ -11,7 +11,7 @@ from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import aligned, library, require, require_device, require_dtype
 
 ACTIVATIONS = ("relu2", "leaky_relu2")
-ROW_TILE = 256  # of fused_mlp_row_tiles
+ROW_TILE = 256  # kFusedMlpRowTile
 
 
 def activation_ref(u, activation):

@@ -10,7 +10,7 @@ import torch
 from pgolf_fast.ops import _library
 from pgolf_fast.ops._library import RMS_EPSILON, accumulation_dtype, library, require, require_dtype
 
-COLUMN_TILE = 256  # of product_column_tiles
+COLUMN_TILE = 256  # kProductColumnTile
 
 # x [M, K], weight [N, K], residual and y [M, N]
 library.define("product_forward(Tensor x, Tensor weight, Tensor? residual) -> Tensor")
