@@ -27,6 +27,7 @@ constexpr int kBoxBytes = kBlockBytes / 2;  // 64 rows: one warpgroup's part of 
 constexpr int kBoxes = kTile / kBlockDepth;  // of a warpgroup's part of a tile of G
 constexpr int kConsumerWarps = 8, kScalingWarps = 3;
 constexpr int kThreads = 128 + 32 * kConsumerWarps;
+static_assert(144 * kConsumerWarps <= SoftcapCEWorkspace::kMaxCtas, "a loss of each consumer warp; sm_90 has up to 144 multiprocessors");
 
 __host__ __device__ constexpr int num_stages(bool with_grad) { return with_grad ? 10 : 14; }
 constexpr int shared_bytes(bool with_grad) { return 1024 + num_stages(with_grad) * kBlockBytes + (with_grad ? 4 * kBoxes * kBoxBytes : 0); }

@@ -24,6 +24,8 @@ struct QkvArguments {
     int q_heads, normed_heads, positions;
 };
 
+static_assert(gemm::kColumnBlock == kQkvHeadDim && kHalf == 8, "finish() gets a head, and a thread its dimensions i and i + 8");
+
 struct Qkv : gemm::PlainOp {
     static constexpr int kBlockN = 256, kAMajor = wgmma::kMajorK, kBMajor = wgmma::kMajorK;
     static constexpr gemm::Output kOutput = gemm::kStoreBf16;

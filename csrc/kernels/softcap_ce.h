@@ -23,7 +23,9 @@ constexpr int kSoftcapCEMaxRow = 8192;
 struct SoftcapCEWorkspace {
     static constexpr int kMaxCtas = 2048;
     static constexpr int kCountCtas = 96;
-    double loss[kMaxCtas];     // per CTA, so that the total is summed in a fixed order; softcap_ce.cu rounds its terms, whose order varies
+    // Per CTA, or with the head per consumer warp, so that the total is summed in a fixed order; softcap_ce.cu rounds its terms, whose
+    // order varies.
+    double loss[kMaxCtas];
     int64_t kept[kCountCtas];  // per CTA of the counting kernel: targets that are not ignore_index
     unsigned arrived;          // CTAs whose loss is in `loss`
     unsigned portions;         // of rows, handed out so far beyond each group of threads' first

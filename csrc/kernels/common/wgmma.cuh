@@ -143,13 +143,6 @@ __device__ __forceinline__ void mma_fp16(float (&d)[64], uint64_t a, uint64_t b,
 }
 
 template <int kMajorA = kMajorK, int kMajorB = kMajorK>
-__device__ __forceinline__ void mma(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
-    asm volatile(PGOLF_WGMMA("m64n192", "bf16.bf16", PGOLF_NAMES_96, "%96, %97", "%98", "%99, %100")
-                 : PGOLF_FLOATS_32(d, 0), PGOLF_FLOATS_32(d, 32), PGOLF_FLOATS_32(d, 64)
-                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kMajorA), "n"(kMajorB));
-}
-
-template <int kMajorA = kMajorK, int kMajorB = kMajorK>
 __device__ __forceinline__ void mma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
     asm volatile(PGOLF_WGMMA("m64n256", "bf16.bf16", PGOLF_NAMES_128, "%128, %129", "%130", "%131, %132")
                  : PGOLF_FLOATS_32(d, 0), PGOLF_FLOATS_32(d, 32), PGOLF_FLOATS_32(d, 64), PGOLF_FLOATS_32(d, 96)
