@@ -11,7 +11,7 @@ AttnGateParams params(const Tensor& n, const Tensor& weight, double scale, const
     const bool widths_fit = window <= kGateMaxWindow && channels >= kGateMaxWindow && channels % 8 == 0;
     STD_TORCH_CHECK(widths_fit, "n, weight: the kernel takes a window of up to ", kGateMaxWindow,
                     " of at least as many channels, a multiple of 8");
-    p.m = row_count(m, "n"), p.channels = int(channels), p.window = int(window), p.scale = float(scale);
+    p.m = int_size(m, "n"), p.channels = int(channels), p.window = int(window), p.scale = float(scale);
     p.n = bf16s(n, "n", {m, channels});
     p.gate = bf16s(gate, "gate", {m, kGateHeads});
     p.weight = floats(weight, "weight", {kGateHeads, window});

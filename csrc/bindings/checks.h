@@ -71,10 +71,10 @@ inline float* floats(const Tensor& t, const char* argument, std::initializer_lis
     return static_cast<float*>(t.data_ptr());
 }
 
-// Rows of a matrix as an int, to which kernels still add a tile or a grid's stride.
-inline int row_count(int64_t rows, const char* argument) {
-    STD_TORCH_CHECK(rows < (int64_t(1) << 31) - 65536, argument, ": expected fewer than 2^31 - 2^16 rows, got ", rows);
-    return int(rows);
+// Rows or columns of a matrix as an int, to which kernels still add a tile or a grid's stride.
+inline int int_size(int64_t size, const char* argument) {
+    STD_TORCH_CHECK(size < (int64_t(1) << 31) - 65536, argument, ": expected fewer than 2^31 - 2^16 rows or columns, got ", size);
+    return int(size);
 }
 
 // Host memory where a kernel reports an index out of range.

@@ -10,7 +10,8 @@ FusedMlpParams shapes(const Tensor& first, const Tensor& w_up, const Tensor& w_d
     const int64_t m = first.size(0), d = w_up.size(1), h = w_up.size(0), d_out = w_down.size(0);
     const bool widths_fit = d > 0 && h > 0 && d_out > 0 && d % 8 == 0 && h % 8 == 0 && d_out % 8 == 0;
     STD_TORCH_CHECK(widths_fit, "w_up, w_down: the kernel takes widths that are multiples of 8, got ", d, ", ", h, ", ", d_out);
-    p.m = row_count(m, "x"), p.d = int(d), p.h = row_count(h, "w_up"), p.d_out = row_count(d_out, "w_down");
+    STD_TORCH_CHECK(activation == 0 || activation == 1, "activation: expected 0 or 1, got ", activation);
+    p.m = int_size(m, "x"), p.d = int_size(d, "w_up"), p.h = int_size(h, "w_up"), p.d_out = int_size(d_out, "w_down");
     p.w_up = bf16s(w_up, "w_up", {h, d});
     p.w_down = bf16s(w_down, "w_down", {d_out, h});
     p.activation = Activation(activation);

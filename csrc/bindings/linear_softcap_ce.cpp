@@ -41,7 +41,7 @@ static void linear_softcap_ce_dx_cuda(const Tensor& g, const Tensor& weight, con
     p.g = bf16s(g, "g", {-1, -1});
     const int64_t n = g.size(0), v = g.size(1);
     STD_TORCH_CHECK(v > 0 && v % 8 == 0 && v < (int64_t(1) << 30), "g: expected a multiple of 8 columns, got ", v);
-    p.n = row_count(n, "g"), p.v = int(v);
+    p.n = int_size(n, "g"), p.v = int(v);
     p.weight = bf16s(weight, "weight", {p.v, kLinearSoftcapCEDepth});
     p.dx = bf16s(dx, "dx", {p.n, kLinearSoftcapCEDepth});
     p.row_scale = floats(row_scale, "row_scale", {p.n});
@@ -49,7 +49,9 @@ static void linear_softcap_ce_dx_cuda(const Tensor& g, const Tensor& weight, con
     if (one) check(grad_loss, "grad_loss", ScalarType::Float, {});
     else check(grad_loss, "grad_loss", ScalarType::Float, {p.n});
     p.grad_loss = static_cast<const float*>(grad_loss.data_ptr());
-    p.grad_stride = one ? 0 : int(grad_loss.stride(0));
+    const int64_t stride = one ? 0 : grad_loss.stride(0);
+    STD_TORCH_CHECK(p.n <= 1 || stride <= INT32_MAX, "grad_loss: expected a stride below 2^31, got ", stride, "; contiguous() gives it");
+    p.grad_stride = int(stride);
     const OnDeviceOf device(g);
     check_launch(linear_softcap_ce_dx(p, device.stream), "linear_softcap_ce_dx");
 }

@@ -23,7 +23,7 @@ Params mix_params(const std::vector<Tensor>& tensors, const optional<Tensor>& co
     STD_TORCH_CHECK(m > 0, "tensors: expected at least one row");
     STD_TORCH_CHECK(tensors.size() <= size_t(kMixNormMaxTensors), "tensors: expected up to ", kMixNormMaxTensors, ", got ", tensors.size());
     STD_TORCH_CHECK(rows.size() >= tensors.size(), "rows: expected one per tensor, ", tensors.size(), ", got ", rows.size());
-    p.m = uint32_t(row_count(m, "tensors"));
+    p.m = uint32_t(int_size(m, "tensors"));
     p.num_tensors = int(tensors.size());
     p.num_rows = coefficients ? int(coefficients->size(0)) : 1;
     STD_TORCH_CHECK(p.num_rows >= 1 && p.num_rows <= kMixNormMaxTensors, "coefficients: expected 1 to ", kMixNormMaxTensors, " rows, got ",

@@ -64,6 +64,8 @@ static void orthogonalize_op(std::vector<Tensor> matrices, std::vector<double> c
     STD_TORCH_CHECK(next == matrices.size(), "matrices: more than the outputs have room for");
     check(counters, "counters", ScalarType::Int, {int64_t(inputs.size() + num_groups * kOrthogonalizeCounters)});
     check(partial_sums, "partial_sums", ScalarType::Double, {sums});
+    check_contiguous(counters, "counters");
+    check_contiguous(partial_sums, "partial_sums");
 
     OnDeviceOf on(outputs[0]);
     const OrthogonalizeParams params{inputs.data(),

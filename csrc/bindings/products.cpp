@@ -6,7 +6,7 @@ namespace pgolf {
 namespace {
 
 ProductParams sizes(int64_t m, int64_t n, int64_t k) {
-    return {.m = row_count(m, "x"), .n = row_count(n, "weight"), .k = row_count(k, "x")};
+    return {.m = int_size(m, "x"), .n = int_size(n, "weight"), .k = int_size(k, "x")};
 }
 
 const __nv_bfloat16* bf16(const Tensor& t, const char* argument, int64_t rows, int64_t columns) {

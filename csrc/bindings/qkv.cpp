@@ -8,11 +8,12 @@ namespace {
 template <class Params>
 void fill(Params& p, const Tensor& qkv, const Tensor& gain, const Tensor& cos, const Tensor& sin, const Tensor& rstd, int64_t kv_heads) {
     const int64_t m = qkv.size(0), q_heads = gain.size(0), width = (q_heads + 2 * kv_heads) * kQkvHeadDim;
-    p.m = row_count(m, "qkv"), p.q_heads = int(q_heads), p.kv_heads = int(kv_heads);
+    p.m = int_size(m, "qkv"), p.q_heads = int(q_heads), p.kv_heads = int(kv_heads);
     p.qkv = bf16s(qkv, "qkv", {m, width});
     p.gain = floats(gain, "gain", {q_heads});
-    STD_TORCH_CHECK(cos.size(0) > 0, "cos: no positions");
-    p.positions = int(cos.size(0));
+    const int64_t positions = cos.size(0);
+    STD_TORCH_CHECK(positions > 0 && positions <= kQkvMaxPositions, "cos: expected 1 to ", kQkvMaxPositions, " positions, got ", positions);
+    p.positions = int(positions);
     p.cos = bf16s(cos, "cos", {p.positions, kQkvRotated / 2});
     p.sin = bf16s(sin, "sin", {p.positions, kQkvRotated / 2});
     p.rstd = floats(rstd, "rstd", {m, q_heads + kv_heads});
@@ -27,7 +28,7 @@ void check_heads(int normed_heads) {
 void forward(Tensor n, Tensor weight, Tensor gain, Tensor cos, Tensor sin, int64_t kv_heads, Tensor qkv, Tensor rstd) {
     QkvForwardParams p{};
     fill(p, qkv, gain, cos, sin, rstd, kv_heads);
-    p.width = int(n.size(1));
+    p.width = int_size(n.size(1), "n");
     STD_TORCH_CHECK(p.width > 0 && p.width % 8 == 0, "n: the kernel takes widths that are multiples of 8, got ", p.width);
     p.n = bf16s(n, "n", {p.m, p.width});
     p.weight = bf16s(weight, "weight", {qkv.size(1), p.width});

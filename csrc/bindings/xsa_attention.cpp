@@ -39,7 +39,7 @@ XsaPlan plan_of(const optional<Tensor>& t, const char* argument, int64_t tokens,
     check_aligned(*t, argument);
     const bool fits = t->size(0) >= xsa_plan_capacity(tokens, documents, tokens_per_block);
     STD_TORCH_CHECK(fits, argument, ": too short for ", tokens, " tokens and ", documents, " documents");
-    return {static_cast<int4*>(t->data_ptr()), row_count(t->size(0), argument), tokens_per_block};
+    return {static_cast<int4*>(t->data_ptr()), int_size(t->size(0), argument), tokens_per_block};
 }
 
 void plan(Tensor cu_seqlens, Tensor queries, Tensor keys, Tensor places, int64_t queries_per_block) {
@@ -51,7 +51,7 @@ void plan(Tensor cu_seqlens, Tensor queries, Tensor keys, Tensor places, int64_t
     check(cu_seqlens, "cu_seqlens", ScalarType::Int, {-1});
     check_contiguous(cu_seqlens, "cu_seqlens");
     p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-    p.documents = row_count(documents, "cu_seqlens"), p.tokens = int(tokens);
+    p.documents = int_size(documents, "cu_seqlens"), p.tokens = int(tokens);
     p.queries = plan_of(queries, "queries", tokens, documents, int(queries_per_block));
     p.keys = plan_of(keys, "keys", tokens, documents, kXsaKeysPerBlock);
     p.places = places_of(places, tokens);
@@ -105,8 +105,9 @@ void bwd(optional<Tensor> grad_out, Tensor q, Tensor k, Tensor v, optional<Tenso
     p.dv = head_rows(dv, "dv", f.batch, f.tokens, f.kv_heads);
     if (rstd) {
         STD_TORCH_CHECK(gain && cos && sin && dgain, "rstd: wants gain, cos, sin and dgain beside it");
-        const int64_t rows = row_count(int64_t(f.batch) * f.tokens, "rstd"), positions = cos->size(0);
-        STD_TORCH_CHECK(positions > 0 && positions < (1 << 30), "cos: expected 1 to 2^30 positions, got ", positions);
+        const int64_t rows = int_size(int64_t(f.batch) * f.tokens, "rstd"), positions = cos->size(0);
+        const bool indexable = positions > 0 && positions <= kQkvMaxPositions;
+        STD_TORCH_CHECK(indexable, "cos: expected 1 to ", kQkvMaxPositions, " positions, got ", positions);
         p.raw.rstd = floats(*rstd, "rstd", {rows, f.q_heads + f.kv_heads});
         p.raw.gain = floats(*gain, "gain", {f.q_heads});
         p.raw.cos = bf16s(*cos, "cos", {positions, kQkvRotated / 2});

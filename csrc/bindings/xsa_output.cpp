@@ -21,10 +21,10 @@ void bwd(Tensor d_projected, Tensor weight, Tensor out, Tensor v, optional<Tenso
          optional<Tensor> places, Tensor dq, Tensor dk, Tensor dv, optional<Tensor> dgate, Tensor dy, Tensor stats, bool xsa) {
     const int64_t batch = out.size(0), tokens = out.size(1), q_heads = out.size(2), kv_heads = v.size(2), width = weight.size(0);
     STD_TORCH_CHECK(q_heads == kXsaOutputGroup * kv_heads, "v: expected half as many heads as out");
-    row_count(batch * tokens, "out");
+    int_size(batch * tokens, "out");
     STD_TORCH_CHECK(width > 0 && width % 8 == 0, "weight: the kernel takes widths that are multiples of 8, got ", width);
     XsaOutputBwdParams p{};
-    p.batch = int(batch), p.tokens = int(tokens), p.q_heads = int(q_heads), p.width = int(width), p.xsa = xsa;
+    p.batch = int(batch), p.tokens = int(tokens), p.q_heads = int(q_heads), p.width = int_size(width, "weight"), p.xsa = xsa;
     p.d_projected = bf16s(d_projected, "d_projected", {batch * tokens, width});
     p.weight = bf16s(weight, "weight", {width, q_heads * kXsaHeadDim});
     p.out = bf16s(out, "out", {batch, tokens, q_heads, kXsaHeadDim});

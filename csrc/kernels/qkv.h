@@ -17,6 +17,7 @@ namespace pgolf {
 constexpr int kQkvHeadDim = 64;
 constexpr int kQkvRotated = 16;  // leading dimensions of a head
 constexpr int kQkvMaxHeads = 32;  // queries' and keys' together, of normalize and backward
+constexpr int kQkvMaxPositions = 1 << 28;  // an int indexes the tables
 
 // Matrices with contiguous rows, 16-byte aligned. W = (q_heads + 2 kv_heads) 64.
 struct QkvForwardParams {
@@ -27,7 +28,7 @@ struct QkvForwardParams {
     __nv_bfloat16* qkv;            // [m, W]
     float* rstd;                   // [m, q_heads + kv_heads]
     int m, width, q_heads, kv_heads;
-    int positions;                 // row r is at position r % positions
+    int positions;                 // row r is at position r % positions; up to kQkvMaxPositions
 };
 
 // The same of a product that is made already and to which something was added.

@@ -200,10 +200,12 @@ def _plan_cuda(cu_seqlens, tokens, group):
 @torch.library.impl(library, "xsa_attention_fwd", "CUDA")
 def _fwd_cuda(q, k, v, gate, documents, xsa, scale):
     q, k, v = _kernel_inputs(q, k, v, gate)
+    queries, _, places = documents or (None,) * 3
+    if places is not None:  # the kernel writes where the list says
+        require(len(places) == q.shape[1], "documents", f"made for {len(places)} tokens, not {q.shape[1]}")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     own = torch.empty_like(lse)
-    queries = documents[0] if documents else None
     torch.ops.pgolf_fast_sm90.xsa_attention_fwd(q, k, v, gate, queries, out, lse, own, xsa, scale)
     return out, lse, own
 

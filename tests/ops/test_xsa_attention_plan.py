@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgolf_fast.ops.xsa_attention import KEYS_PER_BLOCK, _composite, documents_of, xsa_attention
+from pgolf_fast.ops.xsa_attention import KEYS_PER_BLOCK, _composite, _fwd_cuda, _plan_space, documents_of, xsa_attention
 from tests.ops.test_xsa_attention import AWKWARD, DEVICES, inputs, outcome
 
 FAR = 2**31 - 1
@@ -68,3 +68,11 @@ def test_the_plan_holds_every_block_once(lengths, heads):
 def test_opcheck(device):
     cu_seqlens = torch.tensor([0, 20, 20, 70], dtype=torch.int32, device=device)
     torch.library.opcheck(torch.ops.pgolf_fast.xsa_attention_plan, (cu_seqlens, 70, 2))
+
+
+def test_documents_of_more_tokens_are_refused():
+    """Before a kernel is asked for, which would write beyond the tokens."""
+    documents, _ = _plan_space(torch.tensor([0, 100], dtype=torch.int32), 100, 2)
+    q, k, v = (torch.zeros(1, 80, heads, 64, dtype=torch.bfloat16) for heads in (2, 1, 1))
+    with pytest.raises(ValueError, match="^documents: made for 100 tokens, not 80"):
+        _fwd_cuda(q, k, v, None, documents, True, 0.125)
