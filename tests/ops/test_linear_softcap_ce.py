@@ -55,8 +55,9 @@ def test_definition(reduction):
     assert torch.autograd.gradcheck(lambda *m: op(*m, targets, 2.0, REDUCTIONS.index(reduction), IGNORED, True)[0], inputs)
 
 
-# 256: the least vocabulary, two tiles. 8192: the record's. 300: no fused kernel, the logits are materialised.
-@pytest.mark.parametrize("v", [256, 512, 1024, 8192, 300])
+# 256: the least vocabulary, two tiles, half of the least K of dx's product; 512, 768: that K and more. 8192: the record's. 300: no fused
+# kernel, the logits are materialised.
+@pytest.mark.parametrize("v", [256, 512, 768, 1024, 8192, 300])
 def test_vocabularies(device, v):
     assert_agrees(*draw(300, v, device))
 

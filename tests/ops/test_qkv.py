@@ -8,12 +8,15 @@ from tests.compare import assert_within, relative_error
 
 ops = torch.ops.pgolf_fast
 # (rows, width, query heads, KV heads, positions): rows at the seams of the product's tiles (64, 128, 256) and of the backward's
-# CTAs (8); heads that fill whole tiles of four and that do not; rows that wrap around the positions.
+# CTAs (8); widths around the product's least K (512); heads that fill whole tiles of four and that do not; rows that wrap around the
+# positions.
 SHAPES = [
     (1, 64, 1, 1, 1),
     (65, 64, 2, 1, 65),
     (129, 72, 3, 2, 50),
     (256, 512, 8, 4, 128),
+    (255, 504, 3, 1, 100),
+    (257, 520, 2, 1, 257),
     (1031, 512, 8, 4, 2048),
     (20000, 512, 8, 8, 2000),
 ]
@@ -59,13 +62,13 @@ def test_definition(head, rotated):
         torch.testing.assert_close(with_gradients(t, d, 2)[name], expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
 def test_agreement(device, shape):
     check_agreement(device, shape)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("shape", SHAPES[4:], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[6:], ids=str)
 def test_agreement_at_kernel_sizes(shape):
     check_agreement("cuda", shape)
 
@@ -89,7 +92,7 @@ def test_heads_have_the_length_of_their_gain(device):
     torch.testing.assert_close(length[:, 8:12], torch.ones(100, 4, device=device), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:7], ids=str)
 def test_normalize_is_the_forward_without_its_product(device, shape):
     """In place: of the rounded product it makes what the definition makes of it; values stay as they are."""
     t, _ = draw(*shape, device)
