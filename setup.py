@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 GENCODE = "arch=compute_90a,code=sm_90a"  # NOTE: -arch=sm_90a also runs an sm_90 pass, which rejects wgmma
 TORCH_TARGET = "0x020b000000000000"  # oldest torch served: 2.11
+CALLS = {"linear_softcap_ce": "softcap_ce"}  # stems whose launch functions call another's: built together
 
 
 def find_nvcc() -> str | None:
@@ -62,9 +63,11 @@ class KernelLibrary(Extension):
         stems = os.environ.get("PGOLF_KERNELS")
         bindings = sorted((ROOT / "csrc/bindings").glob("*.cpp"))
         if stems:
-            if unknown := set(stems.split(",")) - {b.stem for b in bindings}:
+            chosen = set(stems.split(","))
+            if unknown := chosen - {b.stem for b in bindings}:
                 sys.exit(f"PGOLF_KERNELS: no {', '.join(sorted(unknown))}; there are {', '.join(b.stem for b in bindings)}")
-            bindings = [b for b in bindings if b.stem in (*stems.split(","), "build_info")]
+            chosen |= {"build_info", *(CALLS[stem] for stem in chosen & CALLS.keys())}
+            bindings = [b for b in bindings if b.stem in chosen]
         folder = ROOT / "csrc/kernels"
         kernels = [k for b in bindings for k in sorted([*folder.glob(f"{b.stem}.cu"), *folder.glob(f"{b.stem}_*.cu")])]
         super().__init__("pgolf_fast._C", [str(s.relative_to(ROOT)) for s in [*bindings, *kernels]], py_limited_api=True)
