@@ -8,6 +8,7 @@ namespace {
 template <class Params>
 void fill(Params& p, const Tensor& qkv, const Tensor& gain, const Tensor& cos, const Tensor& sin, const Tensor& rstd, int64_t kv_heads) {
     const int64_t m = qkv.size(0), q_heads = gain.size(0), width = (q_heads + 2 * kv_heads) * kQkvHeadDim;
+    STD_TORCH_CHECK(kv_heads >= 0, "kv_heads: expected 0 or more, got ", kv_heads);
     p.m = int_size(m, "qkv"), p.q_heads = int(q_heads), p.kv_heads = int(kv_heads);
     p.qkv = bf16s(qkv, "qkv", {m, width});
     p.gain = floats(gain, "gain", {q_heads});
