@@ -222,8 +222,8 @@ def test_muon_is_what_the_specification_says(name, by_hand):
             own = [g[bank_name].view(shape)[i] for g in grads]
             expected, momentum = by_hand(before, own, STEPS, group.lr, group.weight_decay)
             torch.testing.assert_close(bank.momentum[i], momentum, rtol=1e-6, atol=0)
-            # bfloat16 noise of one product order or another, up to 0.055 in other draws; the exact iteration is that far from either.
-            assert relative_error(now - before, expected - before) < 0.08, f"{bank_name} {i}"
+            # bfloat16 noise of one product order or another; the exact iteration is that far from either.
+            assert relative_error(now - before, expected - before) < 0.05, f"{bank_name} {i}"
 
 
 def test_muon_moves_by_matrices_that_are_nearly_orthogonal():

@@ -369,5 +369,5 @@ def test_ranks_share_the_work_and_not_the_score(tmp_path, ranks):
         alone = evaluate(evaluator, referee).result.published
         for rank in range(ranks):
             found = np.load(tmp_path / f"{kind}{rank}.npz")
-            np.testing.assert_allclose(found["losses"], referee.ledger.losses, atol=3e-5)
+            np.testing.assert_allclose(found["losses"], referee.ledger.losses, atol=3e-5 if kind == "sgd" else 1e-5)
             assert found["score"][0] == pytest.approx(alone.nats, rel=1e-5) and found["score"][1:].tolist() == [alone.tokens, alone.bytes]
