@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             ptx::mbarrier_init(&s_free[stage], kConsumerWarps * kCluster);
         }
         for (int group = 0; group < 2; ++group) ptx::mbarrier_init(&s_turn[group], kConsumerWarps / 2);
-        ptx::mbarrier_init(&s_summed, kConsumerWarps);
-        ptx::mbarrier_init(&s_scaled, kScalingWarps);
+        // Who writes or reads s_scale arrives itself, not a leader for its warp: racecheck follows no __syncwarp to another lane's arrival.
+        ptx::mbarrier_init(&s_summed, kConsumerWarps * 8);
+        ptx::mbarrier_init(&s_scaled, kScalingWarps * 32);
         ptx::fence_mbarrier_init();
     }
     ptx::cluster_sync();
@@ -146,8 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 ptx::mbarrier_wait(&s_summed, parity);
                 const bool last = block + num_clusters >= num_row_blocks;  // then the consumers help
                 scale_rows(block, warp - 1, kScalingWarps + (last ? kConsumerWarps : 0));
-                __syncwarp();
-                if (lane == 0) ptx::mbarrier_arrive(&s_scaled);
+                ptx::mbarrier_arrive(&s_scaled);
             }
         }
         __syncwarp();
@@ -315,8 +315,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
             finished_row0 = row0;
             if constexpr (kWithGrad) {
-                __syncwarp();
-                if (lane == 0) ptx::mbarrier_arrive(&s_summed);
+                if (quad == 0) ptx::mbarrier_arrive(&s_summed);
             }
             if (kWithGrad && last_block) {
                 ptx::mbarrier_wait(&s_summed, scaled_parity);
