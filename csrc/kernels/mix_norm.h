@@ -7,7 +7,7 @@
 //     dt_r   = c[r] * d + accumulate[r]            one per coefficient row: tensors that share a row share a gradient
 //     dc[r]  = sum over rows of the matrix, sum_{i : rows[i] = r} of d * t_i
 //
-// Bound by memory: a warp holds one or two rows, 16 channels a lane, and every tensor is read once. The backward
+// Bound by memory: a warp holds one row, 16 channels a lane, and every tensor is read once. The backward
 // mixes again where it reads the tensors anyway (for dc); otherwise it reads `mixed` alone.
 #pragma once
 #include <cuda_bf16.h>
