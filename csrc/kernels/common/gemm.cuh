@@ -52,6 +52,7 @@ constexpr int kStages = 4;
 constexpr int kColumnBlock = 64;                    // columns of one swizzled row of 128 bytes
 constexpr int kStagingBlockBytes = 64 * 128;        // 64 rows of one column block
 constexpr int kMaxStagingAreas = 2;
+constexpr int kEndKBlocks = 8;                      // as many as take the time in which a tile's sums are added to memory
 
 struct Barriers {
     uint64_t full[kStages], empty[kStages];
@@ -136,7 +137,8 @@ struct Work {
 //
 // Stored outputs: whole tiles in turn; neighbours in n come first, they share their rows of A in the L2.
 // Added outputs: clusters / tiles clusters take an equal range of k each on every tile, all tiles at once, so that the L2
-// serves what several tiles read of the same k. The k left over at the end is shared out among the clusters left over.
+// serves what several tiles read of the same k. The k left over at the end is shared out among the clusters left over, less of it
+// than an equal share: they end several tiles each, where the others end one.
 // (Cut evenly in one line, tiles x k would put different tiles at different k, and everything would be read from memory.)
 template <class Op>
 struct Schedule {
@@ -153,8 +155,9 @@ struct Schedule {
         if constexpr (Layout<Op>::kStaged) {
             position = cluster, end = pairs;
         } else {
-            const int ranges = clusters / pairs, share = int((int64_t(pairs) * k_blocks + clusters - 1) / clusters);
-            const int mine = cluster / pairs, left = clusters - ranges * pairs;
+            const int ranges = clusters / pairs, mine = cluster / pairs, left = clusters - ranges * pairs;
+            const int more_ends = left > 0 ? pairs - left : 0;
+            const int share = int((int64_t(pairs) * k_blocks + more_ends * kEndKBlocks + clusters - 1) / clusters);
             k_first = min(k_blocks, min(mine, ranges) * share);
             if (mine < ranges) {  // one range of one tile
                 const int k_stop = left == 0 && mine == ranges - 1 ? k_blocks : min(k_blocks, k_first + share);
