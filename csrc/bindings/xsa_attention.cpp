@@ -62,7 +62,8 @@ void plan(Tensor cu_seqlens, Tensor queries, Tensor keys, Tensor places, int64_t
 XsaAttentionParams params(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& gate,
                           const optional<Tensor>& plan, const Tensor& out, const Tensor& lse, const Tensor& own, bool xsa, double scale) {
     const int64_t batch = q.size(0), queries = q.size(1), tokens = k.size(1), q_heads = q.size(2), kv_heads = k.size(2);
-    STD_TORCH_CHECK(batch > 0 && batch <= 65535 && tokens > 0 && tokens < (1 << 30), "q: expected 1 to 65535 rows of 1 to 2^30 tokens");
+    const int64_t most = plan ? (1 << 30) - 1 : 65535 * kXsaTile;  // tokens; the grid's y counts a row's tiles
+    STD_TORCH_CHECK(batch > 0 && batch <= 65535 && tokens > 0 && tokens <= most, "q: expected 1 to 65535 rows of 1 to ", most, " tokens");
     STD_TORCH_CHECK(kv_heads > 0 && q_heads % kv_heads == 0 && q_heads <= 65535, "q: its heads are not a multiple of k's, or over 65535");
     STD_TORCH_CHECK(queries > 0 && queries <= tokens, "q: expected 1 to ", tokens, " tokens, got ", queries);
     STD_TORCH_CHECK(!plan || (batch == 1 && queries == tokens), "plan: goes with a batch of one row, of as many queries as keys");

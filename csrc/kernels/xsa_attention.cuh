@@ -47,12 +47,25 @@ struct Sequence {
     __device__ int tiles() const { return (length + kTile - 1) / kTile; }
 };
 
-// Entry blockIdx.x of the plan, or of row blockIdx.z of a dense batch. The grid is larger than the plan: a block without an
-// entry gets length 0 and the index of a block of tokens after the last document, counted from `start`.
-__device__ inline Sequence find_sequence(const XsaPlan& plan, int tokens, bool last_first, int prefix = 0) {
+// Rows of a dense batch whose blocks take turns, the longest of all of them first: the grid ends with short ones then, and the rows' keys
+// still fit the L2 together. (A plan has long documents first.)
+constexpr int kRowsTogether = 4;
+
+// A dense batch's blocks of `blocks` for each head of each row, or a plan's entries for each head; find_sequence and find_head undo it.
+inline dim3 grid_of(const XsaPlan& plan, int blocks, int heads, int batch) {
+    if (plan.entries != nullptr) return dim3(plan.capacity - 1, heads, 1);
+    return dim3(kRowsTogether * heads, blocks, (batch + kRowsTogether - 1) / kRowsTogether);
+}
+__device__ inline int find_head(const XsaPlan& plan) { return plan.entries != nullptr ? blockIdx.y : blockIdx.x / kRowsTogether; }
+
+// Either grid is larger than what there is to do. A block without an entry gets length 0 and the index of a block of tokens after the
+// last document, counted from `start`; one without a row gets length 0 and no token.
+__device__ inline Sequence find_sequence(const XsaPlan& plan, int tokens, int batch, bool last_first, int prefix = 0) {
     if (plan.entries == nullptr) {
-        const int block = last_first ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-        return {int(blockIdx.z), 0, tokens, prefix / plan.tokens_per_block + block, 0};
+        const int row = blockIdx.z * kRowsTogether + blockIdx.x % kRowsTogether;
+        if (row >= batch) return {0, tokens, 0, 0, 0};
+        const int block = last_first ? gridDim.y - 1 - blockIdx.y : blockIdx.y;
+        return {row, 0, tokens, prefix / plan.tokens_per_block + block, 0};
     }
     const int4 header = plan.entries[0];
     if (int(blockIdx.x) >= header.x) return {0, header.y, 0, int(blockIdx.x) - header.x, 0};
@@ -68,10 +81,10 @@ __device__ inline int stats_place(int start, int document) { return start / 4 * 
 struct QueryTile {
     int head, kv_head, tile;
 };
-__device__ inline QueryTile find_query_tile(int q_heads, int kv_heads, int block, int warpgroup) {
-    const int group = q_heads / kv_heads;
-    if (group % 2 == 0) return {2 * int(blockIdx.y) + warpgroup, 2 * int(blockIdx.y) / group, block};
-    return {int(blockIdx.y), int(blockIdx.y) / group, 2 * block + warpgroup};
+__device__ inline QueryTile find_query_tile(const XsaAttentionParams& p, int block, int warpgroup) {
+    const int group = p.q_heads / p.kv_heads, head = find_head(p.queries);
+    if (group % 2 == 0) return {2 * head + warpgroup, 2 * head / group, block};
+    return {head, head / group, 2 * block + warpgroup};
 }
 
 __device__ inline float load_gate(const GateRows& gate, int batch, int token, int head) {
@@ -176,8 +189,7 @@ constexpr int kStages = 4;  // key and value tiles in flight
 
 inline dim3 query_grid(const XsaAttentionParams& p) {
     const int per_block = p.queries.tokens_per_block, heads_per_block = per_block == kTile ? 2 : 1;
-    if (p.queries.entries != nullptr) return dim3(p.queries.capacity - 1, p.q_heads / heads_per_block, 1);
-    return dim3((p.tokens + per_block - 1) / per_block - p.prefix / per_block, p.q_heads / heads_per_block, p.batch);
+    return grid_of(p.queries, (p.tokens + per_block - 1) / per_block - p.prefix / per_block, p.q_heads / heads_per_block, p.batch);
 }
 
 // Key and value tiles of a query block, in order, through kStages stages. NOTE: without a warp of its own for the loads, warp 0

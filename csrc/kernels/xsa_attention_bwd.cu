@@ -212,9 +212,9 @@ __global__ __launch_bounds__(kKeyThreads, 1) void xsa_attention_dkdv_kernel(cons
 
     const XsaAttentionParams& f = p.fwd;
     ptx::grid_dependency_launch();  // the dq kernel reads nothing of this one
-    const Sequence seq = find_sequence(p.keys, f.tokens, false);
+    const Sequence seq = find_sequence(p.keys, f.tokens, f.batch, false);
     if (seq.length == 0) return;
-    const int kv_head = blockIdx.y, group = f.q_heads / f.kv_heads, first = kKeyGroups * seq.block, tiles = seq.tiles();
+    const int kv_head = find_head(p.keys), group = f.q_heads / f.kv_heads, first = kKeyGroups * seq.block, tiles = seq.tiles();
     const int steps = group * (tiles - first);  // step i: query tile first + i % (tiles - first) of head i / (tiles - first)
 
     if (threadIdx.x == 0) {
@@ -400,11 +400,11 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     const XsaAttentionParams& f = p.fwd;
     // Its blocks take the multiprocessors that the dk, dv kernel leaves; the last one sees to it that this kernel ends after that one.
     if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1 && blockIdx.z == gridDim.z - 1) ptx::grid_dependency_wait();
-    const Sequence seq = find_sequence(f.queries, f.tokens, true);
+    const Sequence seq = find_sequence(f.queries, f.tokens, f.batch, true);
     if (seq.length == 0) return;
-    const int key_tiles = min(find_query_tile(f.q_heads, f.kv_heads, seq.block, kConsumers - 1).tile + 1, seq.tiles());
+    const int key_tiles = min(find_query_tile(f, seq.block, kConsumers - 1).tile + 1, seq.tiles());
     const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
-    const QueryTile mine = find_query_tile(f.q_heads, f.kv_heads, seq.block, warpgroup);
+    const QueryTile mine = find_query_tile(f, seq.block, warpgroup);
     const KeyStream stream{ptx::kept(ptx::smem_u32(s_bars)), ptx::smem_u32(s_keys), &map_k, &map_v, uniform(seq.batch),
                            uniform(mine.kv_head), uniform(seq.start), uniform(key_tiles)};
     if (threadIdx.x == 0) {
@@ -416,7 +416,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_dq_kernel(cons
     if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect(&s_rows_full, 2 * kConsumers * kTileBytes);
         for (int w = 0; w < kConsumers; ++w) {
-            const QueryTile q = find_query_tile(f.q_heads, f.kv_heads, seq.block, w);
+            const QueryTile q = find_query_tile(f, seq.block, w);
             uint8_t* rows = s_rows + 2 * w * kTileBytes;
             ptx::tma_load_4d(rows, &map_q, &s_rows_full, 0, q.head, seq.start + q.tile * kTile, seq.batch);
             ptx::tma_load_4d(rows + kTileBytes, &map_dy, &s_rows_full, 0, q.head, seq.start + q.tile * kTile, seq.batch);
@@ -540,9 +540,7 @@ cudaError_t xsa_attention_bwd(const XsaAttentionBwdParams& p, cudaStream_t strea
         constexpr int kRows = kPrepareThreads / kRowLanes;
         xsa_attention_prepare_kernel<<<dim3((f.tokens + kRows - 1) / kRows, f.kv_heads, f.batch), kPrepareThreads, 0, stream>>>(p);
     }
-    const bool packed = p.keys.entries != nullptr;
-    const int key_blocks = packed ? p.keys.capacity - 1 : (f.tokens + kXsaKeysPerBlock - 1) / kXsaKeysPerBlock;
-    const dim3 key_grid(key_blocks, f.kv_heads, f.batch);
+    const dim3 key_grid = grid_of(p.keys, (f.tokens + kXsaKeysPerBlock - 1) / kXsaKeysPerBlock, f.kv_heads, f.batch);
     xsa_attention_dkdv_kernel<<<key_grid, kKeyThreads, kKeyShared, stream>>>(map_q, map_dy, map_k, map_v, map_stats, p);
     if (cudaError_t launched = cudaGetLastError(); launched != cudaSuccess) return launched;
     cudaLaunchAttribute overlap{cudaLaunchAttributeProgrammaticStreamSerialization};

@@ -49,10 +49,10 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     uint8_t* s_keys = s_q + kConsumers * kTileBytes;        // [kStages] of a key and a value tile
     uint8_t* s_ones = s_keys + 2 * kStages * kTileBytes;
 
-    const Sequence seq = find_sequence(p.queries, p.tokens, true, p.prefix);
+    const Sequence seq = find_sequence(p.queries, p.tokens, p.batch, true, p.prefix);
     const int warpgroup = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
     if (seq.length == 0) {  // tokens after the last document
-        const QueryTile mine = find_query_tile(p.q_heads, p.kv_heads, seq.block, warpgroup);
+        const QueryTile mine = find_query_tile(p, seq.block, warpgroup);
         for (int i = threadIdx.x % 128; i < kTile * 8; i += 128) {
             const int token = seq.start + mine.tile * kTile + i / 8;
             if (token >= p.tokens) break;
@@ -63,9 +63,9 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     }
     // NOTE: what the loop does not need goes to shared memory: the loop takes every register.
     // The later of the two warpgroups' tiles decides how many key tiles the block needs.
-    const int key_tiles = min(find_query_tile(p.q_heads, p.kv_heads, seq.block, kConsumers - 1).tile + 1, seq.tiles());
+    const int key_tiles = min(find_query_tile(p, seq.block, kConsumers - 1).tile + 1, seq.tiles());
 
-    const QueryTile tile = find_query_tile(p.q_heads, p.kv_heads, seq.block, warpgroup);
+    const QueryTile tile = find_query_tile(p, seq.block, warpgroup);
     KeyStream stream{ptx::kept(ptx::smem_u32(s_bars)), ptx::smem_u32(s_keys), &map_k, &map_v, uniform(seq.batch), uniform(tile.kv_head),
                      uniform(seq.start), uniform(key_tiles)};
     if (threadIdx.x == 0) {
@@ -81,7 +81,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
     if (threadIdx.x == 0) {
         ptx::mbarrier_arrive_expect(&s_rows_full, kConsumers * kTileBytes);
         for (int w = 0; w < kConsumers; ++w) {
-            const QueryTile q = find_query_tile(p.q_heads, p.kv_heads, seq.block, w);
+            const QueryTile q = find_query_tile(p, seq.block, w);
             // May begin before the first query: the copy engine fills what does not exist with zeros.
             ptx::tma_load_4d(s_q + w * kTileBytes, &map_q, &s_rows_full, 0, q.head, seq.start + q.tile * kTile - p.prefix, seq.batch);
         }
@@ -191,7 +191,7 @@ __global__ __launch_bounds__(kQueryThreads, 2) void xsa_attention_fwd_kernel(con
         begin_another_walk();
     }
 
-    const QueryTile mine = find_query_tile(p.q_heads, p.kv_heads, s_seq.block, warpgroup);
+    const QueryTile mine = find_query_tile(p, s_seq.block, warpgroup);
     // The last tile of keys is the diagonal one: its values are this tile's own.
     const uint8_t* own_values = s_keys + (last % kStages * 2 + 1) * kTileBytes;
 #pragma unroll

@@ -66,7 +66,7 @@ __global__ __launch_bounds__(kThreads) void xsa_attention_plan_kernel(const __gr
 
 // A thread per token of a block of queries.
 __global__ void xsa_places_kernel(const __grid_constant__ XsaPlanParams p) {
-    const xsa::Sequence seq = xsa::find_sequence(p.queries, p.tokens, true);
+    const xsa::Sequence seq = xsa::find_sequence(p.queries, p.tokens, 1, true);
     const int at = seq.block * p.queries.tokens_per_block + threadIdx.x, token = seq.start + at;
     if (seq.length == 0 && token < p.tokens) p.places[token] = {-1, -1};
     if (at < seq.length) p.places[token] = {seq.start, xsa::stats_place(seq.start, seq.document) + at};

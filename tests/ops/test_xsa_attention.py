@@ -120,6 +120,14 @@ def test_dense_batch_of_any_length(tokens):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("heads", [(8, 4), (3, 1)], ids=lambda h: f"{h[0]}to{h[1]}")
+@pytest.mark.parametrize("batch", [1, 2, 4, 5, 8])
+def test_dense_batch_of_any_size(batch, heads):
+    """Four rows' blocks take turns in the grid."""
+    assert_agrees(inputs([193], heads, batch, gate=torch.bfloat16))
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("tail", [1, 200])
 def test_tokens_after_the_last_document_are_zero(tail):
     case = inputs([100, 70, 0], tail=tail, gate=torch.float32)
