@@ -20,10 +20,10 @@ STEPS = [StepPlan(1.0, 0.92, True, False, False), StepPlan(0.7, 0.93, True, Fals
 MATRICES = {"qo", "kv", "mlp_up", "mlp_down"}
 
 
-def small(name, **changes):
+def small(name, num_layers=2, **changes):
     """A model of two blocks under a recipe's optimizer; two blocks make the second one decoder."""
     resolved = recipe.resolve(name, environ={}).recipe
-    sizes = dict(vocab_size=40, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, ve_layers=(1,))
+    sizes = dict(vocab_size=40, num_layers=num_layers, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, ve_layers=(1,))
     if resolved.model.bigram_buckets:
         sizes |= dict(bigram_buckets=16, bigram_dim=16, ve_dim=16)
     config = dataclasses.replace(resolved.model, **sizes, num_loops=0, parallel_start=0)
@@ -96,17 +96,17 @@ def test_groups_of_the_published_runs():
 
 
 def test_decoder_blocks_have_their_own_rate():
-    """PR #598: twice the rate, and so twice the decay, from block num_layers // 2 on; nothing outside the blocks."""
-    one, two = (small("gepa-598", decoder_lr_mult=m, grad_clip_norm=0.0)[0:2] for m in (1.0, 2.0))
+    """PR #598: twice the rate, and so twice the decay, from block num_layers // 2 on, of three the second; nothing outside the blocks."""
+    one, two = (small("gepa-598", num_layers=3, decoder_lr_mult=m, grad_clip_norm=0.0) for m in (1.0, 2.0))
     before = weights(one[0])
     for model, config in (one, two):
         run(Optimizer(model, config), STEPS[:1])
     for name, p in one[0].named_parameters():
         moved, twice = p.detach() - before[name], two[0].get_parameter(name).detach() - before[name]
         if name in ("qo", "kv"):  # two halves, each over the blocks
-            factors = torch.tensor([1.0, 2.0, 1.0, 2.0])
+            factors = torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0, 2.0])
         elif name in MATRICES | {"q_gain", "attn_scale", "mlp_scale", "resid_mix", "star_scale", "star_shift"}:
-            factors = torch.tensor([1.0, 2.0])
+            factors = torch.tensor([1.0, 2.0, 2.0])
         else:
             factors = torch.ones(1)
         factors = factors.view(-1, *[1] * (p.dim() - 1)) if p.dim() else factors[0]
@@ -299,6 +299,18 @@ def test_piece_clip_acts_on_every_micro_batch():
     torch.testing.assert_close(optimizer.banks["kv"].momentum, (first["kv"] + second["kv"]) / 2, rtol=1e-4, atol=1e-8)
     seen = seen_gradients(optimizer)["skip_gates"]
     torch.testing.assert_close(seen, (first["skip_gates"] + second["skip_gates"]) / 2, rtol=1e-4, atol=1e-8)
+
+
+def test_piece_clip_acts_once_on_a_single_micro_batch():
+    """Where no pieces are added up."""
+    model, config = small("caseops-1934", grad_clip_norm=0.05, muon_dtype="float32")
+    optimizer = Optimizer(model, config)
+    piece = gradients(optimizer, 0)
+    expected, norm = clipped(piece, 0.05, list(piece))
+    run(optimizer, STEPS[:1])
+    assert norm > 0.1 and optimizer.grad_norm.item() == pytest.approx(norm, rel=1e-3)
+    torch.testing.assert_close(optimizer.banks["kv"].momentum, expected["kv"], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(seen_gradients(optimizer)["skip_gates"], expected["skip_gates"], rtol=1e-4, atol=1e-8)
 
 
 # --- averages, reset, checkpoints ----------------------------------------------------------------------------------------
