@@ -36,7 +36,9 @@ def assert_same_files(one, other):
     assert not different
 
 
-def test_the_shards_are_the_documents_one_after_the_other(config, tmp_path):
+@pytest.mark.parametrize("chunk_bytes", [2 << 20, 5000], ids=["one chunk", "many chunks"])
+def test_the_shards_are_the_documents_one_after_the_other(config, tmp_path, monkeypatch, chunk_bytes):
+    monkeypatch.setattr("pgolf_fast.documents.CHUNK_BYTES", chunk_bytes)
     record = build(config, tmp_path / "set")
     processor = corpus.tokenizer(True).processor
     expected = [[1, *processor.encode(caseops.encode_ref(text))] for text in corpus.texts()]
