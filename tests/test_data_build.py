@@ -9,6 +9,7 @@ import zstandard
 
 from pgolf_fast import caseops, dataset, shards
 from pgolf_fast.data_build import BuildConfig, build
+from pgolf_fast.documents import find_files
 from pgolf_fast.errors import UserError
 from pgolf_fast.shards import split_documents
 from tests import corpus
@@ -112,7 +113,10 @@ def test_every_format_gives_the_same_shards(config, tmp_path):
         (folder / f"{number:04d}.txt").write_text(text, encoding="utf-8", newline="")
     build(config, tmp_path / "set")
     for source in ("a.jsonl.zst", "a.jsonl.gz", "a.zst", "blank.jsonl", "texts"):
-        build(dataclasses.replace(config, documents=(tmp_path / source,)), tmp_path / f"set {source}")
+        seen = []
+        build(dataclasses.replace(config, documents=(tmp_path / source,)), tmp_path / f"set {source}", lambda *done: seen.append(done))
+        size = sum(path.stat().st_size for path in find_files([tmp_path / source]))
+        assert seen == sorted(seen) and seen[-1] == (size, size), "progress ends with the last byte of all files"
         for split in shards.SPLITS:
             assert np.array_equal(tokens_of(tmp_path / "set", split), tokens_of(tmp_path / f"set {source}", split))
 

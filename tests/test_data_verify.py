@@ -191,6 +191,15 @@ def test_the_source_may_stand_in_two_places(sets, tmp_path):
     assert_found(report, "source", "fineweb_val_000000.bin")
 
 
+def test_the_source_is_compared_to_its_last_byte(sets, tmp_path):
+    documents = corpus.write_jsonl(tmp_path / "d.jsonl", ["One.", "Two, with a space at its end. ", "Three is for training.", " Four."])
+    build(BuildConfig((documents,), sets / "caseops.model", val_documents=2, processes=1), tmp_path / "set")
+    report = verify(tmp_path / "set", dataclasses.replace(CONFIG, documents=(documents,)))
+    assert report.is_ok, report.findings
+    seen = "4 documents, 62 bytes of text; tokens count 60 (2 documents lost white space at their ends)"
+    assert report.checks["source"] == seen
+
+
 def test_public_sets_are_recognised_by_tokens_and_bytes(sets, monkeypatch):
     own = verify(sets / "caseops", CONFIG).certificate
     known = PublicSet("mine", corpus.VOCAB_SIZE, True, own["scored tokens (rows of 2048)"], own["scored bytes"] + 2, bytes_tolerance=2)
@@ -198,7 +207,20 @@ def test_public_sets_are_recognised_by_tokens_and_bytes(sets, monkeypatch):
     assert verify(sets / "caseops", CONFIG).certificate["validation set"] == "the public mine set"
     monkeypatch.setattr("pgolf_fast.data_verify.PUBLIC_SETS", (dataclasses.replace(known, bytes_tolerance=1),))
     assert "scored bytes instead of" in verify(sets / "caseops", CONFIG).certificate["validation set"]
-    assert {known.name: known.scored_tokens for known in PUBLIC_SETS}["caseops8192"] == 47_851_520
+
+
+# (vocabulary, CaseOps) to scored tokens, bytes, and how exactly these are known: golden constants of the two specifications and the logs.
+LOGGED_SETS = {
+    (1024, False): (62_021_632, 151_080_363, 0),
+    (4096, False): (45_508_608, None, 0),
+    (8192, False): (40_540_160, None, 0),
+    (8192, True): (47_851_520, 151_074_499, 2),
+}
+
+
+def test_the_public_sets_are_those_of_the_logs():
+    known = {(s.vocab_size, s.is_caseops): (s.scored_tokens, s.scored_bytes, s.bytes_tolerance) for s in PUBLIC_SETS}
+    assert known == LOGGED_SETS
 
 
 def test_without_a_tokenizer_the_rest_is_still_checked(folder):
