@@ -481,15 +481,36 @@ def test_forward_is_one_graph():
         (dict(num_heads=7), "model.num_heads: 7 does not divide model_dim 512"),
         (dict(num_kv_heads=3), "model.num_kv_heads: 3 does not divide"),
         (dict(num_layers=0), "model.num_layers: expected at least 1"),
-        (dict(rope_dims=65), "model.rope_dims: expected an even number up to the head width 64"),
+        (dict(vocab_size=0), "model.vocab_size: expected at least 1"),
+        (dict(mlp_mult=0.001), "model.mlp_mult: the MLP would have no hidden unit"),
+        (dict(rope_dims=15), "model.rope_dims: expected an even number up to the head width 64"),
+        (dict(rope_dims=66), "model.rope_dims: expected an even number up to the head width 64"),
+        (dict(rope_dims=2, rope_train_seq_len=1024), "model.rope_dims: the NTK rule needs more than 2 rotating dimensions"),
+        (dict(rope_yarn=True), "model.rope_yarn: needs rope_train_seq_len"),
+        (dict(logit_softcap=0.0), "model.logit_softcap: expected > 0"),
+        (dict(ve_layers=(-1,), value_embed=True), "model.ve_layers: there is no block -1"),
         (dict(ve_layers=(11,), value_embed=True), "model.ve_layers: there is no block 11"),
         (dict(num_loops=2, loop_start=5, loop_end=3), "model.loop_end: there is no loop from block 5 to 3"),
         (dict(parallel_start=2), "model.parallel_start: block 2 lies in the loop or in the first half"),
         (dict(num_loops=1, loop_start=7, loop_end=9, parallel_start=8), "model.parallel_start: block 8 lies in the loop"),
         (dict(bigram_buckets=1), "model.bigram_buckets: needs at least 2"),
         (dict(gate_window=0), "model.gate_window: expected 1 to 512"),
+        (dict(gate_window=513), "model.gate_window: expected 1 to 512"),
     ],
 )
 def test_impossible_models_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         ModelConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rope_dims=64, gate_window=512),
+        dict(rope_dims=2),
+        dict(num_loops=1, loop_start=10, loop_end=10),
+        dict(num_loops=1, loop_start=4, loop_end=4, parallel_start=5),
+    ],
+)
+def test_the_last_possible_value_is_accepted(changes):
+    ModelConfig(**changes)
