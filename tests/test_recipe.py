@@ -236,6 +236,12 @@ def test_mistakes_on_the_command_line(override, message):
         resolve("base", override)
 
 
+@pytest.mark.parametrize("field", ["batch_tokens", "micro_batches", "seq_len", "val_batch_tokens", "log_every", "cu_seqlens_entries"])
+def test_what_is_divided_by_is_at_least_1(field):
+    with pytest.raises(UserError, match=f"train.{field}: expected at least 1, got 0"):
+        resolve("base", f"train.{field}=0")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
