@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -407,7 +408,11 @@ def test_steps_still_on_the_device_are_training_time(data, tmp_path):
     trainer.run()
     assert {name: s for name, s in trainer.clock.ledger_s.items() if name != "set-up" and s} == {"train": 8, "validate": 250}
     events = runlog.events(tmp_path / "run")
-    assert [e["ms_per_step"] for e in events if e["event"] == "speed"] == [0.0] + 7 * [1000.0]
+    speeds = [(e["ms_per_step"], e["tokens_per_s"]) for e in events if e["event"] == "speed"]
+    assert speeds == [(0.0, 0.0)] + 7 * [(1000.0, 256.0)]
+    text = (tmp_path / "run" / "log.txt").read_text()
+    for step, kind in ((3, "train"), (3, "val"), (8, "train"), (8, "val")):
+        assert re.search(rf"^step:{step}/8 {kind}_loss:.* train_time:{step}000ms step_avg:1000.00ms$", text, re.MULTILINE)
     plans = [schedule.lr_factor(trainer.recipe.schedule, step, 0.0) for step in range(8)]
     assert [e["lr_factor"] for e in events if e["event"] == "step"] == plans and plans[-1] < plans[0]
 
@@ -476,8 +481,10 @@ def test_what_is_wrong_with_a_run_is_said(data, tmp_path, monkeypatch):
         make("", tmp_path / "a")
     with pytest.raises(UserError, match="train.stop_reserve_seconds: 4.0 leaves no time of 3.0 s"):
         make(data, tmp_path / "a", "schedule.max_wallclock_seconds=5", "schedule.reserve_seconds=2", "train.stop_reserve_seconds=4")
+    parameters = sum(p.numel() for p in make(data, tmp_path / "room").model.parameters())
     with monkeypatch.context() as full, pytest.raises(UserError, match="run folder: 0.00 GB are free"):
-        full.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+        # A byte less than three checkpoints of four float32 numbers a parameter.
+        full.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=3 * 4 * 4 * parameters - 1))
         make(data, tmp_path / "a")
     with pytest.raises(UserError, match="resume: no run in .*b; correct train.run_id"):
         make(data, tmp_path / "b", resume=True)
