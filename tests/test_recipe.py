@@ -288,6 +288,8 @@ def test_strangers_in_the_environment_are_let_be():
     other_stages = """LQER_RANK COMPRESSOR GPTQ_ENABLED MIXED_QUANT QUANT_EMBED DATA_DIR ARTIFACT_DIR"""
     strangers = dict.fromkeys((ordinary + " " + other_stages).split(), "something")
     strangers |= dict(MODEL_DIR="/opt/model", EMBED_LR="0.6", TIE_EMBEDDINGS="1", matrix_lrs="lower case is no name of the challenge")
+    # Three letters from ITERATIONS: two left out or added and one another, three others.
+    strangers |= dict.fromkeys(("ITERAXIS", "ITEXATIONSAB", "ITEXAXIOXS"), "5")
     assert resolve("base", **strangers).values() == resolve("base").values()
 
 

@@ -66,6 +66,8 @@ def test_a_token_outside_the_vocabulary_is_refused_with_its_offset(shard):
     assert len(open_shard(shard, vocab_size=1000)) == 1000
     with pytest.raises(ShardError, match=rf"byte {HEADER_BYTES + 2 * 700}: token 700 is outside the vocabulary of 700"):
         open_shard(shard, vocab_size=700)
+    with pytest.raises(ShardError, match=rf"byte {HEADER_BYTES + 2 * 999}: token 999 is outside the vocabulary of 999"):
+        shards.check_vocabulary(shard, TOKENS, vocab_size=999, block=300)
 
 
 def test_names_are_strict(tmp_path):
