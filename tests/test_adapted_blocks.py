@@ -17,6 +17,8 @@ MODELS = {
     "no gate, no depth scale, XSA nowhere": ("caseops-1934", {"attn_gate": False, "ln_scale": False, "xsa_last_n": 0}),
     "a skip into the last visit": ("caseops-1934", {"num_layers": 10, "num_loops": 0, "parallel_start": 0}),
     "a skip into the last visit, two lanes": ("caseops-1934", {"num_layers": 10, "num_loops": 0, "parallel_start": 7}),
+    "two lanes in the last visit alone": ("caseops-1934", {"parallel_start": 10}),
+    "and a skip into it": ("caseops-1934", {"num_layers": 10, "num_loops": 0, "parallel_start": 9}),
     "one block": ("caseops-1934", {"num_layers": 1, "num_loops": 0, "parallel_start": 0, "loop_start": 0, "loop_end": 0}),
 }
 
