@@ -279,24 +279,31 @@ def test_what_a_run_began_with_need_not_be_said_again(data, tmp_path):
 
 def test_checkpoints_follow_the_training_clock(data, tmp_path, monkeypatch):
     """Whoever says nothing loses two minutes to a kill, not the run."""
-    trainer, seconds, steps = make(data, tmp_path / "run", "train.warmup_steps=0"), [0.0], []
-    trainer.clock._now = lambda: seconds[0]
-    take_step = trainer.take_step
+    seconds, steps, save = [0.0], [], checkpoint.save
 
-    def take_slowly(batches, plan):
-        seconds[0] += 50
-        return take_step(batches, plan)
+    def make_slow(*overrides, **how):
+        trainer = make(data, tmp_path / "run", "train.warmup_steps=0", *overrides, **how)
+        trainer.clock._now, take_step = lambda: seconds[0], trainer.take_step
+
+        def take_slowly(batches, plan):
+            seconds[0] += 50
+            return take_step(batches, plan)
+
+        trainer.take_step = take_slowly
+        return trainer
 
     def slow_save(folder, step, tensors, state):
         seconds[0] += 1000  # off the training clock
         steps.append(step)
+        return save(folder, step, tensors, state)
 
-    trainer.take_step = take_slowly
     monkeypatch.setattr(checkpoint, "save", slow_save)
-    trainer.run()
+    make_slow().run()
     assert steps == [3, 6, 8]  # 150 s after the last, and at the end
+    make_slow("schedule.iterations=12", resume=True).run()
+    assert steps == [3, 6, 8, 11, 12]  # 150 s after the one that it resumed
     make(data, tmp_path / "none", "train.checkpoint_seconds=0").run()
-    assert steps == [3, 6, 8, 8]
+    assert steps == [3, 6, 8, 11, 12, 8]
 
 
 def test_a_resumed_run_has_the_time_that_is_left(data, tmp_path):
