@@ -474,7 +474,8 @@ def exact_gradients(optimizer, step, piece):
     return {name: (torch.randint(-8, 9, p.shape, generator=rng) / 1024).to(p.dtype) for name, p in optimizer.params.items()}
 
 
-RECIPES = ("legal-ttt-691", "caseops-1934")
+# Gradients clipped as one; clipped piece by piece and averaged in bfloat16; the same in float32.
+RUNS = {"legal-ttt-691": {}, "caseops-1934": {}, "caseops-1934, float32 momenta": {"muon_dtype": "float32"}}
 
 
 def train_as_rank(rank, folder, ports):
@@ -485,7 +486,7 @@ def train_as_rank(rank, folder, ports):
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             assert dist.start("cpu") == torch.device("cpu")
             assert (dist.rank(), dist.world_size()) == (rank, ranks)
-            for name in RECIPES:
+            for name in RUNS:
                 train(rank, ranks, name, folder)
             dist.stop()
 
@@ -500,7 +501,8 @@ def train(rank, ranks, name, folder):
     """PIECES micro-batches a step in all, dealt to the ranks in turn; the first rank writes what came out."""
     result = {}
 
-    model, config = small(name, grad_clip_norm=0.0)
+    recipe_name, changes = name.partition(",")[0], RUNS[name]
+    model, config = small(recipe_name, grad_clip_norm=0.0, **changes)
     optimizer = Optimizer(model, config, num_micro_batches=PIECES // ranks)
     for step, plan in enumerate(STEPS):
         for piece in range(PIECES)[rank::ranks]:
@@ -516,7 +518,7 @@ def train(rank, ranks, name, folder):
     optimizer.load_state_dict(state)
     assert all(torch.equal(t, optimizer.state_dict()[key]) for key, t in state.items() if key.startswith(("muon", "adam")))
 
-    model, config = small(name, grad_clip_norm=0.1)
+    model, config = small(recipe_name, grad_clip_norm=0.1, **changes)
     model.float()  # no bfloat16 tables, whose gradients are summed in bfloat16 and so shift the norm
     optimizer = Optimizer(model, config, num_micro_batches=PIECES // ranks)
     tokens = torch.randint(0, 40, (PIECES, 1, 32), generator=torch.Generator().manual_seed(3))
@@ -545,11 +547,11 @@ def trained(tmp_path_factory):
     """What each number of ranks made of each recipe."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(train_as_rank, (folder, {ranks: free_port() for ranks in (1, 2, 4)}), 4)
-    return {(name, ranks): torch.load(folder / f"{name}-{ranks}.pt") for name in RECIPES for ranks in (1, 2, 4)}
+    return {(name, ranks): torch.load(folder / f"{name}-{ranks}.pt") for name in RUNS for ranks in (1, 2, 4)}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", RUNS)
 def test_ranks_agree(trained, name, ranks):
     """1, 2 and 4 ranks at an equal batch; two matrices in a bank leave some ranks with padding only.
 
