@@ -237,6 +237,7 @@ def test_resuming_is_exact(data, tmp_path, changes, averaged):
     resumed = make(data, tmp_path / "stopped", *settings, resume=True).run()
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
     assert make(data, tmp_path / "stopped", *settings, resume=True).run() == resumed  # from its end on
+    assert [e["step"] for e in runlog.events(tmp_path / "stopped") if e["event"] == "resume"] == [6, 8]
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(data, tmp_path):
@@ -399,7 +400,8 @@ def test_what_only_rank_0_does_is_no_training_time_of_the_others(data, tmp_path,
 
 def test_steps_still_on_the_device_are_training_time(data, tmp_path):
     """On a clock that only waiting for a loss and validation move: whatever the loop is about to do, the wait is training's."""
-    trainer = make(data, tmp_path / "run", "train.val_every=3", "train.checkpoint_every=2", "train.warmup_steps=0")
+    settings = ("train.val_every=3", "train.checkpoint_every=2", "train.warmup_steps=0", "schedule.iterations=7")
+    trainer, told = make(data, tmp_path / "run", *settings), []
     seconds, get, validate = [0.0], trainer.losses.get, trainer.validate
     trainer.clock._now, trainer.run_ahead = lambda: seconds[0], 2
 
@@ -412,15 +414,16 @@ def test_steps_still_on_the_device_are_training_time(data, tmp_path):
         return validate()
 
     trainer.losses.get, trainer.validate = wait, validate_slowly
-    trainer.run()
-    assert {name: s for name, s in trainer.clock.ledger_s.items() if name != "set-up" and s} == {"train": 8, "validate": 250}
+    trainer.run(lambda *progress: told.append(progress))
+    assert {name: s for name, s in trainer.clock.ledger_s.items() if name != "set-up" and s} == {"train": 7, "validate": 250}
     events = runlog.events(tmp_path / "run")
     speeds = [(e["ms_per_step"], e["tokens_per_s"]) for e in events if e["event"] == "speed"]
-    assert speeds == [(0.0, 0.0)] + 7 * [(1000.0, 256.0)]
+    assert speeds == [(0.0, 0.0)] + 6 * [(1000.0, 256.0)]
+    assert told == [(step, loss, 1000.0 * (step > 1)) for step, loss in losses(tmp_path / "run").items()]
     text = (tmp_path / "run" / "log.txt").read_text()
-    for step, kind in ((3, "train"), (3, "val"), (8, "train"), (8, "val")):
-        assert re.search(rf"^step:{step}/8 {kind}_loss:.* train_time:{step}000ms step_avg:1000.00ms$", text, re.MULTILINE)
-    plans = [schedule.lr_factor(trainer.recipe.schedule, step, 0.0) for step in range(8)]
+    for step, kind in ((3, "train"), (3, "val"), (7, "train"), (7, "val")):
+        assert re.search(rf"^step:{step}/7 {kind}_loss:.* train_time:{step}000ms step_avg:1000.00ms$", text, re.MULTILINE)
+    plans = [schedule.lr_factor(trainer.recipe.schedule, step, 0.0) for step in range(7)]
     assert [e["lr_factor"] for e in events if e["event"] == "step"] == plans and plans[-1] < plans[0]
 
 
@@ -431,7 +434,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_evidence(data, tmp_p
     with pytest.raises(UserError, match="the loss of step 5 is inf; the weights as they were after step 5 .*no checkpoint"):
         trainer.run()
     assert checkpoint.load(tmp_path / "run" / "evidence" / "weights.safetensors")[1]["step"] == 5
-    assert runlog.events(tmp_path / "run")[-1]["event"] == "not_finite"
+    last = runlog.events(tmp_path / "run")[-1]
+    assert (last["event"], last["step"], last["train_loss"]) == ("not_finite", 5, "inf")
 
 
 @pytest.mark.parametrize("changes, of", [(("optim.ema=false",), "weights of the last step"), ((), "exponential moving average.*")])
