@@ -1,5 +1,6 @@
 """Run folders read back, and the page that `pgolf report` makes of them."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -146,13 +147,30 @@ def test_the_curves_are_the_events(two_runs):
     with matplotlib.rc_context(run_report.STYLE):
         by_step = run_report._loss(figure_class, runs, "step", "step").axes[0]
         by_clock = run_report._loss(figure_class, runs, "train_s", "s").axes[0]
-    logged, _, held, *second = by_step.lines
+    logged, smooth, held, *_ = by_step.lines
     assert list(logged.get_ydata()) == [e["train_loss"] for e in runs[0].steps]
+    assert smooth.get_ydata()[-1] == pytest.approx(2 + sum(4 / number for number in range(96, 101)) / 5), "of a twentieth of the run"
     assert list(held.get_xydata()[0]) == [100, 2.5]
     assert list(by_clock.lines[0].get_xdata()) == [e["train_s"] for e in runs[0].steps]
     assert [line.get_text() for line in by_step.get_legend().get_texts()] == ["one", "two"]
     low, high = by_step.get_ylim()
     assert low < 2.04 and 2.6 < high < 6, "the frame shows the run, not its first steps"
+    worse = dataclasses.replace(runs[1], steps=[e | {"train_loss": e["train_loss"] + 3} for e in runs[1].steps])
+    for both in ([runs[0], worse], [worse, runs[0]]):
+        low, high = run_report._loss(figure_class, both, "step", "step").axes[0].get_ylim()
+        assert low < 2.04 and 5.6 < high, "the frame shows every run"
+
+
+def test_the_bars_are_the_bytes_of_the_ledger(two_runs):
+    _, figure_class = run_report._matplotlib()
+    axes = run_report._sizes(figure_class, two_runs[0]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["metadata", "scales, unquantized", "code, wrapped", "tok_emb"]
+    for bars, name in zip(axes.containers, ("one", "two"), strict=True):
+        assert bars.get_label() == name and [bar.get_width() for bar in bars] == [40, 300, 2000, 5000]
+        rows = [bar.get_y() + bar.get_height() / 2 for bar in bars]
+        assert [round(row) for row in rows] == [0, 1, 2, 3]
+    unpacked = dataclasses.replace(two_runs[0][0], sizes={})
+    assert "sizes" in run_report.draw([unpacked, two_runs[0][1]])
 
 
 def test_the_same_runs_give_the_same_bytes(two_runs):
