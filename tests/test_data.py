@@ -219,10 +219,12 @@ def test_faults_reach_the_consumer_at_their_batch(tmp_path):
     loader.close()
 
 
-def test_training_on_shards_needs_no_codec():
+def test_who_trains_on_shards_needs_no_codec_and_may_end_without_closing_them(tmp_path):
+    make_shards(tmp_path, [900])
     heavy = "('rich', 'tyro', 'zstandard', 'pyarrow', 'huggingface_hub')"
-    code = f"import sys, pgolf_fast.data; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    read = "loader = data.Loader(data.ContinuousStream(sys.argv[1], 50)); next(loader)"
+    code = f"import sys; from pgolf_fast import data; {read}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
 
