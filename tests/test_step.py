@@ -57,6 +57,28 @@ def test_replayed_steps_are_the_launched_ones(name, packed):
         assert (weight.float() - replayed_weights[key].float()).norm() <= 0.05 * weight.float().norm() + 1e-3, key
 
 
+def test_a_step_is_the_mean_loss_and_an_update_under_its_plan():
+    """Against the model and the optimizer driven by hand; the plans' rate, momentum, loop and quantised weights all change."""
+    settings = recipe.resolve("caseops-1934", SMALL, environ={}).recipe
+    model, twin = (GPT(settings.model, 0, stream_dtype=torch.float32).float() for _ in range(2))
+    step, alone = Step(model, Optimizer(model, settings.optim, 2), 32), Optimizer(twin, settings.optim, 2)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(3):
+        plan = StepPlan(1 - i / 4, 0.9 + i / 50, i > 0, i > 1, False)
+        rows = torch.randint(2, 256, (2, 2, 33), generator=generator)
+        micro_batches = [(part[:, :-1], part[:, 1:]) for part in rows]
+        expected = [twin(*pair, looped=plan.looped, fake_quant=plan.fake_quant) for pair in micro_batches]
+        found = step.run([Batch(inputs.flatten(), targets.flatten(), None, i) for inputs, targets in micro_batches], plan)
+        assert found.item() == pytest.approx(sum(loss.item() for loss in expected) / 2, rel=1e-6)
+        for loss in expected:
+            loss.backward()
+            alone.collect()
+        alone.set(plan)
+        alone.step()
+        for name, p in model.named_parameters():
+            assert torch.equal(p, twin.get_parameter(name)), name
+
+
 AWKWARD = {
     "one document": [0, 256],
     "documents of one token": range(257),
