@@ -486,9 +486,20 @@ def train_as_rank(rank, folder, ports):
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             assert dist.start("cpu") == torch.device("cpu")
             assert (dist.rank(), dist.world_size()) == (rank, ranks)
+            check_collectives(rank, ranks)
             for name in RUNS:
                 train(rank, ranks, name, folder)
             dist.stop()
+
+
+def check_collectives(rank, ranks):
+    """On the numbers of the ranks."""
+    mean, largest = torch.tensor([float(rank), 1.0]), torch.tensor([rank, -rank])
+    dist.mean_(mean).wait()
+    dist.max_(largest)
+    assert mean.tolist() == [(ranks - 1) / 2, 1.0] and largest.tolist() == [ranks - 1, 0]
+    assert dist.gather_objects(rank) == list(range(ranks))
+    assert dist.any_rank(rank == ranks - 1, "cpu") and not dist.any_rank(False, "cpu")
 
 
 def free_port() -> int:
