@@ -148,6 +148,26 @@ def test_offline_uses_the_cache_and_says_what_it_lacks(hub, tmp_path):
         fetch(hub, tmp_path / "again", train_shards=2, offline=True)
 
 
+def test_a_folder_on_another_file_system_gets_copies(hub, tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError("cross-device link")
+
+    monkeypatch.setattr(data_get.os, "link", refuse)
+    fetch(hub, tmp_path / "set", train_shards=1)
+    name = "fineweb_train_000000.bin"
+    assert (tmp_path / "set" / name).read_bytes() == hub.files[f"{FOLDER}/{name}"]
+    assert not list((tmp_path / "set").glob("*.partial"))
+
+
+def test_repository_and_root_may_be_said_by_the_environment(hub, tmp_path, monkeypatch):
+    hub.files = {name.replace("datasets/", "mine/", 1): body for name, body in hub.files.items()}
+    monkeypatch.setenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "mine")
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "a/b")
+    result = fetch(hub, tmp_path / "set", train_shards=0)
+    assert result["repo"] == "a/b" and "tokenizer.model" in result["files"]
+    assert fetch(hub, tmp_path / "set", train_shards=0, repo="c/d")["repo"] == "c/d", "what is said beats the environment"
+
+
 def test_wrong_requests_are_named(hub, tmp_path):
     with pytest.raises(UserError, match="publishes 3"):
         fetch(hub, tmp_path / "set", train_shards=4)
