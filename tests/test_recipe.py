@@ -228,6 +228,7 @@ def test_values_from_text():
         ("optim.embed_wd=x", "optim.embed_wd: expected float or none"),
         ("model.num_heads=7", "model.num_heads: 7 does not divide model_dim 512"),
         ("optim.muon_tensors=qoo", "optim.muon_tensors: 'qoo' matches no parameter"),
+        ("train.seq_len=1000", "train.batch_tokens: 786432 is no multiple of micro_batches x seq_len, 8000"),
         ("train.micro_batches=5", "train.batch_tokens: 786432 is no multiple of micro_batches x seq_len, 10240"),
     ],
 )
