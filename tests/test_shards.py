@@ -96,13 +96,16 @@ def test_a_failure_leaves_no_shard_behind(tmp_path):
     with pytest.raises(RuntimeError):
         with ShardFile(path) as shard:
             shard.append(TOKENS)
+            assert not path.exists(), "nor would a kill leave one here"
             raise RuntimeError
     assert not list(tmp_path.iterdir())
 
 
 def test_values_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="65535"):
-        write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 70000]))
+        write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 65536]))
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.array([0, 65535]))
+    assert open_shard(tmp_path / "fineweb_val_000000.bin").tolist() == [0, 65535]
 
 
 def test_missing_folder_and_missing_split_are_named(tmp_path):

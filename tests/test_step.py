@@ -69,6 +69,7 @@ def test_a_step_is_the_mean_loss_and_an_update_under_its_plan():
         micro_batches = [(part[:, :-1], part[:, 1:]) for part in rows]
         expected = [twin(*pair, looped=plan.looped, fake_quant=plan.fake_quant) for pair in micro_batches]
         found = step.run([Batch(inputs.flatten(), targets.flatten(), None, i) for inputs, targets in micro_batches], plan)
+        assert not found.requires_grad, "it would keep the activations"
         assert found.item() == pytest.approx(sum(loss.item() for loss in expected) / 2, rel=1e-6)
         for loss in expected:
             loss.backward()
