@@ -200,6 +200,8 @@ def test_the_ways_that_the_referee_closes():
     ("build", "message"),
     [
         (lambda gpt: EvalConfig(seq_len=32, stride=33), "eval.stride: expected 1 to eval.seq_len 32, got 33"),
+        (lambda gpt: EvalConfig(stride=0), "eval.stride: expected at least 1, got 0"),
+        (lambda gpt: EvalConfig(batch_tokens=0), "eval.batch_tokens: expected at least 1, got 0"),
         (lambda gpt: SlidingWindow(gpt, 32, 7, 96, True), "eval.published_tail: needs a stride that divides"),
         (lambda gpt: ScoreFirstSgd(gpt, 32, 8, 96, dataclasses.replace(TTT, chunk_tokens=48)), "ttt.chunk_tokens: 48 is no multiple"),
         (lambda gpt: ScoreFirstSgd(gpt, 32, 8, 96, dataclasses.replace(TTT, freeze_blocks=5)), "ttt.freeze_blocks: 5 of a model with 4"),
@@ -267,6 +269,10 @@ def test_saving_is_no_scoring(tmp_path, monkeypatch):
     _, evaluator, referee = make("sliding")
     outcome = evaluate(evaluator, referee, SavedState(tmp_path, {}, every_s=-1.0))
     assert (outcome.scoring_s, outcome.practice_s) == (0, 40)  # four chunks
+    _, evaluator, referee = make("sliding")
+    seconds_of_asking = iter(range(1, 5))
+    outcome = evaluate(evaluator, referee, must_stop=lambda: seconds.__setitem__(0, seconds[0] + next(seconds_of_asking)))
+    assert (outcome.scoring_s, outcome.practice_s) == (10, 10)  # nothing is saved
 
 
 def test_a_state_of_another_evaluation_is_refused(tmp_path):

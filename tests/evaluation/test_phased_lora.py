@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pgolf_fast import recipe
 from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
-from pgolf_fast.evaluation.phased_lora import PhasedLora, PhasedLoraConfig, chunk_windows, plan
+from pgolf_fast.evaluation.phased_lora import PhasedLora, PhasedLoraConfig, chunk_windows, plan, tokens_read
 from pgolf_fast.evaluation.referee import Referee
 from tests import model_oracle as oracle
 from tests.test_model import LOOPED_ORDER, random_model, small
@@ -247,6 +247,11 @@ def test_a_pause_waits_for_batches_that_have_begun():
         [(0, 3), (1, 2), (2, 1), (2, 0)],
     ]
     assert [phase.learned.tolist() for phase in phases] == [[4, 5], [4, 5, 6, 7], []]
+
+
+def test_a_batch_reads_the_rows_of_its_longest_document():
+    config = dataclasses.replace(BIG, chunk_tokens=10, window_tokens=25)
+    assert [tokens_read(np.array(lengths), config) for lengths in ([10], [11], [23, 4], [50, 23, 1])] == [10, 30, 2 * 55, 3 * (30 + 3 * 25)]
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.integers(1, 20), st.integers(20, 90))

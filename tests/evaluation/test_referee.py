@@ -114,7 +114,8 @@ def test_no_position_is_scored_twice(referee):
     with pytest.raises(OrderError, match="position 14 is scored already"):
         referee.score(Windows([0, 0], [12, 14], [16, 18]))  # within one batch
     with pytest.raises(OrderError, match="windows end at 201, the stream at 200"):
-        referee.score(Windows([150], [190], [201]))
+        referee.score(Windows([150, 30], [190, 40], [201, 50]))
+    referee.score(Windows([150, 30], [190, 40], [200, 50]))
 
 
 def test_only_the_named_option_scores_again(gpt, referee):
