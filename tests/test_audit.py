@@ -323,6 +323,14 @@ def test_what_is_seen_of_a_forward_are_its_losses():
     assert best.max() < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 9), (1, 3, 48), (1, 1, 9, 48)], ids=str)
+def test_what_a_forward_returns_beside_logits_of_its_tokens_tells_no_losses(shape):
+    stream = make_stream()
+    forward = watch.Forward(0, stream.tokens[None, :9], None, None, torch.zeros(shape), False)
+    (seen,) = watch.in_stream([forward], stream)
+    assert seen.positions.tolist() == list(range(9)) and seen.losses is None
+
+
 def test_forgetting_undoes_learning():
     stream = make_stream()
     honest = of_function("honest", fixtures.honest)

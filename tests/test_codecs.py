@@ -119,6 +119,13 @@ def test_estimate_is_the_size():
     assert codec.estimate(matrices, b"rest" * 50) == pytest.approx(size, rel=2e-3)
 
 
+def test_rare_rows_at_both_ends_share_and_count_in_their_neighbours_histogram():
+    """A thousandth of the rows each; their values occur nowhere else, so a histogram without them could hardly say them."""
+    m = np.full((20_000, 10), 8, np.int8)
+    m[::1000], m[1::1000] = 0, 127
+    assert round_trip("range", [Matrix("a", m)], b"") < entropy_bytes(m) * 1.01 + 60
+
+
 def test_levels_are_six_to_an_octave_and_do_not_depend_on_floating_point():
     assert _levels(np.array([1, 2, 4, 8]), 1).tolist() == [60, 66, 72, 78]
     assert _levels(np.array([0, 10**9]), 1).tolist() == [0, 109]
@@ -162,6 +169,12 @@ def test_lrzip_sorts_only_the_published_roles():
         assert len(brotli.decompress(stream[4 : 4 + length])) == (100 if is_sorted else 0)
 
 
+def test_lrzip_takes_rows_whose_places_fit_16_bits():
+    assert codecs.Lrzip().encode_role("mlp.proj", [np.zeros((2**16, 0), np.int8)])
+    with pytest.raises(ValueError, match="a row's place must fit 16 bits"):
+        codecs.Lrzip().encode_role("mlp.proj", [np.zeros((2**16 + 1, 0), np.int8)])
+
+
 def test_a_missing_program_is_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="apt install lrzip"):
@@ -188,6 +201,9 @@ def test_bombs_are_refused_before_they_grow():
     frame = bytes.fromhex("28b52ffd 80 a8") + struct.pack("<I", 100) + bytes([1, 0, 0])
     with pytest.raises(ValueError, match="window of 2147483648 bytes"):
         Zstd(()).decompress(frame, 100)
+    # Level 22's own window, exponent 17 above 2^10, with 100 bytes in one raw block: the longest that is taken.
+    frame = bytes.fromhex("28b52ffd 80 88") + struct.pack("<I", 100) + (100 << 3 | 1).to_bytes(3, "little") + bytes(range(100))
+    assert Zstd(()).decompress(frame, 100) == bytes(range(100))
 
 
 @needs_lrzip

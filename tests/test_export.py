@@ -78,9 +78,11 @@ def test_another_recipe_is_refused(tmp_path):
 def test_files_without_a_model_are_refused(tmp_path):
     with pytest.raises(UserError, match="artifact: cannot read"):
         load_model(tmp_path / "none")
-    (tmp_path / "a").write_bytes(pack({"x": torch.ones(3)}))
-    with pytest.raises(UserError, match="does not say which recipe its weights are of"):
-        load_model(tmp_path / "a")
+    described = metadata("legal-ttt-691", resolve("legal-ttt-691").recipe)
+    for part in ({}, {"recipe": described["recipe"]}, {"settings": described["settings"]}, {"recipe": 691, "settings": {}}):
+        (tmp_path / "a").write_bytes(pack({"x": torch.ones(3)}, metadata=part))
+        with pytest.raises(UserError, match="does not say which recipe its weights are of"):
+            load_model(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
