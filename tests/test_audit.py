@@ -331,6 +331,17 @@ def test_what_a_forward_returns_beside_logits_of_its_tokens_tells_no_losses(shap
     assert seen.positions.tolist() == list(range(9)) and seen.losses is None
 
 
+def test_a_forward_whose_arguments_are_named_is_seen_too():
+    def by_name(model, stream):
+        with torch.no_grad():
+            return model(tokens=stream.tokens[None, :-1], targets=stream.tokens[None, 1:], reduction="none")[0]
+
+    stream = make_stream()
+    run = function(by_name).run(stream)
+    (seen,) = watch.in_stream(run.forwards, stream)
+    assert seen.positions.tolist() == list(range(len(stream))) and seen.losses.tolist() == run.answer.losses.tolist()
+
+
 def test_forgetting_undoes_learning():
     stream = make_stream()
     honest = of_function("honest", fixtures.honest)

@@ -307,6 +307,13 @@ def test_losses_come_before_the_update_that_they_cause():
         )
 
 
+def test_rows_are_as_long_as_their_chunk_needs():
+    model, lengths = model_of(), []
+    model.register_forward_hook(lambda _, arguments, logits: lengths.append(arguments[0].shape[1]))
+    evaluate(validation_of([30]), model=model)
+    assert lengths == [6, 9, 12, 15, 15, 15, 15, 15]  # 4, 8, 12, then the window's 14, in multiples of 3
+
+
 def test_by_the_adapted_blocks_it_is_the_same():
     """Updates, pauses and all, in float64: the node that serves a GPU, by its formulas."""
     validation = validation_of()
