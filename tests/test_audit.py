@@ -64,6 +64,15 @@ def test_our_evaluators_pass(name):
     assert "of 260 losses traced" in found["score-before-update"].evidence
 
 
+@pytest.mark.parametrize(("name", "learns"), [("sliding", False), ("score-first-sgd", True), ("phased-lora", True)])
+def test_our_evaluators_are_audited_while_their_weights_change(name, learns):
+    settings = subjects.recipe.overridden(subjects.default_settings(), (f"eval.evaluator={name}",))
+    forwards = subjects.of_recipe("small", settings).run(make_stream()).forwards
+    steps = [i for i, forward in enumerate(forwards) if forward.targets is not None]  # for logits alone the referee asks
+    assert bool(steps) == learns
+    assert not learns or any(forward.targets is None for forward in forwards[steps[0] :]), "nothing is scored afterwards"
+
+
 def test_the_published_self_distillation_is_caught_by_name():
     """PR #379 carried it switched off: it learns from the whole text before a legal evaluator scores it."""
     settings = subjects.recipe.overridden(subjects.default_settings(), ("sdttt.enabled=true", "sdttt.lr=0.05", "eval.evaluator=plain"))
@@ -170,6 +179,24 @@ def test_the_same_cheat_without_distributions_is_caught_by_summing():
         return fixtures.target_reading_ngram(model, stream).losses
 
     assert "normalisation" in broken(verdicts(function(hidden)))
+
+
+def test_losses_that_are_not_the_models_own_are_no_proof_of_learning_too_early():
+    def learns_and_mixes(model, stream):
+        found = []
+        for inputs, targets in fixtures._rows(stream, 64):
+            for step in range(2):
+                losses = F.cross_entropy(model(inputs[None])[0], targets, reduction="none")
+                if step == 0:
+                    found.append(-(0.7 * (-losses.detach()).exp() + 0.3 / len(stream.pieces)).log())
+                gradients = torch.autograd.grad(losses.mean(), list(model.parameters()), allow_unused=True)
+                with torch.no_grad():
+                    for p, g in zip(model.parameters(), gradients):
+                        p.sub_(0.05 * g) if g is not None else None
+        return torch.cat(found)
+
+    found = verdicts(function(learns_and_mixes), "score_before_update")["score-before-update"]
+    assert found.verdict == UNTESTED and "losses are not the model's own" in found.evidence
 
 
 def test_losses_that_are_not_those_of_the_distributions_are_caught():
