@@ -1,5 +1,6 @@
 """Codecs: exact both ways, every shape, every refusal."""
 
+import hashlib
 import lzma
 import math
 import shutil
@@ -124,6 +125,18 @@ def test_rare_rows_at_both_ends_share_and_count_in_their_neighbours_histogram():
     m = np.full((20_000, 10), 8, np.int8)
     m[::1000], m[1::1000] = 0, 127
     assert round_trip("range", [Matrix("a", m)], b"") < entropy_bytes(m) * 1.01 + 60
+
+
+@pytest.mark.parametrize(("mode", "digest"), enumerate(["a924471ea30b", "26955ddb77a2", "3ca3dbb9d6c5", "3ab2fd7b4001"]))
+def test_a_stream_of_every_mode_is_what_it_always_was(mode, digest):
+    """Digests taken once, as for the artifact: files that are written must load forever."""
+    row, column = np.arange(96)[:, None], np.arange(64)[None, :]
+    m = ((row * 37 + column * 101) % 23 - 11) * (1 + row // 32) * (1 + column // 16) // 4
+    m = m.astype(np.int8)
+    stream = codecs._RangePlan([m, m[:50]], bool(mode & 1), bool(mode & 2)).encode()
+    one, other = Range().decode_role("a", stream, [(96, 64), (50, 64)])
+    assert stream[0] == mode and np.array_equal(one, m) and np.array_equal(other, m[:50])
+    assert hashlib.sha256(stream).hexdigest()[:12] == digest
 
 
 def test_levels_are_six_to_an_octave_and_do_not_depend_on_floating_point():

@@ -1,6 +1,7 @@
 """What an artifact says of the model that it holds, and the way back to that model."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch
 from pgolf_fast import recipe
 from pgolf_fast.artifact import pack, unpack
 from pgolf_fast.errors import UserError
-from pgolf_fast.export import load_model, metadata
+from pgolf_fast.export import load_model, metadata, read_run
 from pgolf_fast.model import GPT
 from pgolf_fast.quantize import PUBLISHED, dequantize, quantize
+from tests.finished_run import write_run
 
 SMALL = (
     "model.model_dim=64",
@@ -67,6 +69,14 @@ def test_no_path_of_the_training_machine_goes_along(tmp_path):
     described = unpack((tmp_path / "a").read_bytes()).metadata
     assert described["recipe"] == "legal-ttt-691" and described["settings"]["model.model_dim"] == 64
     assert "/home/someone" not in repr(described)
+
+
+def test_a_run_that_went_on_is_read_as_it_ended_last(tmp_path):
+    write_run(tmp_path, "legal-ttt-691")
+    with (tmp_path / "events.jsonl").open("a") as events:
+        events.write(json.dumps({"event": "end", "weights": "average", "ledger_s": {"train": 601.5}}) + "\n")
+    run = read_run(tmp_path)
+    assert (run.weights, run.train_s) == ("average", 601.5)
 
 
 def test_another_recipe_is_refused(tmp_path):

@@ -377,6 +377,7 @@ def test_variants_keep_their_bits_and_one_has_the_published_step(table):
             codes = only(variant, w, plain_rounding=True)[0].codes
             assert -(2 ** (variant.bits - 1)) <= int(codes.min()) and int(codes.max()) < 2 ** (variant.bits - 1), variant
             assert variant.short().startswith(f"{variant.bits} bits")
+            assert 2 ** (variant.bits - 1) - 1 == getattr(variant, "level", getattr(variant, "highest", None)), "all codes of the width"
 
 
 def test_settings_change_the_rules_of_gptq_alone():
@@ -389,5 +390,11 @@ def test_settings_change_the_rules_of_gptq_alone():
         assert (scheme.level, scheme.clip_sigmas) == (level, clip)
     for table, published in PUBLISHED.items():
         assert QuantizeConfig(table=table).rules() == published
-    with pytest.raises(UserError, match=r"quantize\.embed_bits: expected 2 to 8, got 9"):
-        QuantizeConfig(embed_bits=9)
+    widest = QuantizeConfig(table="caseops-1934", matrix_bits=2, embed_bits=8).rules()
+    assert [widest.rule_of(name, torch.empty(4, 4)).scheme.level for name in shapes] == [1, 1, 127]
+    for field, value in (("embed_bits", 9), ("matrix_bits", 1)):
+        with pytest.raises(UserError, match=rf"quantize\.{field}: expected 2 to 8, got {value}"):
+            QuantizeConfig(**{field: value})
+    for field in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "calibration_batches", "calibration_rows"):
+        with pytest.raises(UserError, match=rf"quantize\.{field}: expected more than 0, got 0"):
+            QuantizeConfig(**{field: 0})
