@@ -107,6 +107,13 @@ def test_published_tail(make):
     assert result.published.nats == pytest.approx(result.score.nats + sum(tails), rel=1e-6)
 
 
+@pytest.mark.parametrize("positions", [20, 32, 100])
+def test_windows_side_by_side_have_no_tail(positions):
+    gpt, validation = stream.model(), stream.validation(positions)
+    _, result = losses_of(SlidingWindow(gpt, WINDOW, WINDOW, 96, True), gpt, validation, allow_published_tail=True)
+    assert result.again.tokens == 0 and result.score.tokens == positions
+
+
 def test_a_stream_shorter_than_a_window():
     gpt, validation = stream.model(), stream.validation(20)
     losses, _ = losses_of(SlidingWindow(gpt, WINDOW, STRIDE, 96), gpt, validation)
