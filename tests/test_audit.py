@@ -324,6 +324,13 @@ def test_the_streams_bytes_are_those_of_its_text():
     assert len(repeated_positions(stream)) > 20
 
 
+def test_probes_are_where_text_repeats_and_elsewhere_and_their_targets_can_be_swapped():
+    stream = make_stream()
+    probes = invariants._probes(stream, 600)
+    assert not (stream.tokens[np.array(probes) + 1] == BOS).any() and min(probes) >= 0 and max(probes) < len(stream)
+    assert set(repeated_positions(stream)) & set(probes) and set(probes) - set(repeated_positions(stream))
+
+
 def test_swapping_keeps_documents_and_changes_everything_else():
     stream = make_stream()
     other = stream.swapped(np.arange(10, 261), 0)

@@ -89,6 +89,10 @@ def test_a_wrong_denominator_is_noticed(is_caseops):
     tokenizer = Tokenizer(corpus.tokenizer(is_caseops).model)
     tokens, counts = tokenizer.encode_counted(corpus.texts()[0])
     assert denominator.check_sidecar(tokenizer, tokens, counts) > 0.9
+    with pytest.raises(UserError, match=f"sidecar: {len(tokens) - 1} counts for {len(tokens)} tokens"):
+        denominator.check_sidecar(tokenizer, tokens, counts[:-1])
+    with pytest.raises(UserError, match="sidecar: token 0 is BOS but counts 1 bytes"):
+        denominator.check_sidecar(tokenizer, tokens, counts + (tokens == BOS))
     table = tokenizer.piece_bytes
     tokenizer.piece_bytes = bpb.PieceBytes(table.own + table.has_space, table.has_space, table.is_boundary)  # every space twice
     with pytest.raises(UserError, match="validation document 0: the byte rule counts"):

@@ -189,7 +189,12 @@ def first_downs(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight_decay": 20.0}, {"batch_documents": 1}, {"prefix_documents": 0}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {},
+    {"weight_decay": 20.0, "global_chunk_tokens": 8},  # the first pause has 40 predictions, five whole chunks
+    {"batch_documents": 1, "global_chunk_tokens": 26},  # and here 53: two chunks and one prediction
+    {"prefix_documents": 0},
+], ids=str)  # fmt: skip
 def test_equals_the_plain_evaluation(changes, first_downs):
     config, validation = dataclasses.replace(CONFIG, **changes), validation_of()
     result, referee, _ = evaluate(validation, config)
@@ -206,7 +211,8 @@ def test_the_recipe_has_the_published_values():
         GLOBAL_TTT_CHUNK_TOKENS="32768", GLOBAL_TTT_GRAD_CLIP="1.0", GLOBAL_TTT_WARMUP_CHUNKS="0", GLOBAL_TTT_RESPECT_DOC_BOUNDARIES="1",
     )  # fmt: skip
     assert recipe.resolve("caseops-1934", environ=published).values() == recipe.resolve("caseops-1934", environ={}).values()
-    assert recipe.resolve("caseops-1934", environ={}).recipe.eval.evaluator == "phased-lora"
+    settings = recipe.resolve("caseops-1934", environ={}).recipe
+    assert settings.eval.evaluator == "phased-lora" and (settings.lora.epsilon, settings.lora.lanes) == (1e-10, 8)
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------
