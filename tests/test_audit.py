@@ -174,6 +174,16 @@ def test_reading_one_token_too_far_is_caught_without_distributions():
     assert found["target-swap"].verdict == UNTESTED and "normalisation" in broken(found)
 
 
+def test_a_single_distribution_that_does_not_add_up_to_one_is_caught():
+    def generous_once(model, stream):
+        log_probs = own_log_probs(model, stream)
+        log_probs[5] += 0.01
+        return losses_of(log_probs, stream), log_probs
+
+    found = verdicts(function(generous_once))
+    assert broken(found) == {"normalisation"} and "position 5 adds up to 1.01005" in found["normalisation"].evidence
+
+
 def test_the_same_cheat_without_distributions_is_caught_by_summing():
     def hidden(model, stream):
         return fixtures.target_reading_ngram(model, stream).losses
@@ -336,7 +346,9 @@ def test_swapping_keeps_documents_and_changes_everything_else():
     other = stream.swapped(np.arange(10, 261), 0)
     same = stream.tokens == other.tokens
     assert same[:10].all() and (same[10:] == (stream.tokens[10:] == BOS)).all()
-    assert other.tokens.min() >= BOS
+    assert other.tokens.min() >= BOS and other.tokens[10:].max() < len(stream.pieces)
+    many = torch.stack([stream.swapped(np.array([9]), seed).tokens[9] for seed in range(300)])
+    assert set(many.tolist()) == set(range(2, len(stream.pieces))) - {int(stream.tokens[9])}  # any other word, and only words
 
 
 def test_rows_are_found_in_the_stream_and_repeated_phrases_by_their_surroundings():
@@ -425,7 +437,8 @@ def test_planted_validation_text_is_found(packed, order, place):
     planted = bytes(place) + tokens.astype(order).tobytes()
     tensors = {"w": torch.frombuffer(bytearray(planted.ljust(200, b"\0")), dtype=torch.float16).clone()}
     found = contents.no_validation_text(b"nothing", tensors, folder)
-    assert found.verdict == FAIL and found.evidence.startswith("w holds validation tokens")
+    # Of the positions that are sampled, every 64th, 1024 lies in what was planted.
+    assert found.verdict == FAIL and found.evidence.startswith(f"w holds validation tokens at byte {place + 2 * 24}:")
     assert contents.no_validation_text(planted, {}, folder).verdict == FAIL
 
 

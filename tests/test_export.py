@@ -9,9 +9,10 @@ import torch
 from pgolf_fast import recipe
 from pgolf_fast.artifact import pack, unpack
 from pgolf_fast.errors import UserError
-from pgolf_fast.export import load_model, metadata, read_run
+from pgolf_fast.export import load_model, metadata, quantize_run, read_run
 from pgolf_fast.model import GPT
 from pgolf_fast.quantize import PUBLISHED, dequantize, quantize
+from pgolf_fast.shards import shard_name
 from tests.finished_run import write_run
 
 SMALL = (
@@ -77,6 +78,15 @@ def test_a_run_that_went_on_is_read_as_it_ended_last(tmp_path):
         events.write(json.dumps({"event": "end", "weights": "average", "ledger_s": {"train": 601.5}}) + "\n")
     run = read_run(tmp_path)
     assert (run.weights, run.train_s) == ("average", 601.5)
+
+
+def test_plain_rounding_reads_no_text(tmp_path):
+    write_run(tmp_path, "caseops-1934")
+    (tmp_path / shard_name("train", 0)).unlink()
+    run = read_run(tmp_path)
+    assert quantize_run(run, "cpu", plain_rounding=True).tensors.keys() == run.state.keys()
+    with pytest.raises(UserError, match="no fineweb_train_000000.bin"):
+        quantize_run(run, "cpu")
 
 
 def test_another_recipe_is_refused(tmp_path):

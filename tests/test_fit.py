@@ -100,6 +100,17 @@ def test_predicted_bytes_are_near_the_measured_ones(search, tight):
         assert predicted[choice.schemes] == pytest.approx(choice.bytes, rel=0.05)
 
 
+def test_each_measurement_corrects_the_forecast_of_the_next(published_bytes, search, tight):
+    """What is measured next is the largest choice left that fits, if all forecasts are off by as much as the last."""
+    predicted = {c.schemes: c.bytes for c in search.frontier}
+    for i in range(2, len(tight.tried)):
+        last, chosen = tight.tried[i - 1], tight.tried[i]
+        room = (published_bytes - 2000) * predicted[last.schemes] / last.bytes
+        assert predicted[chosen.schemes] <= room
+        known = [c.schemes for c in tight.tried[: i + 1]]
+        assert not [c for c in search.frontier if predicted[chosen.schemes] < c.bytes <= room and c.schemes not in known]
+
+
 @once
 def test_predicted_losses_are_in_units_of_the_measured_one(search):
     """Twice the rise measured, twice the rise of every prediction; where quantization happened to help, they are rises all the same."""

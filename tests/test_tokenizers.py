@@ -135,6 +135,10 @@ def test_a_model_that_breaks_the_contract_is_refused(settings, message):
         Tokenizer(broken_model(**settings))
 
 
+def test_little_text_gives_fewer_pieces_than_asked_for():
+    assert 4 + 256 < tokenizers.train(["some words, some more words"] * 3, 700, False).vocab_size < 700
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         Tokenizer(tmp_path / "t.model")

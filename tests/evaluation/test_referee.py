@@ -139,6 +139,7 @@ def test_what_was_scored_again_is_part_of_the_state(gpt):
     whole.score_again(Windows([N - 20], [N - 10], [N]))
     half.load_state(*whole.state())
     assert half.result() == whole.result() and half.result().again.tokens == 10
+    assert half.running() == half.result().score
 
 
 def test_only_scored_text_is_revealed(referee):
