@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as stnp
 
 from benchmarks.states import synthetic_state
 from pgolf_fast.artifact import HEAD, ArtifactError, pack, role, same, stream_bytes, unpack
-from pgolf_fast.codecs import CODECS
+from pgolf_fast.codecs import CODECS, Stored
 from pgolf_fast.errors import UserError
 from pgolf_fast.quantize import PUBLISHED, Codes, LowRank, dequantize, quantize
 from tests.fuzz_artifact import example, fuzz, index_of, reseal, with_index
@@ -226,6 +226,16 @@ def test_mutated_artifacts_load_exactly_or_are_refused():
 @pytest.mark.skipif(shutil.which("lrzip") is None, reason="the lrzip program is not installed")
 def test_mutated_lrzip_artifacts_too():
     assert sum(fuzz(60, seed=2, codecs=("lrzip",)).values()) == 60
+
+
+def test_a_codec_that_gives_back_something_else_is_noticed_while_packing(monkeypatch):
+    class Lossy(Stored):
+        def decompress(self, stream, size):
+            return stream[:-1] + bytes([stream[-1] ^ 1])
+
+    monkeypatch.setitem(CODECS, "none", (0, Lossy()))
+    with pytest.raises(ArtifactError, match="decoded content does not match its checksum"):
+        pack(example(), "none")
 
 
 def test_bad_input_to_pack_is_named():

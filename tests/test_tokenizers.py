@@ -81,7 +81,8 @@ def test_the_byte_rule_counts_the_decoded_text(is_caseops, text):
     if is_caseops:  # the rule counts operators as nothing, also the escaped ones; the sidecar tells them apart
         decoded = "".join(c for c in decoded if c not in caseops.OPERATORS)
     assert denominator.rule_bytes(tokenizer, tokens).sum() == len(decoded.encode())
-    assert denominator.check_byte_rule(tokenizer, tokens).bytes == len(decoded.encode())
+    count = denominator.check_byte_rule(tokenizer, np.concatenate([tokens, tokens, tokens]), max_documents=2)
+    assert count == denominator.ByteCount(2, 2 * len(tokens), 2 * len(decoded.encode()))
 
 
 @BOTH

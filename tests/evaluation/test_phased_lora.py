@@ -191,7 +191,7 @@ def first_downs(monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {},
-    {"weight_decay": 20.0, "global_chunk_tokens": 8},  # the first pause has 40 predictions, five whole chunks
+    {"weight_decay": 20.0, "global_momentum": 0.7, "global_chunk_tokens": 8},  # the first pause has 40 predictions, five whole chunks
     {"batch_documents": 1, "global_chunk_tokens": 26},  # and here 53: two chunks and one prediction
     {"prefix_documents": 0},
 ], ids=str)  # fmt: skip

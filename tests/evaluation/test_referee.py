@@ -107,6 +107,12 @@ def test_positions_are_a_number_where_they_end_each_row(windows, expected):
     )
 
 
+def test_the_model_may_be_any_function():
+    referee = Referee(lambda tokens, positions: torch.zeros(len(tokens), positions, 48), stream.validation(N))
+    referee.score(Windows([0], [0], [N]))
+    assert referee.result().score.nats == pytest.approx(N * np.log(48))
+
+
 def test_no_position_is_scored_twice(referee):
     referee.score(Windows([0], [0], [10]))
     with pytest.raises(OrderError, match="position 9 is scored already"):
