@@ -127,7 +127,7 @@ def test_rare_rows_at_both_ends_share_and_count_in_their_neighbours_histogram():
     assert round_trip("range", [Matrix("a", m)], b"") < entropy_bytes(m) * 1.01 + 60
 
 
-@pytest.mark.parametrize(("mode", "digest"), enumerate(["a924471ea30b", "26955ddb77a2", "3ca3dbb9d6c5", "3ab2fd7b4001"]))
+@pytest.mark.parametrize(("mode", "digest"), list(enumerate(["a924471ea30b", "26955ddb77a2", "3ca3dbb9d6c5", "3ab2fd7b4001"])))
 def test_a_stream_of_every_mode_is_what_it_always_was(mode, digest):
     """Digests taken once, as for the artifact: files that are written must load forever."""
     row, column = np.arange(96)[:, None], np.arange(64)[None, :]

@@ -53,6 +53,8 @@ def test_the_tail_for_fractional_degrees_is_the_integral_of_the_density(df, t):
 def test_a_table_of_critical_values():
     for df, value in ((1, 31.821), (2, 6.965), (3, 4.541), (4, 3.747), (10, 2.764), (30, 2.457)):
         assert student_quantile(0.01, df) == pytest.approx(value, abs=5e-4)
+    for p, df, value in ((0.25, 1, 1.0), (0.25, 3, 0.765), (0.25, 10, 0.700), (0.4, 5, 0.267)):
+        assert student_quantile(p, df) == pytest.approx(value, abs=5e-4)
 
 
 def test_many_at_once_are_each_alone():

@@ -208,6 +208,9 @@ def test_the_ways_that_the_referee_closes():
     [
         (lambda gpt: EvalConfig(seq_len=32, stride=33), "eval.stride: expected 1 to eval.seq_len 32, got 33"),
         (lambda gpt: EvalConfig(stride=0), "eval.stride: expected at least 1, got 0"),
+        (lambda gpt: TttConfig(chunk_tokens=0), "ttt.chunk_tokens: expected at least 1, got 0"),
+        (lambda gpt: TttConfig(batch_rows=0), "ttt.batch_rows: expected at least 1, got 0"),
+        (lambda gpt: TttConfig(momentum=1.0), "ttt.momentum: expected less than 1, got 1.0"),
         (lambda gpt: EvalConfig(batch_tokens=0), "eval.batch_tokens: expected at least 1, got 0"),
         (lambda gpt: SlidingWindow(gpt, 32, 7, 96, True), "eval.published_tail: needs a stride that divides"),
         (lambda gpt: ScoreFirstSgd(gpt, 32, 8, 96, dataclasses.replace(TTT, chunk_tokens=48)), "ttt.chunk_tokens: 48 is no multiple"),

@@ -179,6 +179,16 @@ def test_ranks_share_what_they_know_and_no_position(gpt, monkeypatch):
         referee.meet()
 
 
+@pytest.mark.parametrize("mine", [(50, 51), (59, 60), (40, 70)])
+def test_a_position_of_two_ranks_is_found_wherever_it_lies(gpt, monkeypatch, mine):
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "gather_objects", lambda own: [own, np.array([[50, 60]])])
+    referee = Referee(gpt, stream.validation(N))
+    referee.score(Windows([0], [mine[0]], [mine[1]]))
+    with pytest.raises(OrderError, match="position 50 or one soon after it was scored by two ranks"):
+        referee.meet()
+
+
 def test_weights_change_in_adapt_and_nowhere_else(gpt, referee):
     windows = list(sliding(N, 40, 10).batches(4))
     scored = referee.score(windows[0])

@@ -66,5 +66,11 @@ def test_too_little_text():
         self_distill(stream.model(), stream.validation(20), 32, CONFIG)
 
 
+@pytest.mark.parametrize(("field", "value"), [("temperature", 0.0), ("batch_rows", 0)])
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(UserError, match=f"^sdttt.{field}: expected .*, got {value}"):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
 def test_off_unless_asked_for_and_else_as_published():
     assert SelfDistillationConfig() == SelfDistillationConfig(False, 2, 0.001, 0.9, 1.0, 2.0, 4, 32)
