@@ -141,6 +141,7 @@ class Trainer:
         self.step, self.plan = 0, None
         self.agreed_s, self.agreed_step, self.mean_step_s, self.saved_s = 0.0, 0, 0.0, 0.0
         self.losses, self.window, self.progress = _Losses(self.device), _Window(), None
+        self.must_stop, self.stopped = lambda: False, False
         self.run_ahead = RUN_AHEAD if self.device.type == "cuda" else 0
 
         # At most four float32 numbers a parameter: its value, one or two moments, an average.
@@ -190,14 +191,20 @@ class Trainer:
     # -- the clock, the same for all ranks
 
     def agree(self):
-        """Takes the slowest rank's clock as everybody's, and returns how many steps may follow before the next agreement."""
-        every = 1 if dist.world_size() == 1 else AGREE_EVERY
-        times = torch.tensor([self.clock.elapsed_s, self.clock.slowest_step_s], dtype=torch.float64, device=self.device)
-        dist.max_(times)
-        elapsed, slowest = times.tolist() if dist.world_size() > 1 else (self.clock.elapsed_s, self.clock.slowest_step_s)
+        """Takes the slowest rank's clock as everybody's, and returns how many steps may follow before the next agreement: none if any
+        rank was asked to stop."""
+        elapsed, slowest, self.stopped = self.clock.elapsed_s, self.clock.slowest_step_s, self.must_stop()
+        every = 1
+        if dist.world_size() > 1:
+            every = AGREE_EVERY
+            told = torch.tensor([elapsed, slowest, self.stopped], dtype=torch.float64, device=self.device)
+            dist.max_(told)
+            elapsed, slowest, self.stopped = told.tolist()
         if self.step > self.agreed_step:
             self.mean_step_s = (elapsed - self.agreed_s) / (self.step - self.agreed_step)
         self.agreed_s, self.agreed_step = elapsed, self.step
+        if self.stopped:
+            return 0
         # Steps that were issued but have not run yet need their time too.
         return self.clock.steps_left(
             elapsed + self.losses.pending * slowest, slowest, min(every, self.recipe.schedule.iterations - self.step)
@@ -210,9 +217,10 @@ class Trainer:
 
     # -- the run
 
-    def run(self, progress=None) -> Result:
-        """`progress(step, loss, ms_per_step)` is called as losses come in."""
-        self.progress = progress
+    def run(self, progress=None, must_stop=lambda: False) -> Result | None:
+        """`progress(step, loss, ms_per_step)` is called as losses come in. None if must_stop() came true on any rank: then there is a
+        checkpoint of the step that it stopped at."""
+        self.progress, self.must_stop = progress, must_stop
         with contextlib.closing(self.steps):  # after an error too: a rank that cannot exit keeps the others waiting
             with self.clock.phase("warm-up"):
                 self.warm_up()
@@ -220,6 +228,9 @@ class Trainer:
                 self.restore(*self.resumed)
                 self.resumed = None  # as much memory as the weights and the optimizer's state
             self.train()
+            if self.stopped:
+                self.close()
+                return None
             return self.finish()
 
     def train(self):
@@ -256,7 +267,11 @@ class Trainer:
                             dist.meet(self.device)
                 allowed = self.agree()
             self.drain()
-        if self.step < iterations:
+        if self.stopped:
+            with self.clock.phase("checkpoint"):
+                self.save()
+            self.log.line(f"stopped: step:{self.step}/{iterations}; {self.last_kept()}")
+        elif self.step < iterations:
             self.log.line(f"stopping_early: wallclock_cap train_time:{1e3 * self.clock.elapsed_s:.0f}ms step:{self.step}/{iterations}")
 
     @contextlib.contextmanager
@@ -370,9 +385,12 @@ class Trainer:
             val_bpb=score.bits_per_byte,
             ledger_s=dict(self.clock.ledger_s),
         )
+        self.close()
+        return Result(self.step, self.losses.last, score, weights, self.folder)
+
+    def close(self):
         self.loader.close()
         self.log.close()
-        return Result(self.step, self.losses.last, score, weights, self.folder)
 
     def final_score(self, weights) -> Score:
         """No training loss has seen what the last update, or the average, made of the weights."""

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as stnp
 
 from benchmarks.states import synthetic_state
 from pgolf_fast.artifact import HEAD, ArtifactError, pack, role, same, stream_bytes, unpack
-from pgolf_fast.codecs import CODECS
+from pgolf_fast.codecs import CODECS, Stored
 from pgolf_fast.errors import UserError
 from pgolf_fast.quantize import PUBLISHED, Codes, LowRank, dequantize, quantize
 from tests.fuzz_artifact import example, fuzz, index_of, reseal, with_index
@@ -159,6 +159,11 @@ def replaced(path, value):
     (replaced(["tensors", 1, 2], [True, 32]), "wrong entry"),
     (replaced(["tensors", 1, 2], [16, 32, 1]), "wrong entry"),
     (replaced(["tensors", 1, 1], "pickle"), "wrong entry"),
+    (replaced(["tensors", 1, 0], 5), "wrong entry"),
+    (replaced(["tensors", 1], []), "wrong entry"),
+    (replaced(["tensors", 1], ["x", "rows", [16, 32], [4, 32], 1]), "wrong entry"),
+    (replaced(["tensors", 1], ["x", "one", [16, 32], [4, 32]]), "wrong entry"),
+    (replaced(["tensors", 1], ["x", "float16", [16, 32], [4, 32]]), "wrong entry"),
     (replaced(["tensors", 1, 0], "tok_emb.weight"), "two tensors have one name"),
     (replaced(["tensors", 0, 3], [4, 0]), "wrong entry"),
     (replaced(["tensors", 0, 3], [4, 63]), "wrong entry"),
@@ -221,6 +226,16 @@ def test_mutated_artifacts_load_exactly_or_are_refused():
 @pytest.mark.skipif(shutil.which("lrzip") is None, reason="the lrzip program is not installed")
 def test_mutated_lrzip_artifacts_too():
     assert sum(fuzz(60, seed=2, codecs=("lrzip",)).values()) == 60
+
+
+def test_a_codec_that_gives_back_something_else_is_noticed_while_packing(monkeypatch):
+    class Lossy(Stored):
+        def decompress(self, stream, size):
+            return stream[:-1] + bytes([stream[-1] ^ 1])
+
+    monkeypatch.setitem(CODECS, "none", (0, Lossy()))
+    with pytest.raises(ArtifactError, match="decoded content does not match its checksum"):
+        pack(example(), "none")
 
 
 def test_bad_input_to_pack_is_named():

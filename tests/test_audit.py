@@ -64,6 +64,15 @@ def test_our_evaluators_pass(name):
     assert "of 260 losses traced" in found["score-before-update"].evidence
 
 
+@pytest.mark.parametrize(("name", "learns"), [("sliding", False), ("score-first-sgd", True), ("phased-lora", True)])
+def test_our_evaluators_are_audited_while_their_weights_change(name, learns):
+    settings = subjects.recipe.overridden(subjects.default_settings(), (f"eval.evaluator={name}",))
+    forwards = subjects.of_recipe("small", settings).run(make_stream()).forwards
+    steps = [i for i, forward in enumerate(forwards) if forward.targets is not None]  # for logits alone the referee asks
+    assert bool(steps) == learns
+    assert not learns or any(forward.targets is None for forward in forwards[steps[0] :]), "nothing is scored afterwards"
+
+
 def test_the_published_self_distillation_is_caught_by_name():
     """PR #379 carried it switched off: it learns from the whole text before a legal evaluator scores it."""
     settings = subjects.recipe.overridden(subjects.default_settings(), ("sdttt.enabled=true", "sdttt.lr=0.05", "eval.evaluator=plain"))
@@ -165,11 +174,39 @@ def test_reading_one_token_too_far_is_caught_without_distributions():
     assert found["target-swap"].verdict == UNTESTED and "normalisation" in broken(found)
 
 
+def test_a_single_distribution_that_does_not_add_up_to_one_is_caught():
+    def generous_once(model, stream):
+        log_probs = own_log_probs(model, stream)
+        log_probs[5] += 0.01
+        return losses_of(log_probs, stream), log_probs
+
+    found = verdicts(function(generous_once))
+    assert broken(found) == {"normalisation"} and "position 5 adds up to 1.01005" in found["normalisation"].evidence
+
+
 def test_the_same_cheat_without_distributions_is_caught_by_summing():
     def hidden(model, stream):
         return fixtures.target_reading_ngram(model, stream).losses
 
     assert "normalisation" in broken(verdicts(function(hidden)))
+
+
+def test_losses_that_are_not_the_models_own_are_no_proof_of_learning_too_early():
+    def learns_and_mixes(model, stream):
+        found = []
+        for inputs, targets in fixtures._rows(stream, 64):
+            for step in range(2):
+                losses = F.cross_entropy(model(inputs[None])[0], targets, reduction="none")
+                if step == 0:
+                    found.append(-(0.7 * (-losses.detach()).exp() + 0.3 / len(stream.pieces)).log())
+                gradients = torch.autograd.grad(losses.mean(), list(model.parameters()), allow_unused=True)
+                with torch.no_grad():
+                    for p, g in zip(model.parameters(), gradients):
+                        p.sub_(0.05 * g) if g is not None else None
+        return torch.cat(found)
+
+    found = verdicts(function(learns_and_mixes), "score_before_update")["score-before-update"]
+    assert found.verdict == UNTESTED and "losses are not the model's own" in found.evidence
 
 
 def test_losses_that_are_not_those_of_the_distributions_are_caught():
@@ -297,12 +334,21 @@ def test_the_streams_bytes_are_those_of_its_text():
     assert len(repeated_positions(stream)) > 20
 
 
+def test_probes_are_where_text_repeats_and_elsewhere_and_their_targets_can_be_swapped():
+    stream = make_stream()
+    probes = invariants._probes(stream, 600)
+    assert not (stream.tokens[np.array(probes) + 1] == BOS).any() and min(probes) >= 0 and max(probes) < len(stream)
+    assert set(repeated_positions(stream)) & set(probes) and set(probes) - set(repeated_positions(stream))
+
+
 def test_swapping_keeps_documents_and_changes_everything_else():
     stream = make_stream()
     other = stream.swapped(np.arange(10, 261), 0)
     same = stream.tokens == other.tokens
     assert same[:10].all() and (same[10:] == (stream.tokens[10:] == BOS)).all()
-    assert other.tokens.min() >= BOS
+    assert other.tokens.min() >= BOS and other.tokens[10:].max() < len(stream.pieces)
+    many = torch.stack([stream.swapped(np.array([9]), seed).tokens[9] for seed in range(300)])
+    assert set(many.tolist()) == set(range(2, len(stream.pieces))) - {int(stream.tokens[9])}  # any other word, and only words
 
 
 def test_rows_are_found_in_the_stream_and_repeated_phrases_by_their_surroundings():
@@ -321,6 +367,25 @@ def test_what_is_seen_of_a_forward_are_its_losses():
     for forward in seen:
         np.minimum.at(best, forward.positions, np.abs(forward.losses - run.answer.losses.numpy()[forward.positions]))
     assert best.max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 9), (1, 3, 48), (1, 1, 9, 48)], ids=str)
+def test_what_a_forward_returns_beside_logits_of_its_tokens_tells_no_losses(shape):
+    stream = make_stream()
+    forward = watch.Forward(0, stream.tokens[None, :9], None, None, torch.zeros(shape), False)
+    (seen,) = watch.in_stream([forward], stream)
+    assert seen.positions.tolist() == list(range(9)) and seen.losses is None
+
+
+def test_a_forward_whose_arguments_are_named_is_seen_too():
+    def by_name(model, stream):
+        with torch.no_grad():
+            return model(tokens=stream.tokens[None, :-1], targets=stream.tokens[None, 1:], reduction="none")[0]
+
+    stream = make_stream()
+    run = function(by_name).run(stream)
+    (seen,) = watch.in_stream(run.forwards, stream)
+    assert seen.positions.tolist() == list(range(len(stream))) and seen.losses.tolist() == run.answer.losses.tolist()
 
 
 def test_forgetting_undoes_learning():
@@ -372,7 +437,8 @@ def test_planted_validation_text_is_found(packed, order, place):
     planted = bytes(place) + tokens.astype(order).tobytes()
     tensors = {"w": torch.frombuffer(bytearray(planted.ljust(200, b"\0")), dtype=torch.float16).clone()}
     found = contents.no_validation_text(b"nothing", tensors, folder)
-    assert found.verdict == FAIL and found.evidence.startswith("w holds validation tokens")
+    # Of the positions that are sampled, every 64th, 1024 lies in what was planted.
+    assert found.verdict == FAIL and found.evidence.startswith(f"w holds validation tokens at byte {place + 2 * 24}:")
     assert contents.no_validation_text(planted, {}, folder).verdict == FAIL
 
 

@@ -90,6 +90,13 @@ def test_rows_are_drawn_as_published(tmp_path):
     assert Windows(tmp_path, 8, rank=3).take(1)[0, 0] // 1000 == 3
 
 
+@pytest.mark.parametrize("rank", range(8))
+def test_a_shard_of_a_single_window_gives_it(tmp_path, rank):
+    write_shards(tmp_path, [40] * 8 + [9] * 8)
+    rows = Windows(tmp_path, 8, rank=rank).take(5).tolist()
+    assert [row for row in rows if row[0] >= 8000] == [[1000 * (8 + rank) + i for i in range(9)]]
+
+
 def test_every_window_once_before_any_comes_again(tmp_path):
     write_shards(tmp_path, [100])
     windows = Windows(tmp_path, 8)

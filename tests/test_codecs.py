@@ -1,5 +1,6 @@
 """Codecs: exact both ways, every shape, every refusal."""
 
+import hashlib
 import lzma
 import math
 import shutil
@@ -119,6 +120,25 @@ def test_estimate_is_the_size():
     assert codec.estimate(matrices, b"rest" * 50) == pytest.approx(size, rel=2e-3)
 
 
+def test_rare_rows_at_both_ends_share_and_count_in_their_neighbours_histogram():
+    """A thousandth of the rows each; their values occur nowhere else, so a histogram without them could hardly say them."""
+    m = np.full((20_000, 10), 8, np.int8)
+    m[::1000], m[1::1000] = 0, 127
+    assert round_trip("range", [Matrix("a", m)], b"") < entropy_bytes(m) * 1.01 + 60
+
+
+@pytest.mark.parametrize(("mode", "digest"), list(enumerate(["a924471ea30b", "26955ddb77a2", "3ca3dbb9d6c5", "3ab2fd7b4001"])))
+def test_a_stream_of_every_mode_is_what_it_always_was(mode, digest):
+    """Digests taken once, as for the artifact: files that are written must load forever."""
+    row, column = np.arange(96)[:, None], np.arange(64)[None, :]
+    m = ((row * 37 + column * 101) % 23 - 11) * (1 + row // 32) * (1 + column // 16) // 4
+    m = m.astype(np.int8)
+    stream = codecs._RangePlan([m, m[:50]], bool(mode & 1), bool(mode & 2)).encode()
+    one, other = Range().decode_role("a", stream, [(96, 64), (50, 64)])
+    assert stream[0] == mode and np.array_equal(one, m) and np.array_equal(other, m[:50])
+    assert hashlib.sha256(stream).hexdigest()[:12] == digest
+
+
 def test_levels_are_six_to_an_octave_and_do_not_depend_on_floating_point():
     assert _levels(np.array([1, 2, 4, 8]), 1).tolist() == [60, 66, 72, 78]
     assert _levels(np.array([0, 10**9]), 1).tolist() == [0, 109]
@@ -162,6 +182,12 @@ def test_lrzip_sorts_only_the_published_roles():
         assert len(brotli.decompress(stream[4 : 4 + length])) == (100 if is_sorted else 0)
 
 
+def test_lrzip_takes_rows_whose_places_fit_16_bits():
+    assert codecs.Lrzip().encode_role("mlp.proj", [np.zeros((2**16, 0), np.int8)])
+    with pytest.raises(ValueError, match="a row's place must fit 16 bits"):
+        codecs.Lrzip().encode_role("mlp.proj", [np.zeros((2**16 + 1, 0), np.int8)])
+
+
 def test_a_missing_program_is_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="apt install lrzip"):
@@ -188,6 +214,9 @@ def test_bombs_are_refused_before_they_grow():
     frame = bytes.fromhex("28b52ffd 80 a8") + struct.pack("<I", 100) + bytes([1, 0, 0])
     with pytest.raises(ValueError, match="window of 2147483648 bytes"):
         Zstd(()).decompress(frame, 100)
+    # Level 22's own window, exponent 17 above 2^10, with 100 bytes in one raw block: the longest that is taken.
+    frame = bytes.fromhex("28b52ffd 80 88") + struct.pack("<I", 100) + (100 << 3 | 1).to_bytes(3, "little") + bytes(range(100))
+    assert Zstd(()).decompress(frame, 100) == bytes(range(100))
 
 
 @needs_lrzip

@@ -136,6 +136,8 @@ def test_one_result_file_is_one_score(compare, tmp_path):
         (["1.1", "1.2", "--", "1.0"], "1 on the new side"),
         (["1.1", "1.1", "--", "1.0", "1.0"], "no spread"),
         (["1.1", "nan", "--", "1.0", "1.01"], "positive number, got nan"),
+        (["1.1", "inf", "--", "1.0", "1.01"], "positive number, got inf"),
+        (["1.1", "0", "--", "1.0", "1.01"], "positive number, got 0"),
         (["1.1", "1.2", "--", "1.0", "nowhere"], "'nowhere' is no number"),
         (["1.1", "1.2", "--", "1.0", "1.01", "--bytes-per-token", "-1"], "bytes_per_token"),
     ],

@@ -1,6 +1,7 @@
 """What an artifact says of the model that it holds, and the way back to that model."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch
 from pgolf_fast import recipe
 from pgolf_fast.artifact import pack, unpack
 from pgolf_fast.errors import UserError
-from pgolf_fast.export import load_model, metadata
+from pgolf_fast.export import load_model, metadata, quantize_run, read_run
 from pgolf_fast.model import GPT
 from pgolf_fast.quantize import PUBLISHED, dequantize, quantize
+from pgolf_fast.shards import shard_name
+from tests.finished_run import write_run
 
 SMALL = (
     "model.model_dim=64",
@@ -69,6 +72,23 @@ def test_no_path_of_the_training_machine_goes_along(tmp_path):
     assert "/home/someone" not in repr(described)
 
 
+def test_a_run_that_went_on_is_read_as_it_ended_last(tmp_path):
+    write_run(tmp_path, "legal-ttt-691")
+    with (tmp_path / "events.jsonl").open("a") as events:
+        events.write(json.dumps({"event": "end", "weights": "average", "ledger_s": {"train": 601.5}}) + "\n")
+    run = read_run(tmp_path)
+    assert (run.weights, run.train_s) == ("average", 601.5)
+
+
+def test_plain_rounding_reads_no_text(tmp_path):
+    write_run(tmp_path, "caseops-1934")
+    (tmp_path / shard_name("train", 0)).unlink()
+    run = read_run(tmp_path)
+    assert quantize_run(run, "cpu", plain_rounding=True).tensors.keys() == run.state.keys()
+    with pytest.raises(UserError, match="no fineweb_train_000000.bin"):
+        quantize_run(run, "cpu")
+
+
 def test_another_recipe_is_refused(tmp_path):
     write(tmp_path / "a", "legal-ttt-691")
     with pytest.raises(UserError, match=r"of recipe legal-ttt-691, whose model\.activation is relu2, not leaky_relu2"):
@@ -78,9 +98,11 @@ def test_another_recipe_is_refused(tmp_path):
 def test_files_without_a_model_are_refused(tmp_path):
     with pytest.raises(UserError, match="artifact: cannot read"):
         load_model(tmp_path / "none")
-    (tmp_path / "a").write_bytes(pack({"x": torch.ones(3)}))
-    with pytest.raises(UserError, match="does not say which recipe its weights are of"):
-        load_model(tmp_path / "a")
+    described = metadata("legal-ttt-691", resolve("legal-ttt-691").recipe)
+    for part in ({}, {"recipe": described["recipe"]}, {"settings": described["settings"]}, {"recipe": 691, "settings": {}}):
+        (tmp_path / "a").write_bytes(pack({"x": torch.ones(3)}, metadata=part))
+        with pytest.raises(UserError, match="does not say which recipe its weights are of"):
+            load_model(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The search for the least loss under a number of bytes, on a small model."""
 
+import copy
+import dataclasses
 import itertools
 import json
 import re
@@ -96,6 +98,32 @@ def test_predicted_bytes_are_near_the_measured_ones(search, tight):
     predicted = {c.schemes: c.bytes for c in search.frontier}
     for choice in tight.tried[1:]:
         assert predicted[choice.schemes] == pytest.approx(choice.bytes, rel=0.05)
+
+
+def test_each_measurement_corrects_the_forecast_of_the_next(published_bytes, search, tight):
+    """What is measured next is the largest choice left that fits, if all forecasts are off by as much as the last."""
+    predicted = {c.schemes: c.bytes for c in search.frontier}
+    for i in range(2, len(tight.tried)):
+        last, chosen = tight.tried[i - 1], tight.tried[i]
+        room = (published_bytes - 2000) * predicted[last.schemes] / last.bytes
+        assert predicted[chosen.schemes] <= room
+        known = [c.schemes for c in tight.tried[: i + 1]]
+        assert not [c for c in search.frontier if predicted[chosen.schemes] < c.bytes <= room and c.schemes not in known]
+
+
+@once
+def test_predicted_losses_are_in_units_of_the_measured_one(search):
+    """Twice the rise measured, twice the rise of every prediction; where quantization happened to help, they are rises all the same."""
+    few = copy.copy(search)
+    few.searched = search.searched[:2]
+
+    def predicted(rise):
+        choice = dataclasses.replace(search.published.choice, loss=search.unquantized_loss + rise)
+        few.published = dataclasses.replace(search.published, choice=choice)
+        return torch.tensor([c.loss - search.unquantized_loss for c in few._frontier()], dtype=torch.float64)
+
+    torch.testing.assert_close(predicted(2.0), 2 * predicted(1.0))
+    assert predicted(-1.0).min() > 0
 
 
 @once

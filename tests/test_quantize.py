@@ -317,8 +317,8 @@ def test_error_table_is_true():
     outlier = torch.ones(1, 100)
     outlier[0, 7] = 40.0
     assert only(Gptq(31, 1.0), outlier, plain_rounding=True)[1].clipped_frac == 0.01
-    upper_half = PercentileRows(percentile=0.5), dataclasses.replace(clip_search_of("gptq-lite-379"), percentiles=(0.5,))
-    assert [only(scheme, torch.arange(1.0, 11.0)[None])[1].clipped_frac for scheme in upper_half] == [0.5, 0.5]
+    beyond_seven = PercentileRows(percentile=0.7), dataclasses.replace(clip_search_of("gptq-lite-379"), percentiles=(0.7,))
+    assert [only(scheme, torch.arange(1.0, 11.0)[None])[1].clipped_frac for scheme in beyond_seven] == [0.3, 0.3]
     kept, error = only(Keep("float16"), torch.tensor([0.1, 1.0]))
     assert error.rmse == pytest.approx(abs(0.1 - float(np.float16(0.1))) / 2**0.5, rel=1e-3) and error.entropy_bits == 16
 
@@ -340,13 +340,15 @@ def test_bad_input_names_the_tensor_and_the_remedy():
     good = torch.randn(4, 64)
     bad = good.clone()
     bad[2, 3] = float("nan")
+    large = good.clone()
+    large[2, 3] = 1e9
     for w, scheme, message in (
         (bad, MaxRows(), "tensor w: holds nan or inf"),
         (good[0], MaxRows(), "tensor w: MaxRows needs a matrix"),
         (torch.ones(4, 64, dtype=torch.int8), MaxRows(), "tensor w: expected floats"),
-        (1e5 * good.abs() + 1e5, Keep("float16"), "tensor w: magnitude .* does not fit"),
-        (1e9 * good, MaxRows(), "tensor w: magnitude .* does not fit"),
-        (1e9 * good, clip_search_of("legal-ttt-691"), "tensor w: magnitude .* does not fit"),
+        (large, Keep("float16"), "tensor w: magnitude 1e\\+09 does not fit"),
+        (large, MaxRows(), "tensor w: magnitude 1e\\+09 does not fit"),
+        (large, clip_search_of("legal-ttt-691"), "tensor w: magnitude .* does not fit"),
         (good, Gptq(31, 12.0), "hessians: none for w"),
     ):
         with pytest.raises(UserError, match=message):
@@ -375,6 +377,7 @@ def test_variants_keep_their_bits_and_one_has_the_published_step(table):
             codes = only(variant, w, plain_rounding=True)[0].codes
             assert -(2 ** (variant.bits - 1)) <= int(codes.min()) and int(codes.max()) < 2 ** (variant.bits - 1), variant
             assert variant.short().startswith(f"{variant.bits} bits")
+            assert 2 ** (variant.bits - 1) - 1 == getattr(variant, "level", getattr(variant, "highest", None)), "all codes of the width"
 
 
 def test_settings_change_the_rules_of_gptq_alone():
@@ -387,5 +390,11 @@ def test_settings_change_the_rules_of_gptq_alone():
         assert (scheme.level, scheme.clip_sigmas) == (level, clip)
     for table, published in PUBLISHED.items():
         assert QuantizeConfig(table=table).rules() == published
-    with pytest.raises(UserError, match=r"quantize\.embed_bits: expected 2 to 8, got 9"):
-        QuantizeConfig(embed_bits=9)
+    widest = QuantizeConfig(table="caseops-1934", matrix_bits=2, embed_bits=8).rules()
+    assert [widest.rule_of(name, torch.empty(4, 4)).scheme.level for name in shapes] == [1, 1, 127]
+    for field, value in (("embed_bits", 9), ("matrix_bits", 1)):
+        with pytest.raises(UserError, match=rf"quantize\.{field}: expected 2 to 8, got {value}"):
+            QuantizeConfig(**{field: value})
+    for field in ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas", "calibration_batches", "calibration_rows"):
+        with pytest.raises(UserError, match=rf"quantize\.{field}: expected more than 0, got 0"):
+            QuantizeConfig(**{field: 0})

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgolf_fast import significance
 from pgolf_fast.significance import Sample, Welch, more_seeds, power, student_quantile, student_tail
 
 # Bits per byte by seed: PR #549's logs, PR #1019's, PR #1855's.
@@ -52,6 +53,8 @@ def test_the_tail_for_fractional_degrees_is_the_integral_of_the_density(df, t):
 def test_a_table_of_critical_values():
     for df, value in ((1, 31.821), (2, 6.965), (3, 4.541), (4, 3.747), (10, 2.764), (30, 2.457)):
         assert student_quantile(0.01, df) == pytest.approx(value, abs=5e-4)
+    for p, df, value in ((0.25, 1, 1.0), (0.25, 3, 0.765), (0.25, 10, 0.700), (0.4, 5, 0.267)):
+        assert student_quantile(p, df) == pytest.approx(value, abs=5e-4)
 
 
 def test_many_at_once_are_each_alone():
@@ -88,10 +91,14 @@ def test_the_chain_rule_lets_a_quarter_of_nothing_pass():
     assert power(Sample(2, 0.0015, 3), Sample(2, 0.0015, 3), 0.0, 0.25) == pytest.approx(0.24, abs=0.015)
 
 
-def test_more_seeds_reach_the_power_and_fewer_do_not():
+def test_more_seeds_reach_the_power_and_fewer_do_not(monkeypatch):
     old, new = Sample(2.010, 0.0015, 3), Sample(2, 0.0015, 3)
     more = more_seeds(old, new, 0.005, 0.01)
     chances = [power(Sample(2.010, 0.0015, 3 + k), Sample(2, 0.0015, 3 + k), 0.005, 0.01) for k in (more - 1, more)]
     assert chances[0] < 0.8 <= chances[1]
+    for most, found in ((more, more), (more - 1, None)):
+        monkeypatch.setattr(significance, "MAX_SEEDS", most)
+        assert more_seeds(old, new, 0.005, 0.01) == found
+    monkeypatch.undo()
     assert more_seeds(old, new, 0.010, 0.01) is None, "a gain that is not above the margin"
     assert more_seeds(Sample(2.0051, 0.0015, 3), new, 0.005, 0.01) is None, "a gain hardly above it"

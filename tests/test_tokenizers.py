@@ -81,7 +81,8 @@ def test_the_byte_rule_counts_the_decoded_text(is_caseops, text):
     if is_caseops:  # the rule counts operators as nothing, also the escaped ones; the sidecar tells them apart
         decoded = "".join(c for c in decoded if c not in caseops.OPERATORS)
     assert denominator.rule_bytes(tokenizer, tokens).sum() == len(decoded.encode())
-    assert denominator.check_byte_rule(tokenizer, tokens).bytes == len(decoded.encode())
+    count = denominator.check_byte_rule(tokenizer, np.concatenate([tokens, tokens, tokens]), max_documents=2)
+    assert count == denominator.ByteCount(2, 2 * len(tokens), 2 * len(decoded.encode()))
 
 
 @BOTH
@@ -89,6 +90,10 @@ def test_a_wrong_denominator_is_noticed(is_caseops):
     tokenizer = Tokenizer(corpus.tokenizer(is_caseops).model)
     tokens, counts = tokenizer.encode_counted(corpus.texts()[0])
     assert denominator.check_sidecar(tokenizer, tokens, counts) > 0.9
+    with pytest.raises(UserError, match=f"sidecar: {len(tokens) - 1} counts for {len(tokens)} tokens"):
+        denominator.check_sidecar(tokenizer, tokens, counts[:-1])
+    with pytest.raises(UserError, match="sidecar: token 0 is BOS but counts 1 bytes"):
+        denominator.check_sidecar(tokenizer, tokens, counts + (tokens == BOS))
     table = tokenizer.piece_bytes
     tokenizer.piece_bytes = bpb.PieceBytes(table.own + table.has_space, table.has_space, table.is_boundary)  # every space twice
     with pytest.raises(UserError, match="validation document 0: the byte rule counts"):
@@ -129,6 +134,10 @@ def test_a_model_that_breaks_the_contract_is_refused(settings, message):
     assert Tokenizer(broken_model()).vocab_size == 500
     with pytest.raises(UserError, match=message):
         Tokenizer(broken_model(**settings))
+
+
+def test_little_text_gives_fewer_pieces_than_asked_for():
+    assert 4 + 256 < tokenizers.train(["some words, some more words"] * 3, 700, False).vocab_size < 700
 
 
 def test_what_is_no_model_is_refused(tmp_path):

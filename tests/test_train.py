@@ -254,6 +254,36 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(data, tmp_path):
     assert sum(event["event"] == "step" for event in runlog.events(tmp_path / "killed")) == 3 + 8
 
 
+@pytest.mark.parametrize("after", [0, 1, 5, 8])
+def test_asked_to_stop_it_leaves_a_checkpoint_of_that_step(data, tmp_path, after):
+    make(data, tmp_path / "straight").run()
+    asked = make(data, tmp_path / "asked")
+    assert asked.run(must_stop=lambda: asked.step >= after) is None and asked.step == after
+    assert checkpoint.load(checkpoint.latest(tmp_path / "asked" / "checkpoints"))[1]["step"] == after
+    make(data, tmp_path / "asked", resume=True).run()
+    assert_equal_runs(tmp_path / "straight", tmp_path / "asked")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_stops_on_a_signal_and_resumes(data, tmp_path, number):
+    """A cluster that wants its machine back sends SIGTERM some seconds before SIGKILL."""
+    settings = (*MINI, f"train.data={data}", "schedule.iterations=100000", "train.run_id=a", "train.checkpoint_seconds=0")
+    code = "from pgolf_fast.__main__ import main; from tests import test_train as t; t.train.load_validation = t.bytes_validation; main()"
+    command = [sys.executable, "-c", code, "train", "--recipe", "tiny", "--runs", tmp_path, "--device", "cpu", *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while child.poll() is None and time.monotonic() < deadline and not (tmp_path / "a" / "events.jsonl").exists():
+        time.sleep(0.02)
+    while child.poll() is None and time.monotonic() < deadline and len(losses(tmp_path / "a")) < 3:
+        time.sleep(0.02)
+    child.send_signal(number)
+    out = child.communicate(timeout=60)[0]
+    assert child.returncode == 130 and "--resume train.run_id=a goes on from here" in " ".join(out.split())
+    step = checkpoint.load(checkpoint.latest(tmp_path / "a" / "checkpoints"))[1]["step"]
+    assert step >= 3 and list(losses(tmp_path / "a")) == list(range(1, step + 1)) and f"stopped after step {step};" in " ".join(out.split())
+
+
 def test_what_a_run_began_with_need_not_be_said_again(data, tmp_path):
     """A setting forgotten where a run is resumed went on as the recipe has it: another run under the same name."""
     shown = io.StringIO()
@@ -377,17 +407,19 @@ def test_a_step_slower_than_the_warm_ups_counts_for_the_next(data, tmp_path, mon
 def test_ranks_follow_the_slowest_clock(data, tmp_path, monkeypatch):
     """Another rank's; from one agreement to the next it goes on at the mean pace so far. Steps not received yet take their time too."""
     trainer = make(data, tmp_path / "run", "schedule.iterations=99", "schedule.max_wallclock_seconds=100", "train.stop_reserve_seconds=0")
-    other = torch.zeros(2, dtype=torch.float64)  # its clock, and its slowest step
+    other = torch.zeros(3, dtype=torch.float64)  # its clock, its slowest step, and whether it was asked to stop
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "max_", lambda times: times.copy_(torch.maximum(times, other)))
     assert trainer.agree() == 1
     trainer.step = 4
-    other += torch.tensor([40.0, 12.0])
+    other += torch.tensor([40.0, 12.0, 0.0])
     assert trainer.agree() == 5  # of 12 s in the 60 that are left
     trainer.step = 6
     assert trainer.elapsed_s == 60
     trainer.losses.queue.extend(3 * [None])
-    assert trainer.agree() == 2
+    assert trainer.agree() == 2 and not trainer.stopped
+    other[2] = 1
+    assert trainer.agree() == 0 and trainer.stopped
 
 
 def test_what_only_rank_0_does_is_no_training_time_of_the_others(data, tmp_path, monkeypatch):

@@ -56,9 +56,9 @@ SMALL = (
     "lora.row_multiple=8",
     "lora.rank=2",
     "lora.lr=0.05",
-    "lora.prefix_documents=4",
+    "lora.prefix_documents=2",
     "lora.phases=2",
-    "lora.global_chunk_tokens=64",
+    "lora.global_chunk_tokens=32",
     "lora.global_lr=0.05",
 )
 ISOLATING = ("phased-lora",)  # evaluators whose windows stop at a document's start

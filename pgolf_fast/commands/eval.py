@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +26,7 @@ from pgolf_fast.evaluation.evaluate import Progress, SavedState, evaluate, make_
 from pgolf_fast.evaluation.referee import Referee
 from pgolf_fast.evaluation.self_distillation import self_distill
 from pgolf_fast.files import write_json
+from pgolf_fast.interrupts import asked_to_stop
 
 EVALUATORS = recipe.SETTINGS["eval.evaluator"].kind.__args__
 STAGES = ("eval.", "ttt.", "lora.", "sdttt.")  # of a recipe, that an evaluation reads
@@ -157,7 +157,7 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
         referee = Referee(evaluator.model, validation, device, allow_published_tail=settings.eval.published_tail)
         if config.fresh:
             saved.remove()
-        with _asked_to_stop() as must_stop, shown(console) as show:
+        with asked_to_stop() as must_stop, shown(console) as show:
 
             def progress(p: Progress):
                 show(f"{weights}, {name}", p.share, 1.0, f"{p.score.bits_per_byte:.4f} bpb so far")
@@ -176,23 +176,6 @@ def _score(config, console, artifact, weights, name, settings, validation: Valid
         write_json(out / f"{stem}.json", dataclasses.asdict(row) | {"of": identity, "ranks": dist.world_size(), "device": str(device)})
     saved.remove()
     return row
-
-
-@contextlib.contextmanager
-def _asked_to_stop():
-    """A function that says whether SIGINT or SIGTERM came; a second one ends the process as usual."""
-    asked = []
-
-    def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def score_table(rows: list[Row]) -> Table:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pgolf_fast import dist, recipe, runlog
 from pgolf_fast.commands.devices import choose_device, under_torchrun
 from pgolf_fast.errors import UserError
+from pgolf_fast.interrupts import asked_to_stop
 from pgolf_fast.train import Trainer
 
 
@@ -86,12 +87,17 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
     def progress(step, loss, ms_per_step):
         bar.update(task, completed=step, text=f"loss {loss:.4f}  {ms_per_step:.1f} ms/step")
 
-    if first and console.is_terminal:
-        with bar:
-            result = trainer.run(progress)
-    else:
-        result = trainer.run()
+    with asked_to_stop() as must_stop:
+        if first and console.is_terminal:
+            with bar:
+                result = trainer.run(progress, must_stop)
+        else:
+            result = trainer.run(must_stop=must_stop)
     dist.stop()
+    if result is None:
+        if first:
+            console.print(f"stopped after step {trainer.step}; --resume train.run_id={folder.name} goes on from here")
+        return {"folder": str(folder), "steps": trainer.step, "is_complete": False}, 130
     if first:
         console.print(f"written: {result.folder} (next: pgolf quantize {result.folder})", soft_wrap=True)
     return {
@@ -101,4 +107,5 @@ def run(config: Train, console: Console) -> tuple[dict, int]:
         "val_loss": result.validation.nats_per_token,
         "val_bpb": result.validation.bits_per_byte,
         "weights": result.weights,
+        "is_complete": True,
     }, 0

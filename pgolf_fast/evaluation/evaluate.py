@@ -45,7 +45,7 @@ def make_evaluator(name: str, model, recipe) -> Evaluator:
     if name == "phased-lora":
         return PhasedLora(model, recipe.lora)
     stride = config.seq_len if name == "plain" else config.stride
-    return SlidingWindow(model, config.seq_len, stride, config.batch_tokens, config.published_tail and name == "sliding")
+    return SlidingWindow(model, config.seq_len, stride, config.batch_tokens, config.published_tail)
 
 
 @dataclasses.dataclass(frozen=True)

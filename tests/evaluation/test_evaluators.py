@@ -107,6 +107,13 @@ def test_published_tail(make):
     assert result.published.nats == pytest.approx(result.score.nats + sum(tails), rel=1e-6)
 
 
+@pytest.mark.parametrize("positions", [20, 32, 100])
+def test_windows_side_by_side_have_no_tail(positions):
+    gpt, validation = stream.model(), stream.validation(positions)
+    _, result = losses_of(SlidingWindow(gpt, WINDOW, WINDOW, 96, True), gpt, validation, allow_published_tail=True)
+    assert result.again.tokens == 0 and result.score.tokens == positions
+
+
 def test_a_stream_shorter_than_a_window():
     gpt, validation = stream.model(), stream.validation(20)
     losses, _ = losses_of(SlidingWindow(gpt, WINDOW, STRIDE, 96), gpt, validation)
@@ -200,6 +207,11 @@ def test_the_ways_that_the_referee_closes():
     ("build", "message"),
     [
         (lambda gpt: EvalConfig(seq_len=32, stride=33), "eval.stride: expected 1 to eval.seq_len 32, got 33"),
+        (lambda gpt: EvalConfig(stride=0), "eval.stride: expected at least 1, got 0"),
+        (lambda gpt: TttConfig(chunk_tokens=0), "ttt.chunk_tokens: expected at least 1, got 0"),
+        (lambda gpt: TttConfig(batch_rows=0), "ttt.batch_rows: expected at least 1, got 0"),
+        (lambda gpt: TttConfig(momentum=1.0), "ttt.momentum: expected less than 1, got 1.0"),
+        (lambda gpt: EvalConfig(batch_tokens=0), "eval.batch_tokens: expected at least 1, got 0"),
         (lambda gpt: SlidingWindow(gpt, 32, 7, 96, True), "eval.published_tail: needs a stride that divides"),
         (lambda gpt: ScoreFirstSgd(gpt, 32, 8, 96, dataclasses.replace(TTT, chunk_tokens=48)), "ttt.chunk_tokens: 48 is no multiple"),
         (lambda gpt: ScoreFirstSgd(gpt, 32, 8, 96, dataclasses.replace(TTT, freeze_blocks=5)), "ttt.freeze_blocks: 5 of a model with 4"),
@@ -267,6 +279,10 @@ def test_saving_is_no_scoring(tmp_path, monkeypatch):
     _, evaluator, referee = make("sliding")
     outcome = evaluate(evaluator, referee, SavedState(tmp_path, {}, every_s=-1.0))
     assert (outcome.scoring_s, outcome.practice_s) == (0, 40)  # four chunks
+    _, evaluator, referee = make("sliding")
+    seconds_of_asking = iter(range(1, 5))
+    outcome = evaluate(evaluator, referee, must_stop=lambda: seconds.__setitem__(0, seconds[0] + next(seconds_of_asking)))
+    assert (outcome.scoring_s, outcome.practice_s) == (10, 10)  # nothing is saved
 
 
 def test_a_state_of_another_evaluation_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pgolf_fast import recipe
 from pgolf_fast.data import Validation
 from pgolf_fast.errors import UserError
-from pgolf_fast.evaluation.phased_lora import PhasedLora, PhasedLoraConfig, chunk_windows, plan
+from pgolf_fast.evaluation.phased_lora import PhasedLora, PhasedLoraConfig, chunk_windows, plan, tokens_read
 from pgolf_fast.evaluation.referee import Referee
 from tests import model_oracle as oracle
 from tests.test_model import LOOPED_ORDER, random_model, small
@@ -189,7 +189,12 @@ def first_downs(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight_decay": 20.0}, {"batch_documents": 1}, {"prefix_documents": 0}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {},
+    {"weight_decay": 20.0, "global_momentum": 0.7, "global_chunk_tokens": 8},  # the first pause has 40 predictions, five whole chunks
+    {"batch_documents": 1, "global_chunk_tokens": 26},  # and here 53: two chunks and one prediction
+    {"prefix_documents": 0},
+], ids=str)  # fmt: skip
 def test_equals_the_plain_evaluation(changes, first_downs):
     config, validation = dataclasses.replace(CONFIG, **changes), validation_of()
     result, referee, _ = evaluate(validation, config)
@@ -206,7 +211,8 @@ def test_the_recipe_has_the_published_values():
         GLOBAL_TTT_CHUNK_TOKENS="32768", GLOBAL_TTT_GRAD_CLIP="1.0", GLOBAL_TTT_WARMUP_CHUNKS="0", GLOBAL_TTT_RESPECT_DOC_BOUNDARIES="1",
     )  # fmt: skip
     assert recipe.resolve("caseops-1934", environ=published).values() == recipe.resolve("caseops-1934", environ={}).values()
-    assert recipe.resolve("caseops-1934", environ={}).recipe.eval.evaluator == "phased-lora"
+    settings = recipe.resolve("caseops-1934", environ={}).recipe
+    assert settings.eval.evaluator == "phased-lora" and (settings.lora.epsilon, settings.lora.lanes) == (1e-10, 8)
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------
@@ -247,6 +253,11 @@ def test_a_pause_waits_for_batches_that_have_begun():
         [(0, 3), (1, 2), (2, 1), (2, 0)],
     ]
     assert [phase.learned.tolist() for phase in phases] == [[4, 5], [4, 5, 6, 7], []]
+
+
+def test_a_batch_reads_the_rows_of_its_longest_document():
+    config = dataclasses.replace(BIG, chunk_tokens=10, window_tokens=25)
+    assert [tokens_read(np.array(lengths), config) for lengths in ([10], [11], [23, 4], [50, 23, 1])] == [10, 30, 2 * 55, 3 * (30 + 3 * 25)]
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.integers(1, 20), st.integers(20, 90))
@@ -300,6 +311,13 @@ def test_losses_come_before_the_update_that_they_cause():
         assert end - start <= CONFIG.chunk_tokens or not np.allclose(
             still.ledger.losses[start:end], learning.ledger.losses[start:end], atol=1e-4
         )
+
+
+def test_rows_are_as_long_as_their_chunk_needs():
+    model, lengths = model_of(), []
+    model.register_forward_hook(lambda _, arguments, logits: lengths.append(arguments[0].shape[1]))
+    evaluate(validation_of([30]), model=model)
+    assert lengths == [6, 9, 12, 15, 15, 15, 15, 15]  # 4, 8, 12, then the window's 14, in multiples of 3
 
 
 def test_by_the_adapted_blocks_it_is_the_same():

@@ -107,6 +107,12 @@ def test_positions_are_a_number_where_they_end_each_row(windows, expected):
     )
 
 
+def test_the_model_may_be_any_function():
+    referee = Referee(lambda tokens, positions: torch.zeros(len(tokens), positions, 48), stream.validation(N))
+    referee.score(Windows([0], [0], [N]))
+    assert referee.result().score.nats == pytest.approx(N * np.log(48))
+
+
 def test_no_position_is_scored_twice(referee):
     referee.score(Windows([0], [0], [10]))
     with pytest.raises(OrderError, match="position 9 is scored already"):
@@ -114,7 +120,8 @@ def test_no_position_is_scored_twice(referee):
     with pytest.raises(OrderError, match="position 14 is scored already"):
         referee.score(Windows([0, 0], [12, 14], [16, 18]))  # within one batch
     with pytest.raises(OrderError, match="windows end at 201, the stream at 200"):
-        referee.score(Windows([150], [190], [201]))
+        referee.score(Windows([150, 30], [190, 40], [201, 50]))
+    referee.score(Windows([150, 30], [190, 40], [200, 50]))
 
 
 def test_only_the_named_option_scores_again(gpt, referee):
@@ -138,6 +145,7 @@ def test_what_was_scored_again_is_part_of_the_state(gpt):
     whole.score_again(Windows([N - 20], [N - 10], [N]))
     half.load_state(*whole.state())
     assert half.result() == whole.result() and half.result().again.tokens == 10
+    assert half.running() == half.result().score
 
 
 def test_only_scored_text_is_revealed(referee):
@@ -167,6 +175,16 @@ def test_ranks_share_what_they_know_and_no_position(gpt, monkeypatch):
     assert len(referee.reveal(40, 60).tokens) == 21
     with pytest.raises(OrderError, match="position 55 is scored already"):
         referee.score(Windows([50], [55], [56]))
+    with pytest.raises(OrderError, match="position 50 or one soon after it was scored by two ranks"):
+        referee.meet()
+
+
+@pytest.mark.parametrize("mine", [(50, 51), (59, 60), (40, 70)])
+def test_a_position_of_two_ranks_is_found_wherever_it_lies(gpt, monkeypatch, mine):
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "gather_objects", lambda own: [own, np.array([[50, 60]])])
+    referee = Referee(gpt, stream.validation(N))
+    referee.score(Windows([0], [mine[0]], [mine[1]]))
     with pytest.raises(OrderError, match="position 50 or one soon after it was scored by two ranks"):
         referee.meet()
 

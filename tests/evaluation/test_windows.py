@@ -1,5 +1,8 @@
 """Windows cover the stream once, and count as the specification does."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,6 +24,8 @@ def test_each_position_once_in_order_with_the_whole_context(n, window, stride, r
     batches = list(windows.batches(rows))
     assert all(len(b) <= rows and len(set(b.end - b.first)) == 1 for b in batches)
     assert [p for b in batches for p in b.positions()] == list(range(n))
+    alike = [len(list(group)) for _, group in itertools.groupby(windows.end - windows.first)]
+    assert len(batches) == sum(math.ceil(number / rows) for number in alike)
 
 
 @given(n=st.integers(1, 400), chunk=st.integers(1, 6), stride=st.sampled_from([2, 4, 8]))

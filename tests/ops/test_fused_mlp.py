@@ -196,6 +196,19 @@ def test_a_scaled_input_scales_the_output_by_its_square(device):
         assert torch.equal(fused_mlp(2 * x, up, down, activation), 4 * fused_mlp(x, up, down, activation))
 
 
+@pytest.mark.parametrize("activation,below_zero", [("relu2", 0.0), ("leaky_relu2", 0.25)])
+def test_whole_numbers_are_exact(device, activation, below_zero):
+    """Between identities the activation and its slope, of numbers whose squares bfloat16 holds."""
+    u = torch.arange(-15.0, 16.0)[:, None].expand(-1, 64)
+    identity = torch.eye(64, device=device, dtype=torch.bfloat16)
+    x = u.to(device, torch.bfloat16).requires_grad_()
+    y = fused_mlp(x, identity, identity, activation)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    factor = torch.where(u > 0, 1.0, below_zero)
+    assert torch.equal(y.float().cpu(), factor * u * u)
+    assert torch.equal(dx.float().cpu(), factor * 2 * u)
+
+
 def test_bad_input_names_the_argument():
     x, up, down = torch.randn(4, 8), torch.randn(12, 8), torch.randn(8, 12)
     for error, name, arguments in (

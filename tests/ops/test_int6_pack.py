@@ -135,7 +135,7 @@ def test_ties_and_their_neighbours_at_every_scale_mantissa(device, dtype, expone
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_extreme_rows(device, dtype):
     info = torch.finfo(dtype)
-    rows = torch.randn(12, 600)
+    rows = torch.randn(13, 600)
     rows[0] = 0
     rows[1, 5], rows[2, 599], rows[3, 0] = torch.inf, -torch.inf, torch.nan
     rows[4] *= 1e-6  # scales among fp16's subnormal numbers,
@@ -146,11 +146,12 @@ def test_extreme_rows(device, dtype):
     rows[9] = info.max
     rows[10], rows[11] = 0, -0.0
     rows[10, 300] = 31
+    rows[12] = torch.linspace(-43, 43, 600) * 2**-24  # of which fp16's least number is the scale
     w = rows.to(dtype).to(device)
     packed, scales = assert_packs(w)
     assert scales[1:4].isinf().all() and unpack_int6(packed, scales, 600)[1:4].isnan().all()
     assert_unpacks(packed, scales, 600, dtype)
-    given = torch.tensor([0.0, 1, 1, 1, torch.inf, torch.nan, -1, 1, 2e-8, 6e4, 6e-8, 1])
+    given = torch.tensor([0.0, 1, 1, 1, torch.inf, torch.nan, -1, 1, 2e-8, 6e4, 6e-8, 1, 6e-8])
     given_packed, given_scales = pack_int6(w, given.to(device))
     want_packed, want_scales = expected(w, given)
     assert torch.equal(given_packed.cpu(), want_packed)

@@ -153,24 +153,23 @@ def test_norm_scales(device, norm_scale):
     assert_agrees((0, 0, 1), 50, device, norm_scale=norm_scale)
 
 
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("scaled,rows", [(True, (0, 0, 1)), (True, (0, 1, 2, 3, 4)), (False, (0, 0, 0))])
 @pytest.mark.parametrize("train_coefficients", [True, False])
-def test_accumulate(device, scaled, train_coefficients):
+def test_accumulate(device, scaled, rows, train_coefficients):
     """What is added to a gradient is added before its rounding, to its own row only."""
-    rows = (0, 0, 1) if scaled else (0, 0, 0)
     tensors, coefficients = draw(rows, 50, device, scaled=scaled)
     mixed, _, rstd = OPS.mix_norm_fwd(tensors, coefficients, rows, 0.5)
     d_mixed, d_normed, incoming = (torch.randn(50, WIDTH).bfloat16().to(device) for _ in range(3))
     trained = scaled and train_coefficients
     given = (None, rstd, tensors) if trained else (mixed, rstd, [])
-    none = [None] * (2 if scaled else 1)
+    none = [None] * (max(rows) + 1)
     wide = [x.cpu().double() if x is not None else None for x in (d_mixed, d_normed, mixed, rstd)]
     c = coefficients.cpu().double() if scaled else None
     plain, _ = OPS.mix_norm_bwd(*wide, [], c, rows, 0.5, none)
     for r in range(len(none)):
         accumulate = none[:r] + [incoming] + none[r + 1 :]
         gradients, d_coefficients = OPS.mix_norm_bwd(d_mixed, d_normed, *given, coefficients, rows, 0.5, accumulate)
-        assert len(gradients) == len(none) and d_coefficients.numel() == (2 * WIDTH if trained else 0)
+        assert len(gradients) == len(none) and d_coefficients.numel() == (len(none) * WIDTH if trained else 0)
         for i, gradient in enumerate(gradients):
             truth = plain[i] + (incoming.cpu().double() if i == r else 0)
             assert ((gradient.cpu().double() - truth).abs() <= 2**-8 * truth.abs() + 1e-5 * truth.abs().max()).all()

@@ -21,6 +21,7 @@ SHAPES = [
     (1031, 1032, 512),
     (20000, 512, 1024),
     (20000, 512, 2048),
+    (16000, 256, 1792),  # its weight gradient: seven tiles, whose last seven k blocks three clusters share unequally
 ]
 
 
@@ -78,7 +79,7 @@ def check_agreement(device, shape):
         assert_within(found[name], peer[name], truth[name], name, floor=1e-6)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES[:8], pytest.param(SHAPES[-1], marks=pytest.mark.cuda)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:8], pytest.param(SHAPES[10], marks=pytest.mark.cuda)], ids=str)
 def test_rows_of_the_sum_are_measured(device, shape):
     """The sum's bits are those without the measuring, and rstd is that of the rounded sum."""
     t = draw(*shape, device)
