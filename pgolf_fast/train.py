@@ -52,7 +52,7 @@ class TrainConfig:
     val_batch_tokens: int = setting(524288, "tokens per validation batch, over all ranks", ("VAL_BATCH_SIZE", "VAL_BATCH_TOKENS"))
     log_every: int = setting(500, "steps between lines of the text log", "TRAIN_LOG_EVERY")
     checkpoint_seconds: float = setting(
-        120.0, "of training between checkpoints, which take about half a second each beside the training clock; 0: only at the end"
+        120.0, "of training between checkpoints, which take about half a second each beside the training clock; 0: where the run ends"
     )
     checkpoint_every: int = setting(0, "steps between further checkpoints; 0: none")
     forecast_every: int = setting(

@@ -265,7 +265,7 @@ def test_asked_to_stop_it_leaves_a_checkpoint_of_that_step(data, tmp_path, after
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_stops_on_a_signal_and_resumes(data, tmp_path, number):
+def test_the_command_stops_on_a_signal_and_says_how_to_go_on(data, tmp_path, number):
     """A cluster that wants its machine back sends SIGTERM some seconds before SIGKILL."""
     settings = (*MINI, f"train.data={data}", "schedule.iterations=100000", "train.run_id=a", "train.checkpoint_seconds=0")
     code = "from pgolf_fast.__main__ import main; from tests import test_train as t; t.train.load_validation = t.bytes_validation; main()"
